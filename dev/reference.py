@@ -1,0 +1,582 @@
+#!/usr/bin/env python3
+"""Megalodon (arXiv 2404.08801) in PyTorch, for comparison: the same mathematics as train_megalodon.c, left to autograd.
+
+    dev/reference.py dump                           write the tensors the tests read: data/reference/*.safetensors
+    dev/reference.py check FILE...                  recompute every tensor of a dump and compare
+    dev/reference.py convert IN.pth OUT.safetensors ...   turn released weights into safetensors
+    dev/reference.py init OUT.safetensors           write a freshly initialised model
+    dev/reference.py eval FILE.safetensors TEXT     mean loss of a checkpoint on a text, a byte being a token
+    dev/reference.py bench                          time a training step
+
+It follows the released implementation (XuezheMax/megalodon); where the paper differs, a comment says so. Symbols:
+B batch, T time, D model_dim, Z z_dim, V value_dim, F ffn_hidden_dim, H heads, N cema_ndim, G norm groups, c chunk_size.
+Needs torch >= 1.13 and safetensors.
+"""
+import argparse, json, math, os, statistics, struct, sys, time
+
+# Threads of OpenMP (PyTorch's own) that wait by spinning take the cores from those of OpenBLAS: twice the time per step.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration and parameters: one table each
+
+def bit(text):
+    return ("0", "1").index(str(int(text)))
+
+
+CONFIG = [  # name, other flag, type, default (those of the benchmark), help
+    ("num_layers", "layers", int, 12, "blocks"),
+    ("model_dim", "dim", int, 256, "D, width of the residual stream"),
+    ("num_heads", "heads", int, 1, "H, attention heads"),
+    ("z_dim", None, int, 128, "Z, width of queries and keys, all heads together"),
+    ("value_dim", None, int, 512, "V, width of values, all heads together"),
+    ("ffn_hidden_dim", None, int, 512, "F, hidden width of the feed-forward layer"),
+    ("chunk_size", "chunk", int, 256, "c, timesteps that attend to each other"),
+    ("norm_num_groups", "groups", int, 8, "G, feature groups of the timestep norm"),
+    ("cema_ndim", None, int, 16, "N, complex moving averages per channel"),
+    ("vocab_size", "vocab", int, 256, "tokens"),
+    ("rope_base", None, float, 10000.0, "base of the rotary frequencies"),
+    ("norm_eps", None, float, 1e-5, "added to every variance"),
+    ("swiglu", None, bit, 1, "1: gated feed-forward layer, with fc3"),
+    ("scale_emb", None, bit, 0, "1: embeddings times sqrt(D)"),
+    ("share_emb", None, bit, 0, "1: output layer tied to the embedding"),
+    ("rescale_nffn", None, bit, 0, "1: learned scale on the feed-forward branch"),
+]
+
+
+class Config(argparse.Namespace):
+    def __init__(self, **fields):
+        super().__init__(**{name: kind(fields.get(name, default)) for name, _, kind, default, _ in CONFIG})
+        for what, whole, parts in ("z_dim", self.z_dim, 2 * self.num_heads), ("value_dim", self.value_dim, self.num_heads), \
+                ("model_dim", self.model_dim, self.norm_num_groups):
+            if parts < 1 or whole % parts:
+                raise SystemExit(f"reference.py: {what} is {whole}, but must be a multiple of {parts}")
+
+    def strings(self):
+        return {name: str(getattr(self, name)) for name, *_ in CONFIG}
+
+
+def parameters(c):
+    """name -> (shape, initialisation), the released names; a linear map is (out, in)"""
+    D, Z, V, Fh, N = c.model_dim, c.z_dim, c.value_dim, c.ffn_hidden_dim, c.cema_ndim
+    table = {"embed.weight": ((c.vocab_size, D), "embed")}
+    for l in range(c.num_layers):
+        mega, nffn = f"layers.{l}.mega.", f"layers.{l}.nffn."
+        table.update({
+            mega + "timenorm.weight": ((D,), "zero"),    mega + "timenorm.bias": ((D,), "zero"),
+            mega + "cema.alpha": ((D, N, 1), "normal"),  mega + "cema.delta": ((D, N, 1), "normal"),
+            mega + "cema.theta": ((D, 1, 1), "theta"),   mega + "cema.gamma": ((D, N, 2), "gamma"),
+            mega + "cema.omega": ((D, 1), "omega"),      mega + "rmsnorm.weight": ((D,), "zero"),
+            mega + "wv.weight": ((V, D), "linear"),      mega + "wv.bias": ((V,), "zero"),
+            mega + "wz.weight": ((Z, D), "linear"),      mega + "wz.bias": ((Z,), "zero"),
+            mega + "wr.weight": ((V, D), "linear"),      mega + "wr.bias": ((V,), "zero"),
+            mega + "wh1.weight": ((D, D), "linear"),     mega + "wh1.bias": ((D,), "zero"),
+            mega + "wh2.weight": ((D, V), "linear"),
+            mega + "gamma": ((2, Z), "zero"),            mega + "beta": ((2, Z), "zero"),
+            nffn + "norm.weight": ((D,), "zero"),        nffn + "norm.bias": ((D,), "zero"),
+            nffn + "fc1.weight": ((Fh, D), "linear"),    nffn + "fc2.weight": ((D, Fh), "linear"),
+        })
+        if c.swiglu: table[nffn + "fc3.weight"] = ((Fh, D), "linear")
+        if c.rescale_nffn: table[nffn + "alpha"] = ((D,), 0.1 * 0.5**l)
+    table.update({"output.final_norm.weight": ((D,), "zero"), "output.final_norm.bias": ((D,), "zero")})
+    if not c.share_emb: table["output.output.weight"] = ((c.vocab_size, D), "embed")
+    return table
+
+
+def init_parameters(c, seed):
+    torch.manual_seed(seed)
+    params = {}
+    for name, (shape, init) in parameters(c).items():
+        w = torch.zeros(shape)
+        if init == "embed":
+            std = shape[1]**-0.5
+            torch.nn.init.trunc_normal_(w, 0.0, std, -3 * std, 3 * std)
+        elif init == "linear": w.normal_(0.0, (3 * shape[1])**-0.5)
+        elif init == "normal": w.normal_(0.0, 0.2)
+        elif init == "theta":  # sigmoid(theta) = exp(-i ln(D)/D), i = 1..D in random order over the channels
+            w[:, 0, 0] = torch.logit(torch.exp(-(torch.randperm(shape[0]) + 1) * math.log(shape[0]) / shape[0]))
+        elif init == "gamma": w[:, :, 0].normal_(0.0, 1.0)
+        elif init == "omega": torch.nn.init.trunc_normal_(w, 0.0, 0.25, -1.0, 1.0)
+        elif init != "zero": w.fill_(init)
+        params[name] = w
+    return params
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model. Every norm stores its scale as an offset from one (eq. 23).
+
+
+def timestep_norm(x, weight, bias, groups, eps, state=None):
+    """eq. 4: group norm over all features of a group and all timesteps so far, in x (B,T,D)
+
+    mu_t, var_t = mean and population variance over steps 0..t;  out = (x - mu_t)/sqrt(var_t + eps) * (weight + 1) + bias
+    state: count (B), mean, var (B,G) of the steps before these. Moments of single steps are pooled by cumulative sums,
+    in float64 and about a shift rho near the mean (any constant gives the same function), so that nothing cancels."""
+    B, T, D = x.shape
+    x = x.reshape(B, T, groups, D // groups)
+    m = x.mean(-1)
+    s = (x - m[..., None]).square().mean(-1).double()
+    m = m.double()
+    count, mean, var = state or (torch.zeros(B), m.new_zeros(B, groups), m.new_zeros(B, groups))
+    rho = m.detach().mean(1, keepdim=True)
+    before, n = count.double().view(B, 1, 1), count.double().view(B, 1, 1) + torch.arange(1, T + 1).view(1, T, 1)
+    shift = mean.double()[:, None] - rho
+    s1 = (before * shift + (m - rho).cumsum(1)) / n
+    s2 = (before * (var.double()[:, None] + shift**2) + (s + (m - rho)**2).cumsum(1)) / n
+    mu, var = rho + s1, s2 - s1**2
+    out = (x - mu.to(x.dtype)[..., None]) * (var + eps).rsqrt().to(x.dtype)[..., None]
+    return torch.addcmul(bias, out.view(B, T, D), weight + 1), (count + T, mu[:, -1], var[:, -1])
+
+
+class CausalConvolution(torch.autograd.Function):
+    """out[b,d,t] = sum_j kernel[d,j] x[b,d,t-j], padded to a power of two so that nothing wraps around.
+    Plain autograd would do: this backward reuses the spectra and stays with real transforms, in a third of the time."""
+    @staticmethod
+    def forward(ctx, x, kernel):
+        ctx.T, ctx.n = x.shape[-1], 2 << (x.shape[-1] - 1).bit_length()
+        X, K = torch.fft.rfft(x, ctx.n), torch.fft.rfft(kernel, ctx.n)
+        ctx.save_for_backward(X, K)
+        return torch.fft.irfft(X * K, ctx.n)[..., :ctx.T]
+
+    @staticmethod
+    def backward(ctx, dout):
+        (X, K), Y = ctx.saved_tensors, torch.fft.rfft(dout, ctx.n)
+        dx, dkernel = Y * K.conj(), (Y * X.conj()).sum(0)
+        return torch.fft.irfft(dx, ctx.n)[..., :ctx.T], torch.fft.irfft(dkernel, ctx.n)[..., :ctx.T]
+
+
+def cema(x, alpha, delta, theta, gamma, omega, h=None):
+    """eq. 2, 3, 5: complex exponential moving average, N per channel, in x (B,T,D)
+
+    p = sigmoid(alpha), q = (1 - p sigmoid(delta)) exp(i theta_k), theta_k = sigmoid(theta) 2 pi k/N, g = gamma/sqrt(N)
+    h_t = q h_{t-1} + p x_t;  out_t = Re(sum_k g h_t) + omega x_t     (eq. 2 also rotates x; omega is not in the paper)
+    Computed as a convolution of x with Re(sum_k g p q^j), j = 0..T-1. state: h (B,D,N,2)."""
+    B, T, D = x.shape
+    N = alpha.shape[1]
+    # The coefficients are a few numbers per channel: double costs nothing, and keeps the phase of q^j exact for large j.
+    p, k = torch.sigmoid(alpha.double()[..., 0]), torch.arange(1, N + 1)
+    log_radius = torch.log1p(-p * torch.sigmoid(delta.double()[..., 0]))
+    angle = torch.sigmoid(theta.double()[..., 0]) * (2 * math.pi / N) * k
+    g = torch.view_as_complex(gamma.double()) / math.sqrt(N)
+    power = lambda j: torch.polar(torch.exp(log_radius[..., None] * j), angle[..., None] * j)  # q^j (D,N,len(j))
+    # q^(a*S + b) = q^(a*S) q^b: two short tables, multiplied as real matrices (D, T/S, 2N) x (D, 2N, S)
+    S = math.isqrt(T - 1) + 1
+    high, low = (g * p)[..., None] * power(torch.arange(0, T, S)), power(torch.arange(S))
+    high, low = torch.cat([high.real, -high.imag], 1).to(x.dtype), torch.cat([low.real, low.imag], 1).to(x.dtype)
+    kernel = torch.bmm(high.transpose(1, 2), low).view(D, -1)[:, :T]
+    out = CausalConvolution.apply(x.transpose(1, 2), kernel).transpose(1, 2).contiguous() + omega[:, 0] * x
+    if h is not None:
+        h = torch.view_as_complex(h.to(x.dtype))
+        decay, inflow = power(torch.arange(1, T + 1)), p[..., None] * power(torch.arange(T - 1, -1, -1))
+        out = out + torch.einsum("dkt,bdk->btd", (g[..., None] * decay).to(h.dtype), h).real
+        h = decay[..., -1].to(h.dtype) * h + torch.einsum("dkt,btd->bdk", inflow.to(h.dtype), x.to(h.dtype))
+        h = torch.view_as_real(h)
+    return out, h
+
+
+def rms_norm(x, eps):
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def rotations(start, T, c, d, base, dtype):
+    """RoPE: the complex numbers (T,1,d/2) that turn pair (2j, 2j+1) by pos * base^(-2j/d), pos counted from the start of
+    the chunk. The release forms these angles in float32, so every precision does: they are part of the function."""
+    freqs = 1.0 / torch.tensor([base**(j / d) for j in range(0, d, 2)], dtype=torch.float32)
+    pos = torch.arange(start, start + T) % c
+    angle = (pos.float()[:, None] * freqs).to(dtype)[:, None]
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def rotate(x, turn):  # x (B,T,H,d)
+    x = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(x * turn).flatten(-2)
+
+
+def inner_attention(q, k, v, turn, c, cache=None):
+    """eq. 9: o = softmax(q k^T, causal) v within each chunk of c timesteps; q, k (B,T,H,Z/H), v (B,T,H,V/H)
+    cache: rotated keys, and values, of the chunk that the first timestep continues."""
+    B, T, H, _ = q.shape
+    q, k, past = rotate(q, turn), rotate(k, turn), 0
+    if cache:
+        past, k, v = cache[0].shape[1], torch.cat([cache[0].to(k.dtype), k], 1), torch.cat([cache[1].to(v.dtype), v], 1)
+    full = (past + T) // c * c
+    cache = k[:, full:], v[:, full:]
+    n = min(c, past + T)  # chunks of n timesteps; queries of the past and the rest of the last chunk are padding
+    tail = -(past + T) % n
+    pad = lambda a, front: F.pad(a, (0, 0, 0, 0, front, tail)) if front or tail else a
+    chunks = lambda a, front=0: pad(a, front).reshape(-1, n, H, a.shape[-1]).transpose(1, 2)
+    scores = chunks(q, past) @ chunks(k).transpose(2, 3) + torch.full((n, n), -math.inf, dtype=q.dtype).triu(1)
+    o = torch.softmax(scores, -1) @ chunks(v)
+    return o.transpose(1, 2).reshape(B, past + T + tail, -1)[:, past:past + T], cache
+
+
+class Megalodon:
+    """p: parameters by their released names. record: a dict that takes the activations, by the names of their modules."""
+    def __init__(self, config, params):
+        self.c, self.p, self.record = config, params, None
+
+    def note(self, name, x):
+        if self.record is not None:
+            self.record[name] = x
+            if x.requires_grad: x.retain_grad()
+        return x
+
+    def norm(self, name, x, state, new):  # timestep norm with its parameters and state
+        keys = [f"{name}.{key}" for key in ("count", "mean", "var")]
+        x, moments = timestep_norm(x, self.p[name + ".weight"], self.p[name + ".bias"], self.c.norm_num_groups,
+                                   self.c.norm_eps, state and [state[key] for key in keys])
+        new.update(zip(keys, moments))
+        return self.note(name, x)
+
+    def block(self, l, x, turn, state, new):
+        """Figure 3"""
+        c, mega = self.c, f"layers.{l}.mega"
+        w = lambda name: self.p[f"layers.{l}.{name}"]
+        note = lambda name, a: self.note(f"layers.{l}.{name}", a)
+        linear = lambda name, a: F.linear(a, w(name + ".weight"), w(name + ".bias"))
+        heads = lambda a: a.reshape(*a.shape[:-1], c.num_heads, -1)
+
+        n = self.norm(f"{mega}.timenorm", x, state, new)
+        e, new[f"{mega}.cema.h"] = cema(n, *(w("mega.cema." + key) for key in ("alpha", "delta", "theta", "gamma", "omega")),
+                                        state and state[f"{mega}.cema.h"])
+        m = note("mega.rmsnorm", rms_norm(note("mega.cema", e), c.norm_eps) * (w("mega.rmsnorm.weight") + 1))  # no equation
+        z = note("mega.znorm", rms_norm(heads(note("mega.wz", linear("mega.wz", m))), c.norm_eps))  # eq. 6
+        gamma, beta = heads(w("mega.gamma") + 1) / math.sqrt(z.shape[-1]), heads(w("mega.beta"))
+        q, k = z * gamma[0] + beta[0], z * gamma[1] + beta[1]  # eq. 7, 8
+        v = F.silu(note("mega.wv", linear("mega.wv", n)))  # eq. 16: of n, not m
+        r = F.silu(note("mega.wr", linear("mega.wr", m)))  # eq. 18
+        keys = f"{mega}.inner_attention.k", f"{mega}.inner_attention.v"
+        o, cache = inner_attention(q, k, heads(v), turn, c.chunk_size, state and [state[key] for key in keys])
+        new.update(zip(keys, cache))
+        o = note("mega.inner_attention", o)
+        y = note("mega", linear("mega.wh1", m) + F.linear(o * r, w("mega.wh2.weight")) + x)  # eq. 20 without silu; eq. 11
+
+        u = F.layer_norm(y, y.shape[-1:], w("nffn.norm.weight") + 1, w("nffn.norm.bias"), c.norm_eps)
+        u = note("nffn.norm", u)
+        f = F.silu(note("nffn.fc1", F.linear(u, w("nffn.fc1.weight"))))
+        if c.swiglu: f = f * F.linear(u, w("nffn.fc3.weight"))
+        f = F.linear(f, w("nffn.fc2.weight"))
+        if c.rescale_nffn: f = w("nffn.alpha") * f
+        return self.note(f"layers.{l}", f + x)  # eq. 11, two-hop residual: x, not y
+
+    def __call__(self, tokens, state=None):
+        """tokens (B,T) -> logits (B,T,vocab), new state. Without a state nothing is carried, neither in nor out."""
+        c, new = self.c, {}
+        start = state["layers.0.mega.inner_attention.k"].shape[1] if state else 0
+        x = self.note("embed", F.embedding(tokens, self.p["embed.weight"]))
+        turn = rotations(start, x.shape[1], c.chunk_size, c.z_dim // c.num_heads, c.rope_base, x.dtype)
+        if c.scale_emb: x = x * math.sqrt(c.model_dim)
+        for l in range(c.num_layers): x = self.block(l, x, turn, state, new)
+        x = self.norm("output.final_norm", x, state, new)
+        logits = F.linear(x, self.p["embed.weight" if c.share_emb else "output.output.weight"])
+        return logits, new if state else None
+
+    def fresh_state(self, B):
+        """the state before the first token; the one __call__ returns has the same names"""
+        c, state, zeros = self.c, {}, torch.zeros
+        for name in [f"layers.{l}.mega.timenorm" for l in range(c.num_layers)] + ["output.final_norm"]:
+            state[name + ".count"] = zeros(B, dtype=torch.int64)
+            state[name + ".mean"], state[name + ".var"] = zeros(2, B, c.norm_num_groups)
+        for l in range(c.num_layers):
+            mega, H = f"layers.{l}.mega.", c.num_heads
+            state[mega + "cema.h"] = zeros(B, c.model_dim, c.cema_ndim, 2)
+            state[mega + "inner_attention.k"], state[mega + "inner_attention.v"] = \
+                zeros(B, 0, H, c.z_dim // H), zeros(B, 0, H, c.value_dim // H)
+        return state
+
+
+def cross_entropy(logits, y):
+    """losses (B,T) in nats, 0 where the target is -100, and their mean over the other targets"""
+    losses = F.cross_entropy(logits.transpose(1, 2), y, reduction="none", ignore_index=-100)
+    return losses, losses.sum() / (y != -100).sum()
+
+
+def train_step(model, optimizer, x, y, clip, state=None):
+    optimizer.zero_grad(set_to_none=True)
+    loss = cross_entropy(model(x, state)[0], y)[1]
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(list(model.p.values()), clip)
+    optimizer.step()
+    return loss.item(), norm.item()
+
+
+def adamw(model, lr, weight_decay, betas, eps):  # one group: every parameter decays, norms too
+    return torch.optim.AdamW(list(model.p.values()), lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def read(path):
+    with safe_open(path, "pt") as f:
+        return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+
+
+def write(path, tensors, metadata):
+    data = save({name: t.contiguous() for name, t in tensors.items()}, metadata)
+    # safetensors writes metadata in any order; sort it, so that the same run writes the same bytes
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:8 + size])
+    header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **{k: v for k, v in header.items()
+                         if k != "__metadata__"}}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(header)) + header + data[8 + size:])
+    print(f"{path}: {len(tensors)} tensors, {os.path.getsize(path):,} bytes")
+
+
+def config_of(metadata):
+    return Config(**{name: kind(metadata[name]) for name, _, kind, *_ in CONFIG if name in metadata})
+
+
+def matching(path, config, tensors):
+    """the parameters of a config out of a file's tensors, or a line about the first that is not as it should be"""
+    for name, (shape, _) in parameters(config).items():
+        if name not in tensors: raise SystemExit(f"{path}: no tensor {name}")
+        if tensors[name].shape != shape:
+            raise SystemExit(f"{path}: {name} is {tuple(tensors[name].shape)}, but the config asks for {shape}")
+    return {name: tensors[name].float() for name in parameters(config)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dumps
+
+
+def evaluate(given, meta, dtype, stream):
+    """everything a dump holds, by its names, from its x, y, param.* and state.*; the first `stream` tokens streamed"""
+    c = config_of(meta)
+    part = lambda prefix: {name[len(prefix):]: t.to(dtype).clone().requires_grad_() if t.is_floating_point() else t
+                           for name, t in given.items() if name.startswith(prefix)}
+    x, y, model, state, out = given["x"].long(), given["y"].long(), Megalodon(c, part("param.")), part("state."), {}
+    state = {**model.fresh_state(len(x)), **state} if state else None
+    model.record = {}
+    out["logits"], _ = model(x, state)
+    out["losses"], loss = cross_entropy(out["logits"], y)
+    out["loss"] = loss.view(1)
+    loss.backward()
+    out.update({"act." + name: t for name, t in model.record.items()})
+    out.update({"dact." + name: t.grad for name, t in model.record.items()})
+    out.update({"grad." + name: t.grad for name, t in model.p.items()})
+    out.update({"dstate." + name: t.grad for name, t in (state or {}).items() if t.requires_grad})
+    model.record, state = None, state and {name: t.detach() for name, t in state.items()}
+    if stream:  # the first chunk at once, then token by token
+        with torch.no_grad():
+            carried, pieces = model.fresh_state(len(x)), []
+            for piece in x[:, :stream].tensor_split(tuple(range(min(c.chunk_size, stream), stream)), 1):
+                logits, carried = model(piece, carried)
+                pieces.append(logits)
+        out["stream_logits"] = torch.cat(pieces, 1)
+    if "train_steps" in meta:
+        lr, decay, beta1, beta2, eps, clip = (float(meta[name]) for name in TRAINING)
+        optimizer = adamw(model, lr, decay, (beta1, beta2), eps)
+        steps = [train_step(model, optimizer, x, y, clip, state) for _ in range(int(meta["train_steps"]))]
+        out["train_losses"], out["train_gnorms"] = torch.tensor(steps, dtype=torch.float64).T
+        out.update({"final." + name: t for name, t in model.p.items()})
+    return {name: t.detach() for name, t in out.items()}
+
+
+TRAINING = "learning_rate", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip"
+DUMPS = {  # B, T, training steps, whether a state is carried in, config
+    # several chunks and a short last one; one head; trains with a clip that bites; streams
+    "chunks": (2, 37, 5, False, dict(num_layers=2, model_dim=32, z_dim=16, value_dim=48, ffn_hidden_dim=40, chunk_size=16,
+               norm_num_groups=4, vocab_size=40, swiglu=0)),
+    # less than a chunk; swiglu, tied and scaled embeddings; two heads; trains
+    "tied": (3, 13, 4, False, dict(num_layers=2, model_dim=32, num_heads=2, z_dim=16, value_dim=32, ffn_hidden_dim=24,
+             chunk_size=16, norm_num_groups=2, cema_ndim=8, vocab_size=48, share_emb=1, scale_emb=1)),
+    # sizes that are no multiple of anything; N = 5; rescaled feed-forward; other rope_base and norm_eps; trains; streams
+    "odd": (2, 29, 3, False, dict(num_layers=2, model_dim=33, num_heads=3, z_dim=18, value_dim=27, ffn_hidden_dim=21,
+            chunk_size=7, norm_num_groups=3, cema_ndim=5, vocab_size=53, rescale_nffn=1, rope_base=100000.0, norm_eps=1e-4)),
+    # a state carried in, rows with different counts (one of them 0), over several chunks
+    "state": (3, 19, 0, True, dict(num_layers=2, model_dim=32, num_heads=2, z_dim=16, value_dim=32, ffn_hidden_dim=24,
+              chunk_size=8, norm_num_groups=4, vocab_size=40, swiglu=0, scale_emb=1)),
+    # one timestep, from nothing and with a state carried in
+    "one": (2, 1, 0, False, dict(num_layers=2, model_dim=32, z_dim=16, value_dim=48, ffn_hidden_dim=24, chunk_size=16,
+            norm_num_groups=4, vocab_size=40, rescale_nffn=1)),
+    "one_state": (3, 1, 0, True, dict(num_layers=1, model_dim=36, num_heads=2, z_dim=12, value_dim=20, ffn_hidden_dim=24,
+                  chunk_size=4, norm_num_groups=3, cema_ndim=5, vocab_size=40, share_emb=1)),
+}
+
+
+def dump(args):
+    os.makedirs(args.out, exist_ok=True)
+    for seed, (name, (B, T, steps, carried, fields)) in enumerate(DUMPS.items(), 1):
+        c = Config(**fields)
+        meta = {"format": "megalodon-dump", **c.strings()}
+        if steps: meta.update(train_steps=str(steps), **dict(zip(TRAINING, ("0.001", "0.1", "0.9", "0.95", "1e-08", "0.5"))))
+        given = {}
+        for key, w in init_parameters(c, seed).items():  # nothing stays at zero, or all equal
+            given["param." + key] = w * (1 + 0.1 * torch.randn(w.shape)) + (w == 0) * 0.2 * torch.randn(w.shape)
+        tokens = torch.randint(c.vocab_size, (B, T + 1), dtype=torch.int32)
+        given["x"], given["y"] = tokens[:, :-1], tokens[:, 1:]
+        if name in ("tied", "odd", "state"):
+            given["y"] = given["y"].masked_fill(torch.rand(B, T) < 0.2, -100)
+        if carried:
+            for key, t in Megalodon(c, {}).fresh_state(B).items():
+                if "inner_attention" in key: continue  # at a chunk boundary there are no keys and values to carry
+                if key.endswith("count"): t = torch.tensor([0, 3, 1000]) * c.chunk_size
+                elif key.endswith("var"): t = torch.cat([torch.ones(1, t.shape[1]), 0.5 + torch.rand(t.shape)[1:]])
+                else: t = 0.3 * torch.randn(t.shape) * (torch.arange(B) > 0).view(-1, *[1] * (t.dim() - 1))
+                given["state." + key] = t  # row 0: the release's fresh state, of count 0, mean 0, variance 1
+        # Computed in float64, stored in float32: who compares sees his own rounding and no one else's. Training too:
+        # Adam divides by the gradient's size, so in float32 an entry of rounding size would move by a random +-lr.
+        out = evaluate(given, meta, torch.float64, T if T > c.chunk_size and not carried else 0)
+        given.update({key: t.float() for key, t in out.items()})
+        write(os.path.join(args.out, name + ".safetensors"), given, meta)
+
+
+def check(args):
+    okay = True
+    for path in args.files:
+        given, meta = read(path)
+        matching(path, config_of(meta), {k[6:]: t for k, t in given.items() if k.startswith("param.")})
+        stream = given["stream_logits"].shape[1] if "stream_logits" in given else 0
+        ours = evaluate(given, meta, getattr(torch, args.dtype), stream)
+        kinds = {"dact": 2e-5, "grad": 2e-5, "dstate": 2e-5, "train_losses": 2e-6, "train_gnorms": 2e-6, "final": 1e-3}
+        largest = max(t.abs().max() for k, t in given.items() if kinds.get(k.split(".")[0]) == 2e-5)
+        worst, skipped, moved = {}, 0, [0.0, 0.0]
+        for name, b in given.items():
+            kind, a = name.split(".")[0], ours.get(name)
+            if kind in ("x", "y", "param", "state"): continue
+            if a is None: skipped += 1; continue
+            a, b = a.double(), b.double()
+            bound, diff, where = kinds.get(kind, 1e-5), (a - b).abs(), ""
+            if kind == "final":  # single entries are not judged: Adam turns a gradient of rounding size into a step of lr
+                error2, size2 = diff.square().sum(), (b - given["param." + name[6:]].double()).square().sum()
+                moved = [moved[0] + error2, moved[1] + size2]
+                error = (error2 / size2).sqrt().item()
+            else:
+                size = max(b.abs().max(), 1e-4 * largest if bound == 2e-5 else 0)
+                error = (diff.max() / size).item()
+                where = "at " + str(tuple(int(i) for i in (diff == diff.max()).nonzero()[0]))
+            good = error <= bound and a.shape == b.shape  # a NaN is not
+            okay &= good
+            worst[kind] = max(worst.get(kind, 0.0), error)
+            if not (good and args.quiet):
+                print(f"{'okay' if good else 'FAIL'}  {name:40} error {error:.1e} of {bound:.0e}  {where}")
+        if moved[1]:
+            error = (moved[0] / moved[1]).sqrt().item()
+            worst["final, all"], good = error, error <= 1e-4
+            okay &= good
+            print(f"{'okay' if good else 'FAIL'}  {'final, all together':40} error {error:.1e} of 1e-04")
+        print(f"{path} ({args.dtype}; skipped {skipped}): worst " + ", ".join(f"{k} {v:.1e}" for k, v in worst.items()))
+    print(f"overall okay: {int(okay)}")
+    sys.exit(not okay)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights in and out, timing
+
+
+def given_fields(args):
+    return {name: getattr(args, name) for name, *_ in CONFIG if getattr(args, name) is not None}
+
+
+def convert(args):
+    try: weights = torch.load(args.input, map_location="cpu", weights_only=True)
+    except TypeError: weights = torch.load(args.input, map_location="cpu")  # a torch without weights_only
+    buffers = "rope.freqs", ".prior_count", ".prior_mean", ".prior_logv"
+    weights = {name: t for name, t in weights.items() if not name.endswith(buffers)}
+    for name in "embed.weight", *("layers.0." + n for n in ("mega.wz.weight", "mega.wv.weight", "mega.cema.alpha", "nffn.fc1.weight")):
+        if name not in weights: raise SystemExit(f"{args.input}: no tensor {name}: not a released state_dict")
+    size, layer0, head = lambda name, i: weights[name].shape[i], "layers.0.", weights.get("output.output.weight")
+    fields = dict(
+        num_layers=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers.")),
+        vocab_size=size("embed.weight", 0), model_dim=size("embed.weight", 1), z_dim=size(layer0 + "mega.wz.weight", 0),
+        value_dim=size(layer0 + "mega.wv.weight", 0), ffn_hidden_dim=size(layer0 + "nffn.fc1.weight", 0),
+        cema_ndim=size(layer0 + "mega.cema.alpha", 1), swiglu=layer0 + "nffn.fc3.weight" in weights,
+        rescale_nffn=layer0 + "nffn.alpha" in weights, share_emb=head is None or torch.equal(head, weights["embed.weight"]))
+    for name, value in given_fields(args).items():
+        if fields.setdefault(name, value) != value:
+            raise SystemExit(f"{args.input}: {name} is {int(fields[name])} by its tensors, but {value} was asked for")
+    c = Config(**fields)
+    if c.share_emb: weights.pop("output.output.weight", None)
+    unknown = weights.keys() - parameters(c).keys()
+    if unknown: raise SystemExit(f"{args.input}: unknown tensor {min(unknown)}")
+    write(args.output, matching(args.input, c, weights), c.strings())
+
+
+def init(args):
+    c = Config(**given_fields(args))
+    params = init_parameters(c, args.seed)
+    print(f"num_parameters: {sum(w.numel() for w in params.values())}")
+    write(args.output, params, c.strings())
+
+
+def evaluate_text(args):
+    weights, meta = read(args.file)
+    c = config_of({**meta, **given_fields(args)})
+    with open(args.text, "rb") as f:
+        text = torch.tensor(list(f.read(args.seq + 1 if args.seq else -1)))
+    if len(text) < 2: raise SystemExit(f"{args.text}: {len(text)} bytes, but at least 2 are needed")
+    if text.max() >= c.vocab_size: raise SystemExit(f"{args.text}: byte {text.max()}, but vocab_size is {c.vocab_size}")
+    model = Megalodon(c, {name: w.to(getattr(torch, args.dtype)) for name, w in matching(args.file, c, weights).items()})
+    with torch.no_grad():
+        loss = cross_entropy(model(text[None, :-1])[0], text[None, 1:])[1].item()
+    print(f"eval: tokens {len(text) - 1} nats/token {loss:.6f} perplexity {math.exp(loss):.4f} bits/byte {loss / math.log(2):.6f}")
+
+
+def bench(args):
+    if args.threads: torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    c = Config(**given_fields(args))
+    model = Megalodon(c, {name: w.requires_grad_() for name, w in init_parameters(c, 1).items()})
+    optimizer, times = adamw(model, 1e-3, 0.1, (0.9, 0.95), 1e-8), []
+    for _ in range(args.warmup + args.steps):
+        tokens, start = torch.randint(c.vocab_size, (args.batch, args.seq + 1)), time.perf_counter()
+        train_step(model, optimizer, tokens[:, :-1], tokens[:, 1:], 1.0)
+        times.append(1e3 * (time.perf_counter() - start))
+    print(f"reference.py: step {statistics.median(times[args.warmup:]):.1f} ms")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+
+    def command(function, name, help, config=None):
+        p = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        p.set_defaults(function=function)
+        if config:
+            group = p.add_argument_group("config", config)
+            for field, other, kind, default, text in CONFIG:
+                flags = ["--" + f.replace("_", "-") for f in (field, other) if f]
+                group.add_argument(*flags, dest=field, type=kind, metavar="0|1" if kind is bit else kind.__name__.upper(),
+                                   help=f"{text} ({default})")
+        return p
+
+    def dtype(p, default):
+        p.add_argument("--dtype", choices=("float32", "float64"), default=default, help=f"precision of the run ({default})")
+
+    p = command(dump, "dump", "write the dumps that the tests read")
+    p.add_argument("--out", default="data/reference", help="folder (data/reference)")
+    p = command(check, "check", "recompute every tensor of dumps and compare; exit 1 if one is out of bounds")
+    p.add_argument("files", nargs="+", metavar="FILE")
+    p.add_argument("--quiet", action="store_true", help="print failures and summaries only")
+    dtype(p, "float32")
+    p = command(convert, "convert", "turn a released .pth state_dict into safetensors",
+                "sizes come from the tensors; give the fields they do not show: heads, chunk, groups, scale_emb, rope_base, norm_eps")
+    p.add_argument("input", metavar="IN.pth")
+    p.add_argument("output", metavar="OUT.safetensors")
+    p = command(init, "init", "write a freshly initialised model", "(default)")
+    p.add_argument("output", metavar="OUT.safetensors")
+    p.add_argument("--seed", type=int, default=1, help="of the random numbers (1)")
+    p = command(evaluate_text, "eval", "mean loss of a checkpoint over a text in one pass, a byte being a token",
+                "for what the file's metadata do not say")
+    p.add_argument("file", metavar="FILE.safetensors")
+    p.add_argument("text", metavar="TEXT")
+    p.add_argument("--seq", type=int, default=0, metavar="N", help="tokens to score, from the start of the text (all)")
+    dtype(p, "float32")
+    p = command(bench, "bench", "time a training step (forward, backward, clip, AdamW) in float32 on random tokens", "(default)")
+    for name, default, text in (("batch", 4, "sequences"), ("seq", 1024, "tokens of each"), ("warmup", 2, "steps not timed"),
+                                ("steps", 5, "steps timed; their median is printed"), ("threads", 0, "0: PyTorch's choice")):
+        p.add_argument("--" + name, type=int, default=default, help=f"{text} ({default})")
+    args = parser.parse_args()
+    args.function(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,427 @@
+/*
+Compares train_megalodon.c with tensors dumped from PyTorch.
+
+    ./test_megalodon                  the dumps in data/reference
+    ./test_megalodon FILE...          any dumps: safetensors files with weights and whatever was recorded of a run (the names
+                                      are those of dev/reference.py; every name that is known and in the file is checked)
+    ./test_megalodon --break NAME FILE   must fail: flips the signs of NAME if it is a param.*, else moves its largest entry
+                                      by 1% before checking
+    ./test_megalodon --long           timestep norm and CEMA streamed over 10 million timesteps, against float64
+
+One line per tensor: name, error, bound, where it is largest. Then "overall okay: 1" and exit status 0, or 0 and 1.
+*/
+#define TESTING
+#include "train_megalodon.c"
+
+// Error of an activation: max|a-b| / max|b|. Of a gradient: the same over max(max|b|, 1e-4 of the largest of its kind).
+// Two correct fp32 programs differ by about 1e-6, 3e-6 and 3e-7; an epsilon of 1e-6 for 1e-5, or tf32, is above these.
+static const double act_bound = 1e-5, grad_bound = 2e-5, train_bound = 2e-6, final_bound = 1e-3, final_all_bound = 1e-4;
+
+int num_checked, num_failed;
+
+// Prints a verdict; NaN fails.
+void verdict(const char* name, double error, double bound, size_t at, double got, double expected) {
+    bool good = error <= bound;
+    num_checked++;
+    num_failed += !good;
+    printf("%-6s %-44s error %.2e (bound %.0e)", good ? "ok" : "FAILED", name, error, bound);
+    if (bound != final_bound && bound != final_all_bound) { printf(" at %zu: %.9g, expected %.9g", at, got, expected); }
+    printf("\n");
+}
+
+// max|got - expected| over max(max|expected|, floor).
+void compare(const char* name, const float* got, const double* expected, size_t n, double floor, double bound) {
+    double worst = -1, largest = floor;
+    size_t at = 0;
+    for (size_t i = 0; i < n; i++) {
+        double e = fabs(got[i] - expected[i]);
+        if (fabs(expected[i]) > largest) { largest = fabs(expected[i]); }
+        if (!(e <= worst) && !isnan(worst)) { worst = e; at = i; } // a NaN stays
+    }
+    verdict(name, n ? worst / (largest > 0 ? largest : 1) : 0, bound, at, got[at], expected[at]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A dump and the run that it is compared with
+
+typedef struct {
+    SafeTensors st;
+    bool* used;             // by tensor
+    const char* broken;     // name given with --break, or NULL
+} Dump;
+
+const Tensor* dump_find(Dump* d, const char* name) {
+    const Tensor* t = safetensors_find(&d->st, name);
+    if (t) { d->used[t - d->st.tensors] = true; }
+    return t;
+}
+
+// The tensor's values, n of them, or NULL if the dump has none of this name. To be freed.
+double* dump_read(Dump* d, const char* name, size_t n) {
+    const Tensor* t = dump_find(d, name);
+    if (!t) { return NULL; }
+    if (t->size != n) { die("%s: tensor '%s' has %zu elements, expected %zu", d->st.path, name, t->size, n); }
+    double* x = (double*)xcalloc(n, sizeof(double));
+    size_t largest = 0;
+    tensor_read(&d->st, t, x);
+    if (d->broken && !strcmp(name, d->broken)) {
+        for (size_t i = 0; i < n; i++) {
+            if (!strncmp(name, "param.", 6)) { x[i] = -x[i]; }
+            if (fabs(x[i]) > fabs(x[largest])) { largest = i; }
+        }
+        if (strncmp(name, "param.", 6)) { x[largest] *= 1.01; }
+    }
+    return x;
+}
+
+int* dump_tokens(Dump* d, const char* name, int B, int T, int vocab) {
+    double* x = dump_read(d, name, (size_t)B * T);
+    int* tokens = (int*)xcalloc((size_t)B * T, sizeof(int));
+    if (!x) { die("%s: tensor '%s' is missing", d->st.path, name); }
+    for (int i = 0; i < B * T; i++) {
+        tokens[i] = x[i];
+        if ((tokens[i] < 0 || tokens[i] >= vocab) && !(*name == 'y' && tokens[i] == IGNORE)) {
+            die("%s: %s[%d] is %d, vocab_size is %d", d->st.path, name, i, tokens[i], vocab);
+        }
+    }
+    free(x);
+    return tokens;
+}
+
+// Compares n floats, times `scale`, with the tensor of this name if the dump has it.
+void check(Dump* d, const char* name, const float* got, float scale, size_t n, double floor, double bound) {
+    double* expected = dump_read(d, name, n);
+    if (!expected) { return; }
+    float* scaled = (float*)xcalloc(n, sizeof(float));
+    for (size_t i = 0; i < n; i++) { scaled[i] = got[i] * scale; }
+    compare(name, scaled, expected, n, floor, bound);
+    free(scaled);
+    free(expected);
+}
+
+// 1e-4 of the largest entry of all tensors whose names start with prefix.
+double gradient_floor(Dump* d, const char* prefix) {
+    double largest = 0;
+    for (int i = 0; i < d->st.num_tensors; i++) {
+        const Tensor* t = &d->st.tensors[i];
+        if (strncmp(t->name, prefix, strlen(prefix))) { continue; }
+        double* x = (double*)xcalloc(t->size, sizeof(double));
+        tensor_read(&d->st, t, x);
+        for (size_t k = 0; k < t->size; k++) { largest = fabs(x[k]) > largest ? fabs(x[k]) : largest; }
+        free(x);
+    }
+    return 1e-4 * largest;
+}
+
+// Every activation, or gradient of one, that the table gives a name. The embedding is dumped before scaling.
+void check_acts(Dump* d, const char* prefix, const Config* c, const Spec* specs, const Acts* acts, double embed_scale,
+                       double floor, double bound) {
+    char name[128];
+    for (int i = 0; i < NUM_ACTS; i++) {
+        const float* x = ((float* const*)acts)[i];
+        bool per_layer = strstr(specs[i].name, "%d");
+        for (int l = 0; *specs[i].name && l < (per_layer ? c->num_layers : 1); l++) {
+            check(d, layer_name(name, prefix, specs[i].name, l), x + l * specs[i].size, x == acts->embed ? embed_scale : 1,
+                  specs[i].size, floor, bound);
+        }
+    }
+}
+
+void check_params(Dump* d, const char* prefix, const Model* m, const Params* block, double floor, double bound) {
+    char name[128];
+    for (int i = 0; i < NUM_PARAMS; i++) {
+        const Spec* s = &m->specs[i];
+        for (int l = 0; s->size && l < s->slots; l++) {
+            check(d, layer_name(name, prefix, s->name, l), ((float* const*)block)[i] + l * s->size, 1, s->size, floor, bound);
+        }
+    }
+}
+
+// Final weights by L2: norm(got - expected) / norm(expected - start). Single entries are not judged: Adam turns a gradient
+// of rounding size into a step of lr.
+void check_final(Dump* d, const Model* m, const Params* block) {
+    char name[128], start_name[128];
+    double all_error = 0, all_moved = 0;
+    int found = 0;
+    for (int i = 0; i < NUM_PARAMS; i++) {
+        const Spec* s = &m->specs[i];
+        for (int l = 0; s->size && l < s->slots; l++) {
+            const float* got = ((float* const*)block)[i] + l * s->size;
+            double *expected = dump_read(d, layer_name(name, "final.", s->name, l), s->size), error = 0, moved = 0;
+            if (!expected) { continue; }
+            double* start = dump_read(d, layer_name(start_name, "param.", s->name, l), s->size);
+            for (size_t k = 0; k < s->size; k++) {
+                error += (got[k] - expected[k]) * (got[k] - expected[k]);
+                moved += (expected[k] - start[k]) * (expected[k] - start[k]);
+            }
+            verdict(name, sqrt(error / moved), final_bound, 0, 0, 0);
+            all_error += error;
+            all_moved += moved;
+            found++;
+            free(expected);
+            free(start);
+        }
+    }
+    if (found) { verdict("final, all together", sqrt(all_error / all_moved), final_all_bound, 0, 0, 0); }
+}
+
+// Fills s from the dump's state.*, if there: the past before the first token. Returns whether it was.
+bool read_state(Dump* d, const Config* c, State* s) {
+    size_t B = s->B, G = c->norm_num_groups, h_size = B * c->model_dim * c->cema_ndim * 2;
+    char name[128];
+    bool any = false;
+    for (int l = 0; l <= c->num_layers; l++) {
+        State at = state_layer(s, c, l);
+        const char* norm = l < c->num_layers ? "layers.%d.mega.timenorm" : "output.final_norm";
+        for (int k = 0; k < 3; k++) {
+            const char* part[] = {"count", "mean", "var"};
+            char full[64];
+            snprintf(full, sizeof(full), "%s.%s", norm, part[k]);
+            double* x = dump_read(d, layer_name(name, "state.", full, l), k == 0 ? B : B * G);
+            for (size_t i = 0; x && i < B * G; i++) { (&at.norm[i].count)[k] = k == 0 ? x[i / G] : x[i]; }
+            any = any || x;
+            free(x);
+        }
+        double* h = l < c->num_layers ? dump_read(d, layer_name(name, "state.", "layers.%d.mega.cema.h", l), h_size) : NULL;
+        for (size_t i = 0; h && i < h_size; i++) { at.h[i] = h[i]; }
+        any = any || h;
+        free(h);
+    }
+    return any;
+}
+
+void check_dstate(Dump* d, const Config* c, const State* s) {
+    size_t B = s->B, G = c->norm_num_groups;
+    float* x = (float*)xcalloc(B * G, sizeof(float));
+    char name[128];
+    double floor = gradient_floor(d, "dstate.");
+    for (int l = 0; l <= c->num_layers; l++) {
+        State at = state_layer(s, c, l);
+        for (int var = 0; var < 2; var++) {
+            const char* norm[2][2] = {{"layers.%d.mega.timenorm.mean", "layers.%d.mega.timenorm.var"},
+                                      {"output.final_norm.mean", "output.final_norm.var"}};
+            for (size_t i = 0; i < B * G; i++) { x[i] = var ? at.norm[i].var : at.norm[i].mean; }
+            check(d, layer_name(name, "dstate.", norm[l == c->num_layers][var], l), x, 1, B * G, floor, grad_bound);
+        }
+        if (l == c->num_layers) { break; }
+        check(d, layer_name(name, "dstate.", "layers.%d.mega.cema.h", l), at.h, 1, B * c->model_dim * c->cema_ndim * 2,
+              floor, grad_bound);
+    }
+    free(x);
+}
+
+// Logits (B,S,vocab) of x (B,T) fed through a cache: `first` tokens in pieces of a chunk, then one at a time. To be freed.
+float* stream_logits(const Model* m, const int* x, int B, int T, int S, int first, const State* start) {
+    const Config* c = &m->config;
+    float* logits = (float*)xcalloc((size_t)B * S * c->vocab_size, sizeof(float));
+    int* piece = (int*)xcalloc((size_t)B * c->chunk_size, sizeof(int));
+    Pass s;
+    State state;
+    pass_alloc(&s, c, B, c->chunk_size, KEEP_NONE, KEEP_NONE);
+    state_alloc(&state, c, B, true);
+    if (start) {
+        memcpy(state.norm, start->norm, sizeof(NormState) * (c->num_layers + 1) * B * c->norm_num_groups);
+        memcpy(state.h, start->h, sizeof(float) * c->num_layers * B * c->model_dim * c->cema_ndim * 2);
+    }
+    for (int t = 0; t < S; t += s.T) {
+        s.T = t < first ? min_int(c->chunk_size, first - t) : 1;
+        for (int b = 0; b < B; b++) { memcpy(piece + b * s.T, x + (size_t)b * T + t, s.T * sizeof(int)); }
+        model_forward(m, &s, piece, &state, &state);
+        for (int b = 0; b < B; b++) {
+            memcpy(logits + ((size_t)b * S + t) * c->vocab_size, s.acts.logits + (size_t)b * s.T * c->vocab_size,
+                   sizeof(float) * s.T * c->vocab_size);
+        }
+    }
+    pass_free(&s);
+    state_free(&state);
+    free(piece);
+    return logits;
+}
+
+double meta_number(const SafeTensors* st, const char* key, double missing) {
+    const char* text = safetensors_meta(st, key);
+    return text ? atof(text) : missing;
+}
+
+void test_dump(const char* path, const char* broken) {
+    Dump dump = {{{0}, {0}, NULL, NULL, NULL, 0, 0, NULL, 0}, NULL, broken}, *d = &dump;
+    Options o = default_options;
+    bool given[NUM_OPTIONS] = {0};
+    char name[128];
+    safetensors_open(&d->st, path);
+    d->used = (bool*)xcalloc(d->st.num_tensors + 1, sizeof(bool));
+    options_from_file(&o, &d->st, given, false);
+    const Config* c = &o.model;
+    const Tensor* shape = safetensors_find(&d->st, "x");
+    if (!shape || shape->num_dims != 2) { die("%s: no tensor 'x' (B,T)", path); }
+    int B = shape->dims[0], T = shape->dims[1], vocab = c->vocab_size, *x = dump_tokens(d, "x", B, T, vocab);
+    int* y = dump_tokens(d, "y", B, T, vocab);
+    size_t rows = (size_t)B * T, scored = 0;
+    printf("%s: %d layers, (B,T) = (%d,%d)\n", path, c->num_layers, B, T);
+
+    Model m;
+    Pass s;
+    State start, dstart;
+    model_alloc(&m, c, true);
+    pass_alloc(&s, c, B, T, KEEP_ALL, KEEP_ALL);
+    state_alloc(&start, c, B, false);
+    state_alloc(&dstart, c, B, false);
+    for (int i = 0; i < NUM_PARAMS; i++) {
+        for (int l = 0; m.specs[i].size && l < m.specs[i].slots; l++) {
+            double* w = dump_read(d, layer_name(name, "param.", m.specs[i].name, l), m.specs[i].size);
+            if (!w) { die("%s: tensor '%s' is missing", path, name); }
+            for (size_t k = 0; k < m.specs[i].size; k++) { (((float**)&m.params)[i] + l * m.specs[i].size)[k] = w[k]; }
+            free(w);
+        }
+    }
+    const State* past = read_state(d, c, &start) ? &start : NULL;
+
+    // Forward, then streaming: from the dump, and against the one-shot logits in chunks and token by token.
+    model_forward(&m, &s, x, past, NULL);
+    float loss = model_loss(&m, &s, y, &scored) / scored;
+    check_acts(d, "act.", c, s.specs, &s.acts, 1 / embedding_scale(c), 0, act_bound);
+    check(d, "logits", s.acts.logits, 1, rows * vocab, 0, act_bound);
+    check(d, "losses", s.acts.losses, 1, rows, 0, act_bound);
+    check(d, "loss", &loss, 1, 1, 0, act_bound);
+    double* one_shot = (double*)xcalloc(rows * vocab, sizeof(double));
+    for (size_t i = 0; i < rows * vocab; i++) { one_shot[i] = s.acts.logits[i]; }
+    for (int first = 0; first <= T; first += T) {
+        float* got = stream_logits(&m, x, B, T, T, first, past);
+        compare(first ? "logits, chunk by chunk" : "logits, token by token", got, one_shot, rows * vocab, 0, act_bound);
+        free(got);
+    }
+    free(one_shot);
+    const Tensor* stream = safetensors_find(&d->st, "stream_logits");
+    if (stream && stream->num_dims == 3 && stream->dims[1] <= (size_t)T) {
+        int S = stream->dims[1];
+        float* got = stream_logits(&m, x, B, T, S, min_int(S, c->chunk_size), past);
+        check(d, "stream_logits", got, 1, (size_t)B * S * vocab, 0, act_bound);
+        free(got);
+    }
+
+    // Backward, and the same with blocks recomputed: to the bit.
+    model_backward(&m, &s, x, y, 1.0 / scored, past, &dstart);
+    check_acts(d, "dact.", c, s.dspecs, &s.grads, embedding_scale(c), gradient_floor(d, "dact."), grad_bound);
+    check_params(d, "grad.", &m, &m.grads, gradient_floor(d, "grad."), grad_bound);
+    check_dstate(d, c, &dstart);
+    Pass again;
+    size_t bytes = m.num_parameters * sizeof(float);
+    float* kept = (float*)memcpy(xcalloc(m.num_parameters, sizeof(float)), m.grads.embed, bytes);
+    pass_alloc(&again, c, B, T, KEEP_BLOCKS, KEEP_NONE);
+    memset(m.grads.embed, 0, bytes);
+    model_forward(&m, &again, x, past, NULL);
+    model_loss(&m, &again, y, &scored);
+    model_backward(&m, &again, x, y, 2.0 / scored, past, NULL);
+    verdict("grad, recomputed", memcmp(kept, m.grads.embed, bytes) ? 1 : 0, 0, 0, 0, 0);
+    free(kept);
+    pass_free(&again);
+
+    // Training on the same batch.
+    int steps = meta_number(&d->st, "train_steps", 0);
+    o.weight_decay = meta_number(&d->st, "weight_decay", 0);
+    o.beta1 = meta_number(&d->st, "beta1", o.beta1);
+    o.beta2 = meta_number(&d->st, "beta2", o.beta2);
+    o.adam_eps = meta_number(&d->st, "adam_eps", o.adam_eps);
+    o.clip = meta_number(&d->st, "grad_clip", 0);
+    float *losses = (float*)xcalloc(steps, sizeof(float)), *norms = (float*)xcalloc(steps, sizeof(float));
+    for (int i = 0; i < steps; i++) {
+        memset(m.grads.embed, 0, bytes);
+        scored = 0;
+        model_forward(&m, &s, x, past, NULL);
+        losses[i] = model_loss(&m, &s, y, &scored);
+        losses[i] /= scored;
+        model_backward(&m, &s, x, y, 1.0 / scored, past, NULL);
+        norms[i] = model_grad_norm(&m);
+        model_update(&m, &o, meta_number(&d->st, "learning_rate", 0), i + 1, clip_scale(norms[i], o.clip));
+    }
+    check(d, "train_losses", losses, 1, steps, 0, train_bound);
+    check(d, "train_gnorms", norms, 1, steps, 0, train_bound);
+    if (steps) { check_final(d, &m, &m.params); }
+
+    int skipped = 0;
+    for (int i = 0; i < d->st.num_tensors; i++) { skipped += !d->used[i]; }
+    printf("%s: %d checked so far, %d tensors skipped\n", path, num_checked, skipped);
+    free(losses);
+    free(norms);
+    free(x);
+    free(y);
+    free(d->used);
+    model_free(&m);
+    pass_free(&s);
+    state_free(&start);
+    state_free(&dstart);
+    safetensors_close(&d->st);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 10 million timesteps of data with mean 10 and variance 1, in pieces; the last outputs against plain float64 recurrences.
+void test_long(void) {
+    enum { D = 16, G = 2, N = 16, PIECE = 1000, PIECES = 10000 };
+    static float x[PIECE * D], out[PIECE * D], mean[PIECE * G], rstd[PIECE * G], h[D * N * 2];
+    static float w[D], b[D], alpha[D * N], delta[D * N], theta[D], gamma[D * N * 2], omega[D];
+    static double expected[2][PIECE * D], h64[D][N][2], q[D][N][2], p[D][N], sum[G], sum2[G];
+    NormState state[G] = {{0, 0, 0}};
+    for (int d = 0; d < D; d++) {
+        w[d] = random_normal(1, 0, d);
+        b[d] = random_normal(1, 1, d);
+        theta[d] = random_normal(1, 2, d);
+        omega[d] = random_normal(1, 3, d);
+        for (int k = 0; k < N; k++) {
+            int i = d * N + k;
+            alpha[i] = random_normal(1, 4, i);
+            delta[i] = random_normal(1, 5, i) - 2; // slow decay: long memory
+            gamma[2 * i] = random_normal(1, 6, i);
+            gamma[2 * i + 1] = random_normal(1, 7, i);
+            double angle = 2 * M_PI * (k + 1) / N * sigmoid(theta[d]);
+            p[d][k] = sigmoid(alpha[i]);
+            q[d][k][0] = (1 - p[d][k] * sigmoid(delta[i])) * cos(angle);
+            q[d][k][1] = (1 - p[d][k] * sigmoid(delta[i])) * sin(angle);
+        }
+    }
+    for (int piece = 0; piece < PIECES; piece++) {
+        for (int i = 0; i < PIECE * D; i++) { x[i] = 10 + random_normal(2, piece, i); }
+        timestepnorm_forward(out, mean, rstd, state, piece ? state : NULL, x, w, b, 1, PIECE, D, G, 1e-5f);
+        for (int t = 0; t < PIECE; t++) {
+            for (int g = 0; g < G; g++) { // sums about 10, where nothing cancels
+                for (int i = g * D / G; i < (g + 1) * D / G; i++) {
+                    sum[g] += x[t * D + i] - 10.0;
+                    sum2[g] += (x[t * D + i] - 10.0) * (x[t * D + i] - 10.0);
+                }
+                double n = ((double)piece * PIECE + t + 1) * (D / G), m = sum[g] / n, v = sum2[g] / n - m * m;
+                for (int i = g * D / G; i < (g + 1) * D / G; i++) {
+                    expected[0][t * D + i] = (x[t * D + i] - 10.0 - m) / sqrt(v + 1e-5) * (w[i] + 1.0) + b[i];
+                }
+            }
+            for (int d = 0; d < D; d++) {
+                double y = omega[d] * (double)x[t * D + d];
+                for (int k = 0; k < N; k++) {
+                    double re = h64[d][k][0], im = h64[d][k][1];
+                    h64[d][k][0] = q[d][k][0] * re - q[d][k][1] * im + p[d][k] * x[t * D + d];
+                    h64[d][k][1] = q[d][k][0] * im + q[d][k][1] * re;
+                    y += (gamma[2 * (d * N + k)] * h64[d][k][0] - gamma[2 * (d * N + k) + 1] * h64[d][k][1]) / sqrt(N);
+                }
+                expected[1][t * D + d] = y;
+            }
+        }
+        if (piece == PIECES - 1) { compare("timestepnorm after 10^7 timesteps", out, expected[0], PIECE * D, 0, 1e-5); }
+        cema_forward(out, h, h, x, alpha, delta, theta, gamma, omega, 1, PIECE, D, N);
+    }
+    compare("cema after 10^7 timesteps", out, expected[1], PIECE * D, 0, 1e-5);
+}
+
+int main(int argc, char** argv) {
+    const char* broken = NULL;
+    int first = 1;
+    if (argc > 1 && !strcmp(argv[1], "--long")) { test_long(); first = argc; }
+    else if (argc > 3 && !strcmp(argv[1], "--break")) { broken = argv[2]; first = 3; }
+    else if (argc > 1 && argv[1][0] == '-') { die("usage: test_megalodon [--long | --break NAME] [FILE]..."); }
+    if (argc == 1) {
+        glob_t found;
+        if (glob("data/reference/*.safetensors", 0, NULL, &found)) { die("data/reference holds no dumps"); }
+        for (size_t i = 0; i < found.gl_pathc; i++) { test_dump(found.gl_pathv[i], NULL); }
+        globfree(&found);
+    }
+    for (int i = first; i < argc; i++) { test_dump(argv[i], broken); }
+    printf("%d tensors checked, %d failed\noverall okay: %d\n", num_checked, num_failed, num_failed == 0 && num_checked > 0);
+    return num_failed || !num_checked;
+}

@@ -1,0 +1,2329 @@
+/*
+Megalodon (arXiv 2404.08801) in plain C: the reference implementation, fp32, on the CPU.
+
+Megalodon is a language model with unlimited context in linear time. A transformer block mixes positions by attention
+alone, over everything seen so far. A Megalodon block mixes them by three things, cheap and exact in any length:
+
+    timestep norm    normalizes each group of features by its mean and variance over all timesteps so far  (carries 3
+                     numbers per group to the next chunk)
+    CEMA             a moving average with complex decay, 16 damped oscillators per feature    (carries 16 complex
+                     numbers per feature)
+    chunk attention  softmax attention inside chunks of fixed size                                 (carries nothing)
+
+What happened in earlier chunks reaches the present only through the first two. The file is meant to be read from top
+to bottom:
+
+    options and tables    every flag, parameter and activation is declared once, in a table; all else derives from them
+    layers                each forward followed by its backward, with its equation and its shapes
+    model                 one block as in Figure 3 of the paper, the forward and backward pass, AdamW
+    files                 safetensors, checkpoints, token streams
+    use                   streaming evaluation and generation, the training loop, the command line
+
+    make train_megalodon && ./train_megalodon        trains a tiny model on this file itself; --help lists the flags
+
+Conventions. Arrays are row-major, (B,T,D) means batch, time, features. Weights are (out, in): y = x W^T + b. The names
+of gradients are those of the values with a d in front. d<weight> is always added to, so that micro-steps accumulate;
+d<activation> is assigned, except where the comment of the function says that it is added to. No sum depends on the
+number of threads: reductions over rows are split by columns, so every run of one binary gives the same bits.
+Equation numbers are the paper's. Where the released code (XuezheMax/megalodon) differs from the paper, this file does
+what the code does, because that is what checkpoints mean, and says so.
+*/
+#ifndef _GNU_SOURCE // C++ compilers define it themselves
+#define _GNU_SOURCE
+#endif
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <glob.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <math.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#define OMP(...) _Pragma(#__VA_ARGS__)
+#else
+#define OMP(...)
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Errors and memory
+
+// Every error ends here: one line that names the file, flag or tensor and says what was expected; exit status 1.
+__attribute__((noreturn, format(printf, 1, 2))) void die(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    fflush(stdout);
+    fputs("error: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+    exit(1);
+}
+
+// Zeroed memory for n elements of `size` bytes, aligned to cache lines.
+void* xcalloc(size_t n, size_t size) {
+    void* p = NULL;
+    if (size && n > SIZE_MAX / 2 / size) { die("out of memory: %zu x %zu bytes asked for", n, size); }
+    if (posix_memalign(&p, 64, n * size + 1)) { die("out of memory: %.1f MB asked for", n * size / 1e6); }
+    return memset(p, 0, n * size);
+}
+
+size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+int min_int(int a, int b) { return a < b ? a : b; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Options: one table. The struct, the parser, --help, the printed configuration and what a checkpoint records all come
+// from it. A row is: kind, name (with dashes on the command line), default, smallest and largest value, help.
+
+// The model. The defaults are the preset `tiny`. Symbols in brackets are those of the comments below and of the paper.
+#define MODEL_OPTIONS(X) \
+    X(INT,  num_layers,         4, 1, 10000,      "blocks [L]") \
+    X(INT,  model_dim,        128, 1, 1 << 20,    "features of the residual stream [D]") \
+    X(INT,  num_heads,          1, 1, 1 << 16,    "attention heads [H]") \
+    X(INT,  z_dim,             64, 2, 1 << 20,    "shared representation that queries and keys are made of, all heads [Z]") \
+    X(INT,  value_dim,        192, 1, 1 << 20,    "attention values, all heads [V]") \
+    X(INT,  ffn_hidden_dim,   216, 1, 1 << 20,    "hidden features of the feed-forward layer [F]") \
+    X(INT,  chunk_size,       128, 1, 1 << 24,    "timesteps that attend to each other [c]") \
+    X(INT,  norm_num_groups,    4, 1, 1 << 20,    "groups of the timestep norm [G]") \
+    X(INT,  cema_ndim,         16, 1, CEMA_MAX_NDIM, "complex oscillators per feature [N]") \
+    X(INT,  vocab_size,       256, 2, 1 << 24,    "tokens; 256 for bytes") \
+    X(REAL, rope_base,      10000, 1, 1e12,       "wavelengths of the rotary embedding") \
+    X(REAL, norm_eps,        1e-5, 0, 1,          "added to every variance [eps]") \
+    X(BOOL, swiglu,             1, 0, 1,          "gate the feed-forward layer") \
+    X(BOOL, scale_emb,          1, 0, 1,          "multiply embeddings by sqrt(model_dim)") \
+    X(BOOL, share_emb,          1, 0, 1,          "use the embedding as the output layer too") \
+    X(BOOL, rescale_nffn,       0, 0, 1,          "multiply the feed-forward output by a learned vector")
+
+#define TRAINING_OPTIONS(X) \
+    X(TEXT, train, "train_megalodon.c,test_megalodon.c,dev/*.py,dev/*.c,README.md", 0, 0, \
+        "training data: .txt or other text (a byte is a token) or llm.c's .bin; commas and * for several files") \
+    X(TEXT, val,               "", 0, 0,          "validation data; without it the last 10% of each training file") \
+    X(TEXT, load,              "", 0, 0,          "start from the weights of this safetensors file") \
+    X(TEXT, resume,            "", 0, 0,          "go on from the newest checkpoint in this folder") \
+    X(TEXT, out,               "", 0, 0,          "folder for checkpoints and log.tsv") \
+    X(INT,  batch,              4, 1, 1 << 24,    "sequences in a micro-step") \
+    X(INT,  seq,              256, 1, INT_MAX,    "tokens in a sequence") \
+    X(INT,  accum,              1, 1, 1 << 24,    "micro-steps in a step") \
+    X(INT,  steps,           1000, 1, INT_MAX,    "steps, and the length of the learning rate schedule") \
+    X(REAL, lr,              4e-3, 0, 1e3,        "peak learning rate (paper: 3.5e-4)") \
+    X(REAL, lr_end_ratio,    0.05, 0, 1,          "the last learning rate over the peak") \
+    X(INT,  warmup,           100, 0, INT_MAX,    "steps of linear warmup (paper: 2500)") \
+    X(TEXT, schedule,    "cosine", 0, 0,          "after the warmup: cosine, linear or constant") \
+    X(REAL, weight_decay,     0.1, 0, 1e3,        "decoupled, on every parameter") \
+    X(REAL, beta1,            0.9, 0, 1,          "AdamW: decay of the first moment") \
+    X(REAL, beta2,           0.95, 0, 1,          "AdamW: decay of the second moment") \
+    X(REAL, adam_eps,        1e-8, 0, 1,          "AdamW: added to the root of the second moment") \
+    X(REAL, clip,             1.0, 0, 1e12,       "largest global norm of the gradient; 0 for no limit") \
+    X(INT,  seed,            1337, 0, INT_MAX,    "initialization, data order and sampling") \
+    X(INT,  threads,            0, 0, 1 << 16,    "OpenMP threads; 0 for its own default") \
+    X(BOOL, recompute,          0, 0, 1,          "keep only the inputs of blocks for the backward pass") \
+    X(INT,  val_every,        250, 0, INT_MAX,    "validate every so many steps; always after the last") \
+    X(INT,  checkpoint_every,   0, 0, INT_MAX,    "save every so many steps; always after the last, given --out") \
+    X(INT,  sample_every,       0, 0, INT_MAX,    "print a sample every so many steps")
+
+// What to do other than training; not recorded in checkpoints.
+#define MODE_OPTIONS(X) \
+    X(TEXT, preset,        "tiny", 0, 0,          "start from these model options: " PRESET_NAMES) \
+    X(INT,  generate,           0, 0, INT_MAX,    "print so many tokens") \
+    X(TEXT, prompt,            "", 0, 0,          "text to go on from; empty starts from a newline") \
+    X(REAL, temperature,      1.0, 0, 1e6,        "0 takes the likeliest token") \
+    X(INT,  top_k,              0, 0, INT_MAX,    "sample from the k likeliest tokens; 0 for all") \
+    X(REAL, top_p,            1.0, 0, 1,          "sample from the likeliest tokens that hold this probability") \
+    X(TEXT, eval,              "", 0, 0,          "print the loss on this file, streamed from its start to its end") \
+    X(FLAG, dry_run,            0, 0, 1,          "print configuration, parameters and memory, and stop") \
+    X(FLAG, help,               0, 0, 1,          "print this")
+
+#define PRESET_NAMES "tiny mega200M mega1.3B mega1.3B_pg19 mega7.1B mega7.3B paper7B"
+#define C_TYPE_INT int
+#define C_TYPE_REAL double
+#define C_TYPE_BOOL int
+#define C_TYPE_FLAG int
+#define C_TYPE_TEXT const char*
+#define STRUCT_FIELD(kind, name, ...) C_TYPE_##kind name;
+#define DEFAULT_VALUE(kind, name, value, ...) value,
+
+enum { CEMA_MAX_NDIM = 64 };
+typedef struct { MODEL_OPTIONS(STRUCT_FIELD) } Config;
+typedef struct { Config model; TRAINING_OPTIONS(STRUCT_FIELD) MODE_OPTIONS(STRUCT_FIELD) } Options;
+static const Options default_options = { { MODEL_OPTIONS(DEFAULT_VALUE) },
+                                         TRAINING_OPTIONS(DEFAULT_VALUE) MODE_OPTIONS(DEFAULT_VALUE) };
+
+// The released configurations, with their exact numbers of parameters: 220,627,968; 1,342,832,640; 1,327,628,288;
+// 7,117,381,632; 7,385,817,088 (twice, the last one as in the paper).
+static const struct { const char* name; Config config; } presets[] = {
+    {"tiny",          { MODEL_OPTIONS(DEFAULT_VALUE) }},
+    //                  L    D   H    Z     V      F     c   G   N  vocab   base   eps  swiglu scale share rescale
+    {"mega200M",      {12, 1024, 1,  256, 2048,  2560, 2048, 32, 16, 32000, 10000,  1e-5, 0, 0, 0, 0}},
+    {"mega1.3B",      {24, 2048, 2,  512, 4096,  4864, 2048, 64, 16, 32000, 10000,  1e-5, 0, 0, 0, 0}},
+    {"mega1.3B_pg19", {24, 2048, 2,  512, 4096,  3584, 2048, 64, 16, 32000, 10000,  1e-5, 1, 1, 1, 0}},
+    {"mega7.1B",      {32, 4096, 4, 1024, 8192, 11264, 2048, 64, 16, 32000, 10000,  1e-5, 0, 0, 0, 0}},
+    {"mega7.3B",      {32, 4096, 4, 1024, 8192,  8192, 2048, 64, 16, 32000, 10000,  1e-5, 1, 0, 0, 0}},
+    {"paper7B",       {32, 4096, 4, 1024, 8192,  8192, 4096, 64, 16, 32000, 100000, 1e-5, 1, 0, 0, 0}},
+};
+enum { NUM_PRESETS = sizeof(presets) / sizeof(presets[0]) };
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Parameters and activations: one table each
+
+// How a parameter starts. The released code's initialization "he"; n is the row's last dimension (fan_in).
+enum { INIT_ZERO, INIT_EMBED, INIT_LINEAR, INIT_NORMAL, INIT_THETA, INIT_GAMMA, INIT_OMEGA, INIT_RESCALE };
+
+// A row is: field, name in files (one tensor per layer where it holds %d), shape (0 ends it; 0 first: absent), start.
+#define PARAMETERS(X) \
+    X(embed,       "embed.weight",                   vocab, D, 0, INIT_EMBED) \
+    X(timenorm_w,  "layers.%d.mega.timenorm.weight", D, 0, 0, INIT_ZERO) \
+    X(timenorm_b,  "layers.%d.mega.timenorm.bias",   D, 0, 0, INIT_ZERO) \
+    X(cema_alpha,  "layers.%d.mega.cema.alpha",      D, N, 1, INIT_NORMAL) \
+    X(cema_delta,  "layers.%d.mega.cema.delta",      D, N, 1, INIT_NORMAL) \
+    X(cema_theta,  "layers.%d.mega.cema.theta",      D, 1, 1, INIT_THETA) \
+    X(cema_gamma,  "layers.%d.mega.cema.gamma",      D, N, 2, INIT_GAMMA) \
+    X(cema_omega,  "layers.%d.mega.cema.omega",      D, 1, 0, INIT_OMEGA) \
+    X(rmsnorm_w,   "layers.%d.mega.rmsnorm.weight",  D, 0, 0, INIT_ZERO) \
+    X(wv,          "layers.%d.mega.wv.weight",       V, D, 0, INIT_LINEAR) \
+    X(wv_b,        "layers.%d.mega.wv.bias",         V, 0, 0, INIT_ZERO) \
+    X(wz,          "layers.%d.mega.wz.weight",       Z, D, 0, INIT_LINEAR) \
+    X(wz_b,        "layers.%d.mega.wz.bias",         Z, 0, 0, INIT_ZERO) \
+    X(wr,          "layers.%d.mega.wr.weight",       V, D, 0, INIT_LINEAR) \
+    X(wr_b,        "layers.%d.mega.wr.bias",         V, 0, 0, INIT_ZERO) \
+    X(wh1,         "layers.%d.mega.wh1.weight",      D, D, 0, INIT_LINEAR) \
+    X(wh1_b,       "layers.%d.mega.wh1.bias",        D, 0, 0, INIT_ZERO) \
+    X(wh2,         "layers.%d.mega.wh2.weight",      D, V, 0, INIT_LINEAR) \
+    X(gamma,       "layers.%d.mega.gamma",           2, Z, 0, INIT_ZERO) \
+    X(beta,        "layers.%d.mega.beta",            2, Z, 0, INIT_ZERO) \
+    X(norm_w,      "layers.%d.nffn.norm.weight",     D, 0, 0, INIT_ZERO) \
+    X(norm_b,      "layers.%d.nffn.norm.bias",       D, 0, 0, INIT_ZERO) \
+    X(fc1,         "layers.%d.nffn.fc1.weight",      F, D, 0, INIT_LINEAR) \
+    X(fc3,         "layers.%d.nffn.fc3.weight",      swiglu ? F : 0, D, 0, INIT_LINEAR) \
+    X(fc2,         "layers.%d.nffn.fc2.weight",      D, F, 0, INIT_LINEAR) \
+    X(rescale,     "layers.%d.nffn.alpha",           rescale_nffn ? D : 0, 0, 0, INIT_RESCALE) \
+    X(final_w,     "output.final_norm.weight",       D, 0, 0, INIT_ZERO) \
+    X(final_b,     "output.final_norm.bias",         D, 0, 0, INIT_ZERO) \
+    X(output,      "output.output.weight",           share_emb ? 0 : vocab, D, 0, INIT_EMBED)
+
+// Which layers have a slot of their own. The rest share one: for inference and with --recompute, LAYER rows too.
+enum { ONCE, LAYER, BLOCK_OUTPUT };
+
+// A row is: field, name in test dumps ("" where it is not in them), slots, shape after (B,T), 0 ends it. The same table
+// lays out the gradients of activations.
+#define ACTIVATIONS(X) \
+    X(embed,         "embed",                         ONCE,  D, 0) \
+    X(timenorm,      "layers.%d.mega.timenorm",       LAYER, D, 0)    /* n */ \
+    X(timenorm_mean, "",                              LAYER, G, 0) \
+    X(timenorm_rstd, "",                              LAYER, G, 0) \
+    X(cema,          "layers.%d.mega.cema",           LAYER, D, 0)    /* e */ \
+    X(rmsnorm,       "layers.%d.mega.rmsnorm",        LAYER, D, 0)    /* m */ \
+    X(rmsnorm_rstd,  "",                              LAYER, 1, 0) \
+    X(wz,            "layers.%d.mega.wz",             LAYER, Z, 0)    /* z */ \
+    X(znorm,         "layers.%d.mega.znorm",          LAYER, H, Z/H) \
+    X(znorm_rstd,    "",                              LAYER, H, 0) \
+    X(q,             "",                              LAYER, H, Z/H) \
+    X(k,             "",                              LAYER, H, Z/H) \
+    X(wv,            "layers.%d.mega.wv",             LAYER, V, 0) \
+    X(v,             "",                              LAYER, H, V/H) \
+    X(wr,            "layers.%d.mega.wr",             LAYER, V, 0) \
+    X(attention,     "layers.%d.mega.inner_attention", LAYER, V, 0)   /* o */ \
+    X(attention_lse, "",                              LAYER, H, 0) \
+    X(gated,         "",                              LAYER, V, 0)    /* o*r */ \
+    X(mega,          "layers.%d.mega",                LAYER, D, 0)    /* y */ \
+    X(norm,          "layers.%d.nffn.norm",           LAYER, D, 0)    /* u */ \
+    X(norm_mean,     "",                              LAYER, 1, 0) \
+    X(norm_rstd,     "",                              LAYER, 1, 0) \
+    X(fc1,           "layers.%d.nffn.fc1",            LAYER, F, 0) \
+    X(fc3,           "",                              LAYER, swiglu ? F : 0, 0) \
+    X(hidden,        "",                              LAYER, F, 0) \
+    X(fc2,           "",                              LAYER, rescale_nffn ? D : 0, 0) \
+    X(out,           "layers.%d",                     BLOCK_OUTPUT, D, 0) \
+    X(final,         "output.final_norm",             ONCE,  D, 0) \
+    X(final_mean,    "",                              ONCE,  G, 0) \
+    X(final_rstd,    "",                              ONCE,  G, 0) \
+    X(logits,        "",                              ONCE,  vocab, 0) /* the backward pass turns it into dlogits */ \
+    X(losses,        "",                              ONCE,  1, 0)
+
+#define POINTER_FIELD(field, ...) float* field;
+typedef struct { PARAMETERS(POINTER_FIELD) } Params;   // weights, their gradients, both Adam moments
+typedef struct { ACTIVATIONS(POINTER_FIELD) } Acts;    // activations or their gradients
+enum { NUM_PARAMS = sizeof(Params) / sizeof(float*), NUM_ACTS = sizeof(Acts) / sizeof(float*) };
+
+typedef struct {
+    const char* name;  // in files, with %d for the layer; for activations possibly ""
+    int slots;         // layers with their own memory, 1 where it is shared or stands once
+    size_t dims[3];    // shape of a slot (activations: of one timestep); trailing zeros where there are fewer dimensions
+    size_t size;       // elements of a slot
+    int init;
+} Spec;
+
+// The tables with the numbers of configuration c put in. B*T counts the timesteps, keep says which activations stay:
+// KEEP_ALL for the backward pass, KEEP_BLOCKS for the one that recomputes, KEEP_NONE for inference.
+enum { KEEP_NONE, KEEP_BLOCKS, KEEP_ALL };
+
+void param_specs(Spec specs[NUM_PARAMS], const Config* c) {
+    size_t D = c->model_dim, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim, N = c->cema_ndim;
+    size_t vocab = c->vocab_size;
+    bool swiglu = c->swiglu, share_emb = c->share_emb, rescale_nffn = c->rescale_nffn;
+#define PARAM_ROW(field, name, d0, d1, d2, init) { name, 1, {d0, d1, d2}, 0, init },
+    const Spec rows[] = { PARAMETERS(PARAM_ROW) };
+    for (int i = 0; i < NUM_PARAMS; i++) {
+        const size_t* dims = rows[i].dims;
+        specs[i] = rows[i];
+        specs[i].slots = strstr(rows[i].name, "%d") ? c->num_layers : 1;
+        specs[i].size = dims[0] * (dims[1] ? dims[1] : 1) * (dims[2] ? dims[2] : 1);
+    }
+}
+
+void act_specs(Spec specs[NUM_ACTS], const Config* c, size_t BT, int keep) {
+    size_t D = c->model_dim, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim, G = c->norm_num_groups;
+    size_t H = c->num_heads, vocab = c->vocab_size;
+    bool swiglu = c->swiglu, rescale_nffn = c->rescale_nffn;
+#define ACT_ROW(field, name, slots, d0, d1) { name, slots, {d0, d1, 0}, 0, 0 },
+    const Spec rows[] = { ACTIVATIONS(ACT_ROW) };
+    for (int i = 0; i < NUM_ACTS; i++) {
+        bool own = (rows[i].slots == LAYER && keep == KEEP_ALL) || (rows[i].slots == BLOCK_OUTPUT && keep != KEEP_NONE);
+        specs[i] = rows[i];
+        specs[i].slots = own ? c->num_layers : 1;
+        specs[i].size = BT * rows[i].dims[0] * (rows[i].dims[1] ? rows[i].dims[1] : 1);
+    }
+}
+
+// Number of floats that n specs describe.
+size_t specs_size(const Spec* specs, int n) {
+    size_t total = 0;
+    for (int i = 0; i < n; i++) { total += specs[i].slots * specs[i].size; }
+    return total;
+}
+
+// Points the n fields of a Params or Acts struct into `memory`, one tensor after the other.
+void specs_place(void* fields, float* memory, const Spec* specs, int n) {
+    for (int i = 0; i < n; i++) {
+        ((float**)fields)[i] = memory;
+        memory += specs[i].slots * specs[i].size;
+    }
+}
+
+// Moves the n fields on to layer l.
+void specs_layer(void* fields, const Spec* specs, int n, int l) {
+    for (int i = 0; i < n; i++) {
+        if (specs[i].slots > 1) { ((float**)fields)[i] += l * specs[i].size; }
+    }
+}
+
+// "layers.%d.x" and 3 to "layers.3.x".
+const char* layer_name(char buffer[128], const char* prefix, const char* name, int l) {
+    const char* mark = strstr(name, "%d");
+    if (mark) { snprintf(buffer, 128, "%s%.*s%d%s", prefix, (int)(mark - name), name, l, mark + 2); }
+    else { snprintf(buffer, 128, "%s%s", prefix, name); }
+    return buffer;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Random numbers: pure functions of (seed, stream, index), so that nothing but these has to be saved or agreed on
+
+uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t index) { // splitmix64's finalizer, three times
+    uint64_t x = seed;
+    const uint64_t add[3] = {0x9E3779B97F4A7C15u, stream, index};
+    for (int i = 0; i < 3; i++) {
+        x += add[i] * 0x9E3779B97F4A7C15u + 0x9E3779B97F4A7C15u;
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+        x ^= x >> 31;
+    }
+    return x;
+}
+
+double random_uniform(uint64_t seed, uint64_t stream, uint64_t index) { // in [0, 1)
+    return (random_bits(seed, stream, index) >> 11) * 0x1p-53;
+}
+
+double random_normal(uint64_t seed, uint64_t stream, uint64_t index) { // Box-Muller
+    double u = 1.0 - random_uniform(seed, stream, 2 * index), v = random_uniform(seed, stream, 2 * index + 1);
+    return sqrt(-2.0 * log(u)) * cos(2.0 * M_PI * v);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Matrix products
+
+// The register tile (rows x columns of C) and the depth of a packed panel: 12 x 32 sums fill 24 of AVX-512's registers,
+// and a panel of 256 x 32 operands (32 KB) stays in the first cache while the tiles of a column pass over it.
+enum { TILE_M = 12, TILE_N = 32, PANEL_K = 256, BLOCK_M = 8 };
+
+// acc = a b for one tile: a (K,TILE_M) and b (K,TILE_N) are packed, so that all reads are contiguous. Kept out of line:
+// alone, both gcc and clang hold acc in vector registers.
+__attribute__((noinline)) void gemm_tile(float acc[TILE_M][TILE_N], const float* __restrict a,
+                                                const float* __restrict b, int K) {
+    float c[TILE_M][TILE_N];
+    memset(c, 0, sizeof(c));
+    for (int k = 0; k < K; k++) {
+        for (int i = 0; i < TILE_M; i++) {
+            for (int j = 0; j < TILE_N; j++) { c[i][j] += a[k * TILE_M + i] * b[k * TILE_N + j]; }
+        }
+    }
+    memcpy(acc, c, sizeof(c));
+}
+
+// Copies a strip of `width` rows (or columns) of an operand to packed[k*width + i], the missing ones as zeros.
+static inline void gemm_pack(float* packed, const float* x, size_t stride_i, size_t stride_k, int n, int K, int width) {
+    if (n < width) { memset(packed, 0, sizeof(float) * width * K); }
+    if (stride_i == 1) {
+        for (int k = 0; k < K; k++) { memcpy(packed + (size_t)k * width, x + k * stride_k, n * sizeof(float)); }
+    } else {
+        for (int i = 0; i < n; i++) {
+            for (int k = 0; k < K; k++) { packed[(size_t)k * width + i] = x[i * stride_i + k * stride_k]; }
+        }
+    }
+}
+
+// Memory of the calling thread, at least n floats, kept from call to call: fresh pages would cost more than the packing.
+float* gemm_scratch(size_t n) {
+    static __thread float* scratch;
+    static __thread size_t capacity;
+    if (n > capacity) {
+        free(scratch);
+        scratch = (float*)xcalloc(n, sizeof(float));
+        capacity = n;
+    }
+    return scratch;
+}
+
+// C (M,N) = A (M,K) B (K,N), plus C if accumulate, plus bias (N) on every row if not NULL. Row i of C starts at c + i*ldc;
+// A[i][k] is a[i*a_i + k*a_k] and B[k][j] is b[k*b_k + j*b_j], so every transposition is a choice of strides. Each
+// element is summed in the order of k by one thread. Called from a parallel region it runs on the calling thread alone.
+void gemm(float* c, size_t ldc, const float* a, size_t a_i, size_t a_k, const float* b, size_t b_k, size_t b_j,
+                 int M, int N, int K, bool accumulate, const float* bias) {
+    int strips_m = (M + TILE_M - 1) / TILE_M, strips_n = (N + TILE_N - 1) / TILE_N, depth = min_int(K, PANEL_K);
+    float* packed_a = gemm_scratch(((size_t)strips_m * TILE_M + (size_t)strips_n * TILE_N) * depth);
+    float* packed_b = packed_a + (size_t)strips_m * TILE_M * depth;
+    OMP(omp parallel if ((double)M * N * K > 1e5))
+    for (int k0 = 0; k0 < K; k0 += PANEL_K) {
+        int kn = min_int(PANEL_K, K - k0);
+        OMP(omp for schedule(static) nowait)
+        for (int s = 0; s < strips_m; s++) {
+            gemm_pack(packed_a + (size_t)s * TILE_M * kn, a + (size_t)s * TILE_M * a_i + k0 * a_k, a_i, a_k,
+                      min_int(TILE_M, M - s * TILE_M), kn, TILE_M);
+        }
+        OMP(omp for schedule(static))
+        for (int s = 0; s < strips_n; s++) {
+            gemm_pack(packed_b + (size_t)s * TILE_N * kn, b + (size_t)s * TILE_N * b_j + k0 * b_k, b_j, b_k,
+                      min_int(TILE_N, N - s * TILE_N), kn, TILE_N);
+        }
+        OMP(omp for schedule(static) collapse(2))
+        for (int block = 0; block < strips_m; block += BLOCK_M) { // BLOCK_M strips of A stay in the second cache
+            for (int sn = 0; sn < strips_n; sn++) {
+                for (int sm = block; sm < min_int(block + BLOCK_M, strips_m); sm++) {
+                    float acc[TILE_M][TILE_N];
+                    gemm_tile(acc, packed_a + (size_t)sm * TILE_M * kn, packed_b + (size_t)sn * TILE_N * kn, kn);
+                    int i0 = sm * TILE_M, j0 = sn * TILE_N;
+                    int rows = min_int(TILE_M, M - i0), columns = min_int(TILE_N, N - j0);
+                    for (int i = 0; i < rows; i++) {
+                        float* row = c + (i0 + i) * ldc + j0;
+                        if (k0 == 0 && bias) {
+                            for (int j = 0; j < columns; j++) { acc[i][j] += bias[j0 + j]; }
+                        }
+                        if (k0 == 0 && !accumulate) { memcpy(row, acc[i], columns * sizeof(float)); }
+                        else {
+                            for (int j = 0; j < columns; j++) { row[j] += acc[i][j]; }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+// out (rows,O) = inp (rows,I) weight (O,I)^T + bias (O), added to what out holds if accumulate. bias may be NULL.
+void matmul_forward(float* out, const float* inp, const float* weight, const float* bias,
+                           size_t rows, int I, int O, bool accumulate) {
+    gemm(out, O, inp, I, 1, weight, 1, I, rows, O, I, accumulate, bias);
+}
+
+// dinp is assigned, or added to if accumulate. dbias may be NULL.
+void matmul_backward(float* dinp, float* dweight, float* dbias, const float* dout, const float* inp,
+                            const float* weight, size_t rows, int I, int O, bool accumulate) {
+    gemm(dinp, I, dout, O, 1, weight, I, 1, rows, I, O, accumulate, NULL); // dinp = dout weight
+    gemm(dweight, I, dout, 1, O, inp, I, 1, O, I, rows, true, NULL);       // dweight += dout^T inp
+    if (!dbias) { return; }
+    OMP(omp parallel for schedule(static))
+    for (int o0 = 0; o0 < O; o0 += 16) {
+        for (size_t r = 0; r < rows; r++) {
+            for (int o = o0; o < min_int(o0 + 16, O); o++) { dbias[o] += dout[r * O + o]; }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Layers
+
+// out (rows,D) = scale * weight (vocab,D)[tokens]
+void embedding_forward(float* out, const int* tokens, const float* weight, float scale, size_t rows, int D) {
+    OMP(omp parallel for schedule(static))
+    for (size_t r = 0; r < rows; r++) {
+        for (int d = 0; d < D; d++) { out[r * D + d] = scale * weight[(size_t)tokens[r] * D + d]; }
+    }
+}
+
+void embedding_backward(float* dweight, const float* dout, const int* tokens, float scale, size_t rows, int D) {
+    OMP(omp parallel for schedule(static))
+    for (int d0 = 0; d0 < D; d0 += 16) { // by columns: two rows may hold the same token
+        for (size_t r = 0; r < rows; r++) {
+            for (int d = d0; d < min_int(d0 + 16, D); d++) {
+                dweight[(size_t)tokens[r] * D + d] += scale * dout[r * D + d];
+            }
+        }
+    }
+}
+
+// Running statistics of one batch row and group: timesteps seen, mean and population variance of all their features.
+typedef struct { double count, mean, var; } NormState;
+
+// Timestep normalization, eq. 4: group norm over time, past only. For each batch row and group of D/G features,
+//     mean_t, var_t = mean and population variance of all features of the group in timesteps 1..t
+//     out = (inp - mean_t) / sqrt(var_t + eps) * (w + 1) + b                  (the scale is w + 1 in every norm, eq. 23)
+// out, inp (B,T,D) | w, b (D) | mean, rstd (B,T,G): saved for the backward pass | start, end (B,G): statistics before
+// and after these T timesteps; start NULL is an empty past, end may be NULL or start. Statistics merge by Chan's formula,
+// a timestep at a time, in double: summed in floats, a stream of 10^7 timesteps would drift.
+void timestepnorm_forward(float* out, float* mean, float* rstd, NormState* end, const NormState* start,
+                                 const float* inp, const float* w, const float* b, int B, int T, int D, int G, float eps) {
+    int F = D / G;
+    OMP(omp parallel for collapse(2) schedule(static))
+    for (int row = 0; row < B; row++) {
+        for (int g = 0; g < G; g++) {
+            NormState s = {0, 0, 0};
+            if (start) { s = start[row * G + g]; }
+            double m2 = s.count * s.var; // sum of squared deviations, over F
+            const float *wg = w + g * F, *bg = b + g * F;
+            for (int t = 0; t < T; t++) {
+                size_t k = ((size_t)row * T + t) * G + g; // statistics at [k], features at [k*F]
+                const float* x = inp + k * F;
+                double m = 0, v = 0; // mean and variance of this timestep alone
+                OMP(omp simd reduction(+:m))
+                for (int i = 0; i < F; i++) { m += x[i]; }
+                m /= F;
+                OMP(omp simd reduction(+:v))
+                for (int i = 0; i < F; i++) { v += (x[i] - m) * (x[i] - m); }
+                double delta = m - s.mean;
+                m2 += v / F + delta * delta * s.count / (s.count + 1);
+                s.count += 1;
+                s.mean += delta / s.count;
+                float mu = s.mean, r = 1.0 / sqrt(m2 / s.count + eps);
+                for (int i = 0; i < F; i++) { out[k * F + i] = (x[i] - mu) * r * (wg[i] + 1.0f) + bg[i]; }
+                mean[k] = mu;
+                rstd[k] = r;
+            }
+            s.var = s.count > 0 ? m2 / s.count : 0;
+            if (end) { end[row * G + g] = s; }
+        }
+    }
+}
+
+// Added to dinp. mean_t pulls on every x_s with s <= t by 1/(n_t F), var_t by 2 (x_s - mean_t)/(n_t F), where n_t counts
+// the timesteps up to t. So with a_t = dL/dmean_t and b_t = dL/dvar_t,
+//     dinp_s = dout (w+1) rstd + (U_s + 2 (x_s - c) V_s) / F,   U_s = sum_{t>=s} (a_t - 2 (mean_t - c) b_t) / n_t,
+//                                                               V_s = sum_{t>=s} b_t / n_t
+// for any constant c (the last mean, so that little cancels): one sweep from the end. The statistics before the first
+// timestep count start.count timesteps; dstart (B,G) receives their gradients if not NULL.
+void timestepnorm_backward(float* dinp, float* dw, float* db, NormState* dstart, const float* dout,
+                                  const float* mean, const float* rstd, const NormState* start, const float* inp,
+                                  const float* w, int B, int T, int D, int G) {
+    int F = D / G;
+    OMP(omp parallel for schedule(static))
+    for (int g = 0; g < G; g++) {
+        for (int row = 0; row < B; row++) {
+            NormState s = {0, 0, 0};
+            if (start) { s = start[row * G + g]; }
+            double U = 0, V = 0, c = mean[((size_t)row * T + T - 1) * G + g];
+            for (int t = T - 1; t >= 0; t--) {
+                size_t k = ((size_t)row * T + t) * G + g;
+                const float *x = inp + k * F, *dy = dout + k * F, *wg = w + g * F;
+                float mu = mean[k], r = rstd[k];
+                double A = 0, E = 0; // sums of dout (w+1) (x - mean) and of dout (w+1)
+                OMP(omp simd reduction(+:A,E))
+                for (int i = 0; i < F; i++) {
+                    float dnorm = dy[i] * (wg[i] + 1.0f);
+                    A += dnorm * (x[i] - mu);
+                    E += dnorm;
+                }
+                double n = s.count + t + 1, da = -r * E, dv = -0.5 * r * r * r * A;
+                U += (da - 2 * (mu - c) * dv) / n;
+                V += dv / n;
+                float u = (U - 2 * c * V) / F, v = 2 * V / F;
+                for (int i = 0; i < F; i++) {
+                    dinp[k * F + i] += dy[i] * (wg[i] + 1.0f) * r + (u + v * x[i]);
+                    dw[g * F + i] += dy[i] * (x[i] - mu) * r;
+                    db[g * F + i] += dy[i];
+                }
+            }
+            if (dstart) {
+                dstart[row * G + g].mean += s.count * (U + 2 * (s.mean - c) * V);
+                dstart[row * G + g].var += s.count * V;
+            }
+        }
+    }
+}
+
+// Complex exponential moving average, eq. 2, 3 and 5. Feature d runs N damped oscillators k = 1..N:
+//     p = sigmoid(alpha)   q = (1 - p sigmoid(delta)) exp(i 2 pi k/N sigmoid(theta))   g = (gamma_re + i gamma_im)/sqrt(N)
+//     h_t = q h_{t-1} + p x_t       y_t = Re(sum_k g h_t) + omega x_t
+// (Eq. 2 rotates the input too and has no omega; the released code is as here.) The features of a strip stand side by
+// side in vector lanes, each with its own N states.
+enum { LANES = 16 };
+typedef float Lanes[CEMA_MAX_NDIM][LANES];
+typedef struct { Lanes p, q_re, q_im, g_re, g_im; } CemaCoefficients;
+
+double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
+
+// Coefficients of the strip of features that starts at d0; lanes past the last feature get zeros.
+void cema_coefficients(CemaCoefficients* c, const float* alpha, const float* delta, const float* theta,
+                              const float* gamma, int d0, int D, int N) {
+    memset(c, 0, sizeof(*c));
+    for (int j = 0; j < min_int(LANES, D - d0); j++) {
+        double turn = 2.0 * M_PI / N * sigmoid(theta[d0 + j]);
+        for (int k = 0; k < N; k++) {
+            size_t i = (size_t)(d0 + j) * N + k;
+            double p = sigmoid(alpha[i]), radius = 1.0 - p * sigmoid(delta[i]);
+            c->p[k][j] = p;
+            c->q_re[k][j] = radius * cos(turn * (k + 1));
+            c->q_im[k][j] = radius * sin(turn * (k + 1));
+            c->g_re[k][j] = gamma[2 * i] / sqrt(N);
+            c->g_im[k][j] = gamma[2 * i + 1] / sqrt(N);
+        }
+    }
+}
+
+// out, inp (B,T,D) | alpha, delta (D,N), theta, omega (D), gamma (D,N,2) | start, end (B,D,N,2): h before and after
+// these timesteps; start NULL is zero, end may be NULL or start. Nothing is saved for the backward pass.
+void cema_forward(float* out, float* end, const float* start, const float* inp, const float* alpha,
+                         const float* delta, const float* theta, const float* gamma, const float* omega,
+                         int B, int T, int D, int N) {
+    OMP(omp parallel for schedule(static))
+    for (int d0 = 0; d0 < D; d0 += LANES) {
+        int lanes = min_int(LANES, D - d0);
+        CemaCoefficients c;
+        cema_coefficients(&c, alpha, delta, theta, gamma, d0, D, N);
+        for (int b = 0; b < B; b++) {
+            Lanes h_re = {{0}}, h_im = {{0}};
+            for (int k = 0; start && k < N; k++) {
+                for (int j = 0; j < lanes; j++) {
+                    const float* h = start + 2 * (((size_t)b * D + d0 + j) * N + k);
+                    h_re[k][j] = h[0];
+                    h_im[k][j] = h[1];
+                }
+            }
+            for (int t = 0; t < T; t++) {
+                size_t at = ((size_t)b * T + t) * D + d0;
+                float x[LANES] = {0}, y[LANES];
+                for (int j = 0; j < lanes; j++) { x[j] = inp[at + j]; }
+                for (int j = 0; j < LANES; j++) { y[j] = 0; }
+                for (int k = 0; k < N; k++) {
+                    for (int j = 0; j < LANES; j++) {
+                        float re = c.q_re[k][j] * h_re[k][j] - c.q_im[k][j] * h_im[k][j] + c.p[k][j] * x[j];
+                        float im = c.q_re[k][j] * h_im[k][j] + c.q_im[k][j] * h_re[k][j];
+                        h_re[k][j] = re;
+                        h_im[k][j] = im;
+                        y[j] += c.g_re[k][j] * re - c.g_im[k][j] * im;
+                    }
+                }
+                for (int j = 0; j < lanes; j++) { out[at + j] = y[j] + omega[d0 + j] * x[j]; }
+            }
+            for (int k = 0; end && k < N; k++) {
+                for (int j = 0; j < lanes; j++) {
+                    float* h = end + 2 * (((size_t)b * D + d0 + j) * N + k);
+                    h[0] = h_re[k][j];
+                    h[1] = h_im[k][j];
+                }
+            }
+        }
+    }
+}
+
+// One sweep from the end, without the states h. A complex gradient dz stands for dL/dRe z + i dL/dIm z. With ~ for the
+// conjugate, the adjoint of h_t is ~g a_t where a_t = ~q a_{t+1} + dy_t, so
+//     dx_t = omega dy_t + sum_k Re(p ~g a_t)              dp = Re(~g Q), Q = sum_t x_t a_t
+//     dg = sum_t dy_t ~h_t = p Q + ~h_0 ~q a_1            dh_0 = ~g ~q a_1
+// and dq = sum_t ~g a_t ~h_{t-1}, where h_{t-1} = q^{t-1} h_0 + p sum_{s<t} q^{t-1-s} x_s. Summed over t first:
+//     dq = ~g (p R + ~h_0 a'_0), R = sum_s x_s a'_s       a'_s = sum_{t>s} ~q^{t-1-s} a_t, or a'_{s-1} = ~q a'_s + a_s
+// dinp (B,T,D) is assigned; dstart (B,D,N,2) may be NULL.
+void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega,
+                          float* dstart, const float* dout, const float* start, const float* inp, const float* alpha,
+                          const float* delta, const float* theta, const float* gamma, const float* omega,
+                          int B, int T, int D, int N) {
+    enum { Q_RE, Q_IM, R_RE, R_IM, FLUSH = 128 }; // sums in floats go to doubles every FLUSH timesteps
+    OMP(omp parallel for schedule(static))
+    for (int d0 = 0; d0 < D; d0 += LANES) {
+        int lanes = min_int(LANES, D - d0);
+        CemaCoefficients c;
+        cema_coefficients(&c, alpha, delta, theta, gamma, d0, D, N);
+        double dp[CEMA_MAX_NDIM][LANES] = {{0}}, dq_re[CEMA_MAX_NDIM][LANES] = {{0}}, dq_im[CEMA_MAX_NDIM][LANES] = {{0}};
+        for (int b = 0; b < B; b++) {
+            Lanes a_re = {{0}}, a_im = {{0}}, a1_re = {{0}}, a1_im = {{0}}, sum[4] = {{{0}}}; // a1 is a'
+            double total[4][CEMA_MAX_NDIM][LANES] = {{{0}}}, dw[LANES] = {0};
+            for (int t = T - 1; t >= 0; t--) {
+                size_t at = ((size_t)b * T + t) * D + d0;
+                float x[LANES] = {0}, dy[LANES] = {0}, dx[LANES];
+                for (int j = 0; j < lanes; j++) {
+                    x[j] = inp[at + j];
+                    dy[j] = dout[at + j];
+                    dw[j] += dy[j] * x[j];
+                }
+                for (int j = 0; j < LANES; j++) { dx[j] = 0; }
+                for (int k = 0; k < N; k++) {
+                    for (int j = 0; j < LANES; j++) {
+                        float q_re = c.q_re[k][j], q_im = c.q_im[k][j], re = a_re[k][j], im = a_im[k][j];
+                        float re1 = q_re * a1_re[k][j] + q_im * a1_im[k][j] + re; // a'_t from a'_{t+1} and a_{t+1}
+                        float im1 = q_re * a1_im[k][j] - q_im * a1_re[k][j] + im;
+                        float re0 = q_re * re + q_im * im + dy[j];                // a_t from a_{t+1}
+                        float im0 = q_re * im - q_im * re;
+                        a1_re[k][j] = re1;
+                        a1_im[k][j] = im1;
+                        a_re[k][j] = re0;
+                        a_im[k][j] = im0;
+                        sum[Q_RE][k][j] += x[j] * re0;
+                        sum[Q_IM][k][j] += x[j] * im0;
+                        sum[R_RE][k][j] += x[j] * re1;
+                        sum[R_IM][k][j] += x[j] * im1;
+                        dx[j] += c.p[k][j] * (c.g_re[k][j] * re0 + c.g_im[k][j] * im0);
+                    }
+                }
+                for (int j = 0; j < lanes; j++) { dinp[at + j] = dx[j] + omega[d0 + j] * dy[j]; }
+                if (t % FLUSH == 0) {
+                    for (int s = 0; s < 4; s++) {
+                        for (int k = 0; k < N; k++) {
+                            for (int j = 0; j < LANES; j++) { total[s][k][j] += sum[s][k][j]; }
+                        }
+                    }
+                    memset(sum, 0, sizeof(sum));
+                }
+            }
+            for (int j = 0; j < lanes; j++) { domega[d0 + j] += dw[j]; }
+            for (int k = 0; k < N; k++) {
+                for (int j = 0; j < lanes; j++) {
+                    size_t i = (size_t)(d0 + j) * N + k, ib = 2 * (((size_t)b * D + d0 + j) * N + k);
+                    double p = c.p[k][j], g_re = c.g_re[k][j], g_im = c.g_im[k][j];
+                    double q_re = c.q_re[k][j], q_im = c.q_im[k][j];
+                    double h_re = start ? start[ib] : 0, h_im = start ? start[ib + 1] : 0;
+                    double Q_re = total[Q_RE][k][j], Q_im = total[Q_IM][k][j];
+                    double qa_re = q_re * a_re[k][j] + q_im * a_im[k][j], qa_im = q_re * a_im[k][j] - q_im * a_re[k][j];
+                    double a0_re = a_re[k][j] + q_re * a1_re[k][j] + q_im * a1_im[k][j]; // a'_0
+                    double a0_im = a_im[k][j] + q_re * a1_im[k][j] - q_im * a1_re[k][j];
+                    double r_re = p * total[R_RE][k][j] + h_re * a0_re + h_im * a0_im;   // dq = ~g r
+                    double r_im = p * total[R_IM][k][j] + h_re * a0_im - h_im * a0_re;
+                    dgamma[2 * i] += (p * Q_re + h_re * qa_re + h_im * qa_im) / sqrt(N);
+                    dgamma[2 * i + 1] += (p * Q_im + h_re * qa_im - h_im * qa_re) / sqrt(N);
+                    dp[k][j] += g_re * Q_re + g_im * Q_im;
+                    dq_re[k][j] += g_re * r_re + g_im * r_im;
+                    dq_im[k][j] += g_re * r_im - g_im * r_re;
+                    if (dstart) {
+                        dstart[ib] += g_re * qa_re + g_im * qa_im;
+                        dstart[ib + 1] += g_re * qa_im - g_im * qa_re;
+                    }
+                }
+            }
+        }
+        for (int j = 0; j < lanes; j++) { // from p and q to what they are made of: q = radius exp(i angle)
+            double s_theta = sigmoid(theta[d0 + j]), dturn = 0;
+            for (int k = 0; k < N; k++) {
+                size_t i = (size_t)(d0 + j) * N + k;
+                double p = sigmoid(alpha[i]), s_delta = sigmoid(delta[i]), angle = 2.0 * M_PI / N * (k + 1) * s_theta;
+                double dradius = cos(angle) * dq_re[k][j] + sin(angle) * dq_im[k][j];
+                double dangle = c.q_re[k][j] * dq_im[k][j] - c.q_im[k][j] * dq_re[k][j];
+                dalpha[i] += p * (1 - p) * (dp[k][j] - s_delta * dradius);
+                ddelta[i] -= p * s_delta * (1 - s_delta) * dradius;
+                dturn += (k + 1) * dangle;
+            }
+            dtheta[d0 + j] += 2.0 * M_PI / N * s_theta * (1 - s_theta) * dturn;
+        }
+    }
+}
+
+// RMS normalization: out = inp rstd (w + 1), rstd = 1/sqrt(mean(inp^2) + eps), over the D features of a row.
+// out, inp (rows,D) | w (D), NULL for no scale (eq. 6) | rstd (rows): saved
+void rmsnorm_forward(float* out, float* rstd, const float* inp, const float* w, size_t rows, int D, float eps) {
+    OMP(omp parallel for schedule(static))
+    for (size_t r = 0; r < rows; r++) {
+        const float* x = inp + r * D;
+        double s = 0;
+        OMP(omp simd reduction(+:s))
+        for (int d = 0; d < D; d++) { s += (double)x[d] * x[d]; }
+        rstd[r] = 1.0 / sqrt(s / D + eps);
+        for (int d = 0; d < D; d++) { out[r * D + d] = x[d] * rstd[r] * (w ? w[d] + 1.0f : 1.0f); }
+    }
+}
+
+// dinp = rstd (f - n mean(f n)) with n = inp rstd, f = dout (w + 1)
+void rmsnorm_backward(float* dinp, float* dw, const float* dout, const float* rstd, const float* inp,
+                             const float* w, size_t rows, int D) {
+    OMP(omp parallel for schedule(static))
+    for (size_t r = 0; r < rows; r++) {
+        const float *x = inp + r * D, *dy = dout + r * D;
+        double s = 0;
+        OMP(omp simd reduction(+:s))
+        for (int d = 0; d < D; d++) { s += dy[d] * (w ? w[d] + 1.0f : 1.0f) * (double)x[d]; }
+        float mean = s * rstd[r] * rstd[r] / D;
+        for (int d = 0; d < D; d++) { dinp[r * D + d] = rstd[r] * (dy[d] * (w ? w[d] + 1.0f : 1.0f) - x[d] * mean); }
+    }
+    if (!dw) { return; }
+    OMP(omp parallel for schedule(static))
+    for (int d0 = 0; d0 < D; d0 += 16) {
+        for (size_t r = 0; r < rows; r++) {
+            for (int d = d0; d < min_int(d0 + 16, D); d++) { dw[d] += dout[r * D + d] * inp[r * D + d] * rstd[r]; }
+        }
+    }
+}
+
+// Layer normalization: out = (inp - mean) rstd (w + 1) + b over the D features of a row.
+// out, inp (rows,D) | w, b (D) | mean, rstd (rows): saved
+void layernorm_forward(float* out, float* mean, float* rstd, const float* inp, const float* w, const float* b,
+                              size_t rows, int D, float eps) {
+    OMP(omp parallel for schedule(static))
+    for (size_t r = 0; r < rows; r++) {
+        const float* x = inp + r * D;
+        double m = 0, v = 0;
+        OMP(omp simd reduction(+:m))
+        for (int d = 0; d < D; d++) { m += x[d]; }
+        m /= D;
+        OMP(omp simd reduction(+:v))
+        for (int d = 0; d < D; d++) { v += (x[d] - m) * (x[d] - m); }
+        mean[r] = m;
+        rstd[r] = 1.0 / sqrt(v / D + eps);
+        for (int d = 0; d < D; d++) { out[r * D + d] = (x[d] - mean[r]) * rstd[r] * (w[d] + 1.0f) + b[d]; }
+    }
+}
+
+// dinp = rstd (f - mean(f) - n mean(f n)) with n = (inp - mean) rstd, f = dout (w + 1)
+void layernorm_backward(float* dinp, float* dw, float* db, const float* dout, const float* mean,
+                               const float* rstd, const float* inp, const float* w, size_t rows, int D) {
+    OMP(omp parallel for schedule(static))
+    for (size_t r = 0; r < rows; r++) {
+        const float *x = inp + r * D, *dy = dout + r * D;
+        double s = 0, sn = 0;
+        OMP(omp simd reduction(+:s,sn))
+        for (int d = 0; d < D; d++) {
+            float f = dy[d] * (w[d] + 1.0f);
+            s += f;
+            sn += f * (x[d] - mean[r]);
+        }
+        float m = s / D, mn = sn * rstd[r] * rstd[r] / D;
+        for (int d = 0; d < D; d++) {
+            dinp[r * D + d] = rstd[r] * (dy[d] * (w[d] + 1.0f) - m - (x[d] - mean[r]) * mn);
+        }
+    }
+    OMP(omp parallel for schedule(static))
+    for (int d0 = 0; d0 < D; d0 += 16) {
+        for (size_t r = 0; r < rows; r++) {
+            for (int d = d0; d < min_int(d0 + 16, D); d++) {
+                dw[d] += dout[r * D + d] * (inp[r * D + d] - mean[r]) * rstd[r];
+                db[d] += dout[r * D + d];
+            }
+        }
+    }
+}
+
+// Queries and keys from the normalized shared representation, eq. 7 and 8, then rotary embedding:
+//     q = znorm (gamma_0 + 1)/sqrt(Z/H) + beta_0       k = znorm (gamma_1 + 1)/sqrt(Z/H) + beta_1
+// and pair (2j, 2j+1) of each head is turned by the angle pos * base^(-2j/(Z/H)), pos counted from the start of the chunk.
+// q, k, znorm (B,T,Z) | gamma, beta (2,Z) | rotations (c,Z/H/2,2): cos and sin | the first timestep stands at `pos`
+void qk_forward(float* q, float* k, const float* znorm, const float* gamma, const float* beta,
+                       const float* rotations, int B, int T, int pos, int c, int Z, int H) {
+    int zd = Z / H;
+    float scale = 1.0 / sqrt(zd);
+    OMP(omp parallel for schedule(static))
+    for (size_t r = 0; r < (size_t)B * T; r++) {
+        const float* turn = rotations + (size_t)((pos + r % T) % c) * zd;
+        for (int s = 0; s < 2; s++) {
+            const float *x = znorm + r * Z, *ga = gamma + s * Z, *be = beta + s * Z;
+            float* out = (s ? k : q) + r * Z;
+            for (int i = 0; i < Z; i += 2) {
+                float re = x[i] * (ga[i] + 1.0f) * scale + be[i], im = x[i + 1] * (ga[i + 1] + 1.0f) * scale + be[i + 1];
+                float cosine = turn[i % zd], sine = turn[i % zd + 1];
+                out[i] = re * cosine - im * sine;
+                out[i + 1] = re * sine + im * cosine;
+            }
+        }
+    }
+}
+
+// dznorm is assigned. Turned back by the same angle, then through the affine map.
+void qk_backward(float* dznorm, float* dgamma, float* dbeta, const float* dq, const float* dk,
+                        const float* znorm, const float* gamma, const float* rotations, int B, int T, int c, int Z, int H) {
+    int zd = Z / H;
+    float scale = 1.0 / sqrt(zd);
+    OMP(omp parallel for schedule(static))
+    for (int i0 = 0; i0 < Z; i0 += 16) { // by columns, for the sums over rows
+        for (size_t r = 0; r < (size_t)B * T; r++) {
+            const float* turn = rotations + (size_t)(r % T % c) * zd;
+            for (int i = i0; i < min_int(i0 + 16, Z); i += 2) {
+                size_t at = r * Z + i;
+                float cosine = turn[i % zd], sine = turn[i % zd + 1], dx0 = 0, dx1 = 0;
+                for (int s = 0; s < 2; s++) {
+                    const float* d = (s ? dk : dq) + at;
+                    float re = d[0] * cosine + d[1] * sine, im = d[1] * cosine - d[0] * sine;
+                    dgamma[s * Z + i] += re * znorm[at] * scale;
+                    dgamma[s * Z + i + 1] += im * znorm[at + 1] * scale;
+                    dbeta[s * Z + i] += re;
+                    dbeta[s * Z + i + 1] += im;
+                    dx0 += re * (gamma[s * Z + i] + 1.0f) * scale;
+                    dx1 += im * (gamma[s * Z + i + 1] + 1.0f) * scale;
+                }
+                dznorm[at] = dx0;
+                dznorm[at + 1] = dx1;
+            }
+        }
+    }
+}
+
+// exp(x) to 1.5 units in the last place, in operations that compilers turn into vector instructions (calls of libm's expf
+// stay scalar without fast-math, which would delete the checks for NaN): x = n ln 2 + r, exp(x) = 2^n exp(r).
+static inline float exp_fast(float x) {
+    const float round = 12582912.0f; // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    x = x > 88.0f ? 88.0f : x;       // written so that NaN stays NaN
+    x = x < -87.0f ? -87.0f : x;
+    float n = x * 1.44269504f + round - round;
+    float r = x - n * 0.693145752f - n * 1.42860677e-6f;
+    float e = 1.0f + r * (1.0f + r * (0.5f + r * (0.166666657f + r * (0.0416666546f + r * (0.00833336078f
+              + r * (0.00139304355f + r * 0.000198743f))))));
+    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof(power));
+    return e * power;
+}
+
+// out = silu(inp) * mul, elementwise over n numbers; mul NULL stands for ones. silu(a) = a sigmoid(a), eq. 16 and 18.
+void silu_forward(float* out, const float* inp, const float* mul, size_t n) {
+    OMP(omp parallel for schedule(static))
+    for (size_t i = 0; i < n; i++) { out[i] = inp[i] / (1.0f + exp_fast(-inp[i])) * (mul ? mul[i] : 1.0f); }
+}
+
+// silu'(a) = s (1 + a (1 - s)) with s = sigmoid(a). dmul is assigned like dinp, and NULL where mul is.
+void silu_backward(float* dinp, float* dmul, const float* dout, const float* inp, const float* mul, size_t n) {
+    OMP(omp parallel for schedule(static))
+    for (size_t i = 0; i < n; i++) {
+        float s = 1.0f / (1.0f + exp_fast(-inp[i]));
+        if (dmul) { dmul[i] = dout[i] * inp[i] * s; }
+        dinp[i] = dout[i] * (mul ? mul[i] : 1.0f) * s * (1.0f + inp[i] * (1.0f - s));
+    }
+}
+
+// Chunk attention, eq. 9: out_t = sum_s softmax_s(q_t k_s) v_s over the s <= t of t's chunk of c timesteps; the last chunk
+// may be short. The scale of the scores is in q and k already.
+// out (B,T,H,V/H), q (B,T,H,Z/H) | k (B,K,H,Z/H), v (B,K,H,V/H) | lse (B,T,H): log sum exp of the scores, saved. In a whole
+// sequence pos = 0 and K = T. When streaming, K = c, k and v hold the current chunk from its start, and the queries stand
+// at pos, pos+1, ... in it (pos + T <= c). Queries go in blocks of ROWS, so no c x c matrix is ever there; the scores
+// right of a block's last query are not computed.
+enum { ROWS = 64 };
+
+// Scores of the queries of one block against the keys from the start of their chunk: row i of S (rows, keys) sees the
+// first keys - rows + i + 1.
+void attention_scores(float* S, const float* q, const float* k, int rows, int keys, int Z, int zd) {
+    gemm(S, keys, q, Z, 1, k, 1, Z, rows, keys, zd, false, NULL);
+}
+
+void attention_forward(float* out, float* lse, const float* q, const float* k, const float* v,
+                              int B, int T, int K, int pos, int c, int H, int Z, int V) {
+    int zd = Z / H, vd = V / H, chunks = pos ? 1 : (T + c - 1) / c, blocks = (min_int(c, T) + ROWS - 1) / ROWS;
+    OMP(omp parallel)
+    {
+        float* S = (float*)xcalloc((size_t)ROWS * min_int(c, pos + T), sizeof(float));
+        OMP(omp for schedule(static) collapse(3))
+        for (int b = 0; b < B; b++) {
+            for (int h = 0; h < H; h++) {
+                for (int cb = 0; cb < chunks * blocks; cb++) {
+                    int first = cb / blocks * c, t0 = first + cb % blocks * ROWS; // of the chunk, of the block
+                    int rows = min_int(ROWS, min_int(first + c, T) - t0), keys = pos + t0 - first + rows;
+                    if (rows <= 0) { continue; }
+                    size_t at = (size_t)b * T + t0, at_k = (size_t)b * K + first;
+                    attention_scores(S, q + at * Z + h * zd, k + at_k * Z + h * zd, rows, keys, Z, zd);
+                    for (int i = 0; i < rows; i++) {
+                        float *s = S + (size_t)i * keys, top = -INFINITY, sum = 0;
+                        int n = keys - rows + i + 1;
+                        OMP(omp simd reduction(max:top))
+                        for (int j = 0; j < n; j++) { top = s[j] > top ? s[j] : top; }
+                        OMP(omp simd reduction(+:sum))
+                        for (int j = 0; j < n; j++) { s[j] = exp_fast(s[j] - top); sum += s[j]; }
+                        for (int j = 0; j < keys; j++) { s[j] = j < n ? s[j] / sum : 0.0f; }
+                        lse[(at + i) * H + h] = top + logf(sum);
+                    }
+                    gemm(out + at * V + h * vd, V, S, keys, 1, v + at_k * V + h * vd, V, 1, rows, vd, keys, false, NULL);
+                }
+            }
+        }
+        free(S);
+    }
+}
+
+// The probabilities P = exp(S - lse) are computed again. With dP = dout v^T,
+//     dS = P (dP - sum_s P dP)       dq = dS k       dk = dS^T q       dv = P^T dout
+// dq, dk (B,T,H,Z/H), dv (B,T,H,V/H) are assigned.
+void attention_backward(float* dq, float* dk, float* dv, const float* dout, const float* lse, const float* q,
+                               const float* k, const float* v, int B, int T, int c, int H, int Z, int V) {
+    int zd = Z / H, vd = V / H, chunks = (T + c - 1) / c;
+    OMP(omp parallel)
+    {
+        float* P = (float*)xcalloc((size_t)2 * ROWS * min_int(c, T), sizeof(float));
+        OMP(omp for schedule(static) collapse(3))
+        for (int b = 0; b < B; b++) {
+            for (int h = 0; h < H; h++) {
+                for (int chunk = 0; chunk < chunks; chunk++) {
+                    int first = chunk * c, last = min_int(first + c, T), t0 = last - (last - first - 1) % ROWS - 1;
+                    size_t at_k = (size_t)b * T + first;
+                    const float *kc = k + at_k * Z + h * zd, *vc = v + at_k * V + h * vd;
+                    float *dkc = dk + at_k * Z + h * zd, *dvc = dv + at_k * V + h * vd;
+                    for (bool added = false; t0 >= first; t0 -= ROWS, added = true) { // the last block reaches all keys
+                        int rows = min_int(ROWS, last - t0), keys = t0 - first + rows;
+                        size_t at = (size_t)b * T + t0;
+                        const float *qb = q + at * Z + h * zd, *db = dout + at * V + h * vd;
+                        float* dS = P + (size_t)rows * keys;
+                        attention_scores(P, qb, kc, rows, keys, Z, zd);
+                        gemm(dS, keys, db, V, 1, vc, 1, V, rows, keys, vd, false, NULL);
+                        for (int i = 0; i < rows; i++) {
+                            float *p = P + (size_t)i * keys, *ds = dS + (size_t)i * keys, norm = lse[(at + i) * H + h];
+                            int n = keys - rows + i + 1;
+                            float dot = 0;
+                            OMP(omp simd reduction(+:dot))
+                            for (int j = 0; j < n; j++) { p[j] = exp_fast(p[j] - norm); dot += p[j] * ds[j]; }
+                            for (int j = 0; j < n; j++) { ds[j] = p[j] * (ds[j] - dot); }
+                            for (int j = n; j < keys; j++) { p[j] = ds[j] = 0; }
+                        }
+                        gemm(dq + at * Z + h * zd, Z, dS, keys, 1, kc, Z, 1, rows, zd, keys, false, NULL);
+                        gemm(dkc, Z, dS, 1, keys, qb, Z, 1, keys, zd, rows, added, NULL);
+                        gemm(dvc, V, P, 1, keys, db, V, 1, keys, vd, rows, added, NULL);
+                    }
+                }
+            }
+        }
+        free(P);
+    }
+}
+
+// Cross-entropy in nats: losses = log sum exp(logits) - logits[target], 0 where the target is IGNORE.
+// losses (rows) | logits (rows,vocab) | targets (rows)
+enum { IGNORE = -100 };
+void crossentropy_forward(float* losses, const float* logits, const int* targets, size_t rows, int vocab) {
+    OMP(omp parallel for schedule(static))
+    for (size_t r = 0; r < rows; r++) {
+        const float* x = logits + r * vocab;
+        float top = -INFINITY;
+        double sum = 0;
+        if (targets[r] == IGNORE) { losses[r] = 0; continue; }
+        OMP(omp simd reduction(max:top))
+        for (int i = 0; i < vocab; i++) { top = x[i] > top ? x[i] : top; }
+        OMP(omp simd reduction(+:sum))
+        for (int i = 0; i < vocab; i++) { sum += exp_fast(x[i] - top); }
+        losses[r] = log(sum) + ((double)top - x[targets[r]]);
+    }
+}
+
+// In place: logits become dlogits = (softmax(logits) - onehot(target)) * dloss, 0 where the target is IGNORE.
+void crossentropy_backward(float* logits, const float* losses, const int* targets, float dloss, size_t rows,
+                                  int vocab) {
+    OMP(omp parallel for schedule(static))
+    for (size_t r = 0; r < rows; r++) {
+        float* x = logits + r * vocab;
+        if (targets[r] == IGNORE) { memset(x, 0, vocab * sizeof(float)); continue; }
+        float lse = losses[r] + x[targets[r]];
+        for (int i = 0; i < vocab; i++) { x[i] = exp_fast(x[i] - lse) * dloss; }
+        x[targets[r]] -= dloss;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The model
+
+// What one call hands to the next: all that is left of the past. With it, any number of tokens is processed in constant
+// memory, and the result is that of one call on all of them. Slot l of each array belongs to layer l.
+typedef struct {
+    int B, pos;      // batch rows; timesteps in the current chunk so far
+    NormState* norm; // (L+1,B,G) timestep norms; slot L is output.final_norm's
+    float* h;        // (L,B,D,N,2) CEMA
+    float *k, *v;    // (L,B,c,Z) and (L,B,c,V): keys and values of the current chunk; NULL if calls end where chunks do
+} State;
+
+typedef struct {
+    Config config;
+    Spec specs[NUM_PARAMS];
+    size_t num_parameters;
+    Params params, grads, adam_m, adam_v; // each one block of num_parameters floats that starts at .embed
+    float* rotations;                     // (c,Z/H/2,2): cos and sin of the rotary angles
+} Model;
+
+// The memory of a forward pass over (B,T) tokens, and of its backward pass if keep is not KEEP_NONE.
+typedef struct {
+    int B, T, keep;
+    Spec specs[NUM_ACTS], dspecs[NUM_ACTS];
+    Acts acts, grads;
+} Pass;
+
+// Refuses what no model can be.
+void config_check(const Config* c) {
+    const struct { const char *name, *by_name; int value, by; } divides[] = {
+        {"model_dim", "norm_num_groups", c->model_dim, c->norm_num_groups},
+        {"z_dim", "2 num_heads (rotary pairs)", c->z_dim, 2 * c->num_heads},
+        {"value_dim", "num_heads", c->value_dim, c->num_heads},
+    };
+    for (int i = 0; i < 3; i++) {
+        if (divides[i].value % divides[i].by) {
+            die("%s %d must be divisible by %s %d", divides[i].name, divides[i].value, divides[i].by_name, divides[i].by);
+        }
+    }
+    if (c->model_dim < 2) { die("model_dim 1 is too small: CEMA's angles need at least 2 features"); }
+}
+
+void model_alloc(Model* m, const Config* c, bool training) {
+    config_check(c);
+    memset(m, 0, sizeof(*m));
+    m->config = *c;
+    param_specs(m->specs, c);
+    m->num_parameters = specs_size(m->specs, NUM_PARAMS);
+    Params* blocks[4] = {&m->params, &m->grads, &m->adam_m, &m->adam_v};
+    for (int i = 0; i < (training ? 4 : 1); i++) {
+        specs_place(blocks[i], (float*)xcalloc(m->num_parameters, sizeof(float)), m->specs, NUM_PARAMS);
+    }
+    int zd = c->z_dim / c->num_heads;
+    m->rotations = (float*)xcalloc((size_t)c->chunk_size * zd, sizeof(float));
+    for (int t = 0; t < c->chunk_size; t++) {
+        for (int j = 0; j < zd; j += 2) { // frequency and angle are formed in fp32, as the released code does
+            float frequency = 1.0f / (float)pow(c->rope_base, (double)j / zd), angle = t * frequency;
+            m->rotations[(size_t)t * zd + j] = cos(angle);
+            m->rotations[(size_t)t * zd + j + 1] = sin(angle);
+        }
+    }
+}
+
+void model_free(Model* m) {
+    float* blocks[5] = {m->params.embed, m->grads.embed, m->adam_m.embed, m->adam_v.embed, m->rotations};
+    for (int i = 0; i < 5; i++) { free(blocks[i]); }
+}
+
+// keep_grads: KEEP_NONE, or KEEP_ALL where a test wants to see the gradients of every layer's activations.
+void pass_alloc(Pass* s, const Config* c, int B, int T, int keep, int keep_grads) {
+    memset(s, 0, sizeof(*s));
+    s->B = B;
+    s->T = T;
+    s->keep = keep;
+    act_specs(s->specs, c, (size_t)B * T, keep);
+    act_specs(s->dspecs, c, (size_t)B * T, keep_grads);
+    specs_place(&s->acts, (float*)xcalloc(specs_size(s->specs, NUM_ACTS), sizeof(float)), s->specs, NUM_ACTS);
+    if (keep != KEEP_NONE) {
+        specs_place(&s->grads, (float*)xcalloc(specs_size(s->dspecs, NUM_ACTS), sizeof(float)), s->dspecs, NUM_ACTS);
+    }
+}
+
+void pass_free(Pass* s) {
+    free(s->acts.embed);
+    free(s->grads.embed);
+}
+
+void state_alloc(State* s, const Config* c, int B, bool cache) {
+    size_t layers = c->num_layers, chunk = (size_t)B * c->chunk_size;
+    memset(s, 0, sizeof(*s));
+    s->B = B;
+    s->norm = (NormState*)xcalloc((layers + 1) * B * c->norm_num_groups, sizeof(NormState));
+    s->h = (float*)xcalloc(layers * B * c->model_dim * c->cema_ndim * 2, sizeof(float));
+    if (cache) {
+        s->k = (float*)xcalloc(layers * chunk * c->z_dim, sizeof(float));
+        s->v = (float*)xcalloc(layers * chunk * c->value_dim, sizeof(float));
+    }
+}
+
+void state_free(State* s) {
+    free(s->norm);
+    free(s->h);
+    free(s->k);
+    free(s->v);
+}
+
+// Back to the empty past.
+void state_reset(State* s, const Config* c) {
+    memset(s->norm, 0, sizeof(NormState) * (c->num_layers + 1) * s->B * c->norm_num_groups);
+    memset(s->h, 0, sizeof(float) * c->num_layers * s->B * c->model_dim * c->cema_ndim * 2);
+    s->pos = 0;
+}
+
+// Layer l's part of s; all NULL where s is NULL.
+State state_layer(const State* s, const Config* c, int l) {
+    State r = {0, 0, NULL, NULL, NULL, NULL};
+    if (!s) { return r; }
+    size_t chunk = (size_t)s->B * c->chunk_size;
+    r = *s;
+    r.norm += (size_t)l * s->B * c->norm_num_groups;
+    r.h += (size_t)l * s->B * c->model_dim * c->cema_ndim * 2;
+    if (s->k) {
+        r.k += l * chunk * c->z_dim;
+        r.v += l * chunk * c->value_dim;
+    }
+    return r;
+}
+
+// Initialization as released; a pure function of the seed.
+void model_init(Model* m, int seed) {
+    int D = m->config.model_dim;
+    for (int i = 0; i < NUM_PARAMS; i++) {
+        const Spec* s = &m->specs[i];
+        size_t fan_in = s->dims[1];
+        for (int l = 0; l < s->slots; l++) {
+            float* w = ((float**)&m->params)[i] + l * s->size;
+            uint64_t stream = (uint64_t)i << 32 | l;
+            for (size_t j = 0; j < s->size; j++) {
+                double z = random_normal(seed, stream, j);
+                switch (s->init) {
+                    case INIT_EMBED:
+                        for (int again = 1; fabs(z) > 3; again++) { z = random_normal(seed, stream + ((uint64_t)again << 48), j); }
+                        w[j] = z / sqrt(D);
+                        break;
+                    case INIT_LINEAR: w[j] = z / sqrt(3.0 * fan_in); break;
+                    case INIT_NORMAL: w[j] = 0.2 * z; break;
+                    case INIT_GAMMA: w[j] = j % 2 ? 0 : z; break; // the imaginary part starts at 0
+                    case INIT_OMEGA:
+                        for (int again = 1; fabs(z) > 4; again++) { z = random_normal(seed, stream + ((uint64_t)again << 48), j); }
+                        w[j] = 0.25 * z;
+                        break;
+                    case INIT_THETA: w[j] = j + 1; break; // a permutation of 1..D, made below
+                    case INIT_RESCALE: w[j] = 0.1 * pow(0.5, l); break;
+                }
+            }
+            for (int j = D - 1; s->init == INIT_THETA && j >= 0; j--) { // sigmoid(theta) = D^(-i/D), i in random order
+                int other = random_bits(seed, stream, j) % (j + 1);
+                float t = w[other];
+                w[other] = w[j];
+                double turn = exp(-t * log(D) / D);
+                w[j] = log(turn / (1.0 - turn));
+            }
+        }
+    }
+}
+
+Params params_layer(const Model* m, Params p, int l) {
+    specs_layer(&p, m->specs, NUM_PARAMS, l);
+    return p;
+}
+
+Acts acts_layer(const Spec* specs, Acts a, int l) {
+    specs_layer(&a, specs, NUM_ACTS, l);
+    return a;
+}
+
+// The output of layer l - 1, or of the embedding.
+float* block_input(const Spec* specs, Acts a, int l) { return l ? acts_layer(specs, a, l - 1).out : a.embed; }
+
+// One block, Figure 3 of the paper: x (B,T,D) to out (B,T,D). start and end: see State; either may be NULL.
+void block_forward(const Model* m, const Pass* s, int l, const State* start, State* end) {
+    const Config* c = &m->config;
+    int B = s->B, T = s->T, D = c->model_dim, H = c->num_heads, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim;
+    int pos = start ? start->pos : 0;
+    float eps = c->norm_eps;
+    size_t rows = (size_t)B * T;
+    const float* x = block_input(s->specs, s->acts, l);
+    Params p = params_layer(m, m->params, l);
+    Acts a = acts_layer(s->specs, s->acts, l);
+    State in = state_layer(start, c, l), next = state_layer(end, c, l);
+
+    // Long memory: n = timestep_norm(x), e = cema(n), m = rms_norm(e).
+    timestepnorm_forward(a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, in.norm, x, p.timenorm_w, p.timenorm_b,
+                         B, T, D, c->norm_num_groups, eps);
+    cema_forward(a.cema, next.h, in.h, a.timenorm, p.cema_alpha, p.cema_delta, p.cema_theta, p.cema_gamma, p.cema_omega,
+                 B, T, D, c->cema_ndim);
+    rmsnorm_forward(a.rmsnorm, a.rmsnorm_rstd, a.cema, p.rmsnorm_w, rows, D, eps);
+
+    // Short memory: attention inside the chunk. Queries and keys see the past through m; values are made from n, what is
+    // new at this timestep (eq. 16), so that the moving average says where to look but does not blur what is found there.
+    matmul_forward(a.wz, a.rmsnorm, p.wz, p.wz_b, rows, D, Z, false);
+    rmsnorm_forward(a.znorm, a.znorm_rstd, a.wz, NULL, rows * H, Z / H, eps);
+    qk_forward(a.q, a.k, a.znorm, p.gamma, p.beta, m->rotations, B, T, pos, c->chunk_size, Z, H);
+    matmul_forward(a.wv, a.timenorm, p.wv, p.wv_b, rows, D, V, false);
+    silu_forward(a.v, a.wv, NULL, rows * V);
+    const float *k = a.k, *v = a.v;
+    int keys = T;
+    if (next.k) { // streaming: attend to the cache, after adding these timesteps to it
+        keys = c->chunk_size;
+        for (int b = 0; b < B; b++) {
+            memcpy(next.k + ((size_t)b * keys + pos) * Z, k + (size_t)b * T * Z, sizeof(float) * T * Z);
+            memcpy(next.v + ((size_t)b * keys + pos) * V, v + (size_t)b * T * V, sizeof(float) * T * V);
+        }
+        k = next.k;
+        v = next.v;
+    }
+    attention_forward(a.attention, a.attention_lse, a.q, k, v, B, T, keys, pos, c->chunk_size, H, Z, V);
+
+    // The gate r = silu(m Wr^T + br), and the first hop: y = m Wh1^T + bh1 + (o*r) Wh2^T + x.
+    matmul_forward(a.wr, a.rmsnorm, p.wr, p.wr_b, rows, D, V, false);
+    silu_forward(a.gated, a.wr, a.attention, rows * V);
+    memcpy(a.mega, x, sizeof(float) * rows * D);
+    matmul_forward(a.mega, a.rmsnorm, p.wh1, p.wh1_b, rows, D, D, true);
+    matmul_forward(a.mega, a.gated, p.wh2, NULL, rows, V, D, true);
+
+    // Feed-forward, and the second hop: out = ffn(layer_norm(y)) + x. It is x that is added, not y (eq. 11).
+    layernorm_forward(a.norm, a.norm_mean, a.norm_rstd, a.mega, p.norm_w, p.norm_b, rows, D, eps);
+    matmul_forward(a.fc1, a.norm, p.fc1, NULL, rows, D, F, false);
+    if (c->swiglu) { matmul_forward(a.fc3, a.norm, p.fc3, NULL, rows, D, F, false); }
+    silu_forward(a.hidden, a.fc1, c->swiglu ? a.fc3 : NULL, rows * F);
+    if (a.out != x) { memcpy(a.out, x, sizeof(float) * rows * D); } // in inference they are one buffer
+    if (!c->rescale_nffn) { matmul_forward(a.out, a.hidden, p.fc2, NULL, rows, F, D, true); return; }
+    matmul_forward(a.fc2, a.hidden, p.fc2, NULL, rows, F, D, false);
+    for (size_t i = 0; i < rows * D; i++) { a.out[i] += a.fc2[i] * p.rescale[i % D]; }
+}
+
+// From dout to dx. dstart receives the gradient of the state before these timesteps if not NULL.
+void block_backward(const Model* m, const Pass* s, int l, const State* start, State* dstart) {
+    const Config* c = &m->config;
+    int B = s->B, T = s->T, D = c->model_dim, H = c->num_heads, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim;
+    size_t rows = (size_t)B * T;
+    const float* x = block_input(s->specs, s->acts, l);
+    float* dx = block_input(s->dspecs, s->grads, l);
+    Params p = params_layer(m, m->params, l), g = params_layer(m, m->grads, l);
+    Acts a = acts_layer(s->specs, s->acts, l), d = acts_layer(s->dspecs, s->grads, l);
+    State in = state_layer(start, c, l), din = state_layer(dstart, c, l);
+
+    const float* dffn = d.out;
+    if (c->rescale_nffn) {
+        for (size_t i = 0; i < rows * D; i++) {
+            g.rescale[i % D] += d.out[i] * a.fc2[i];
+            d.fc2[i] = d.out[i] * p.rescale[i % D];
+        }
+        dffn = d.fc2;
+    }
+    matmul_backward(d.hidden, g.fc2, NULL, dffn, a.hidden, p.fc2, rows, F, D, false);
+    silu_backward(d.fc1, c->swiglu ? d.fc3 : NULL, d.hidden, a.fc1, c->swiglu ? a.fc3 : NULL, rows * F);
+    matmul_backward(d.norm, g.fc1, NULL, d.fc1, a.norm, p.fc1, rows, D, F, false);
+    if (c->swiglu) { matmul_backward(d.norm, g.fc3, NULL, d.fc3, a.norm, p.fc3, rows, D, F, true); }
+    layernorm_backward(d.mega, g.norm_w, g.norm_b, d.norm, a.norm_mean, a.norm_rstd, a.mega, p.norm_w, rows, D);
+
+    matmul_backward(d.gated, g.wh2, NULL, d.mega, a.gated, p.wh2, rows, V, D, false);
+    matmul_backward(d.rmsnorm, g.wh1, g.wh1_b, d.mega, a.rmsnorm, p.wh1, rows, D, D, false);
+    silu_backward(d.wr, d.attention, d.gated, a.wr, a.attention, rows * V);
+    matmul_backward(d.rmsnorm, g.wr, g.wr_b, d.wr, a.rmsnorm, p.wr, rows, D, V, true);
+
+    attention_backward(d.q, d.k, d.v, d.attention, a.attention_lse, a.q, a.k, a.v, B, T, c->chunk_size, H, Z, V);
+    qk_backward(d.znorm, g.gamma, g.beta, d.q, d.k, a.znorm, p.gamma, m->rotations, B, T, c->chunk_size, Z, H);
+    rmsnorm_backward(d.wz, NULL, d.znorm, a.znorm_rstd, a.wz, NULL, rows * H, Z / H);
+    matmul_backward(d.rmsnorm, g.wz, g.wz_b, d.wz, a.rmsnorm, p.wz, rows, D, Z, true);
+
+    rmsnorm_backward(d.cema, g.rmsnorm_w, d.rmsnorm, a.rmsnorm_rstd, a.cema, p.rmsnorm_w, rows, D);
+    cema_backward(d.timenorm, g.cema_alpha, g.cema_delta, g.cema_theta, g.cema_gamma, g.cema_omega, din.h, d.cema, in.h,
+                  a.timenorm, p.cema_alpha, p.cema_delta, p.cema_theta, p.cema_gamma, p.cema_omega, B, T, D, c->cema_ndim);
+    silu_backward(d.wv, NULL, d.v, a.wv, NULL, rows * V);
+    matmul_backward(d.timenorm, g.wv, g.wv_b, d.wv, a.timenorm, p.wv, rows, D, V, true);
+
+    // x has three readers: the second hop, the first hop and the timestep norm. (dx may be d.out itself.)
+    OMP(omp parallel for schedule(static))
+    for (size_t i = 0; i < rows * D; i++) { dx[i] = d.out[i] + d.mega[i]; }
+    timestepnorm_backward(dx, g.timenorm_w, g.timenorm_b, din.norm, d.timenorm, a.timenorm_mean, a.timenorm_rstd, in.norm,
+                          x, p.timenorm_w, B, T, D, c->norm_num_groups);
+}
+
+const float* output_weight(const Model* m, Params p) { return m->config.share_emb ? p.embed : p.output; }
+float embedding_scale(const Config* c) { return c->scale_emb ? sqrt(c->model_dim) : 1.0; }
+
+// tokens (B,T) to s->acts.logits (B,T,vocab). start: the past, NULL for none; end: receives the state after these tokens,
+// may be NULL or start. When end has a cache for attention, all tokens must belong to one chunk: start->pos + T <= c.
+void model_forward(const Model* m, const Pass* s, const int* tokens, const State* start, State* end) {
+    const Config* c = &m->config;
+    int B = s->B, T = s->T, D = c->model_dim, L = c->num_layers;
+    size_t rows = (size_t)B * T;
+    Acts a = s->acts;
+    embedding_forward(a.embed, tokens, m->params.embed, embedding_scale(c), rows, D);
+    for (int l = 0; l < L; l++) { block_forward(m, s, l, start, end); }
+    timestepnorm_forward(a.final, a.final_mean, a.final_rstd, state_layer(end, c, L).norm, state_layer(start, c, L).norm,
+                         block_input(s->specs, a, L), m->params.final_w, m->params.final_b, B, T, D, c->norm_num_groups,
+                         c->norm_eps);
+    matmul_forward(a.logits, a.final, output_weight(m, m->params), NULL, rows, D, c->vocab_size, false);
+    if (end) { end->pos = ((start ? start->pos : 0) + T) % c->chunk_size; }
+}
+
+// Sum of the losses of the last forward pass in nats; *scored grows by the number of targets that are not IGNORE.
+double model_loss(const Model* m, const Pass* s, const int* targets, size_t* scored) {
+    size_t rows = (size_t)s->B * s->T;
+    double sum = 0;
+    crossentropy_forward(s->acts.losses, s->acts.logits, targets, rows, m->config.vocab_size);
+    for (size_t r = 0; r < rows; r++) {
+        sum += s->acts.losses[r];
+        *scored += targets[r] != IGNORE;
+    }
+    return sum;
+}
+
+// Adds to m->grads the gradient of dloss * (sum of losses), after model_forward and model_loss.
+void model_backward(const Model* m, const Pass* s, const int* tokens, const int* targets, float dloss,
+                           const State* start, State* dstart) {
+    const Config* c = &m->config;
+    int B = s->B, T = s->T, D = c->model_dim, L = c->num_layers;
+    size_t rows = (size_t)B * T;
+    Acts a = s->acts, d = s->grads;
+    float* dx = block_input(s->dspecs, d, L);
+    crossentropy_backward(a.logits, a.losses, targets, dloss, rows, c->vocab_size);
+    matmul_backward(d.final, (float*)output_weight(m, m->grads), NULL, a.logits, a.final, output_weight(m, m->params),
+                    rows, D, c->vocab_size, false);
+    memset(dx, 0, sizeof(float) * rows * D);
+    timestepnorm_backward(dx, m->grads.final_w, m->grads.final_b, state_layer(dstart, c, L).norm, d.final, a.final_mean,
+                          a.final_rstd, state_layer(start, c, L).norm, block_input(s->specs, a, L), m->params.final_w,
+                          B, T, D, c->norm_num_groups);
+    for (int l = L - 1; l >= 0; l--) { // with --recompute, only the last layer's activations are still there
+        if (s->keep == KEEP_BLOCKS && l < L - 1) { block_forward(m, s, l, start, NULL); }
+        block_backward(m, s, l, start, dstart);
+    }
+    embedding_backward(m->grads.embed, d.embed, tokens, embedding_scale(c), rows, D);
+}
+
+// Global L2 norm of the gradient. Partial sums over fixed blocks, added in order.
+double model_grad_norm(const Model* m) {
+    enum { BLOCK = 1 << 16 };
+    size_t n = m->num_parameters, blocks = (n + BLOCK - 1) / BLOCK;
+    double *partial = (double*)xcalloc(blocks, sizeof(double)), sum = 0;
+    const float* g = m->grads.embed;
+    OMP(omp parallel for schedule(static))
+    for (size_t b = 0; b < blocks; b++) {
+        double s = 0;
+        for (size_t i = b * BLOCK; i < min_size(n, (b + 1) * BLOCK); i++) { s += (double)g[i] * g[i]; }
+        partial[b] = s;
+    }
+    for (size_t b = 0; b < blocks; b++) { sum += partial[b]; }
+    free(partial);
+    return sqrt(sum);
+}
+
+// AdamW as in PyTorch: w -= lr decay w, then w -= lr m_hat / (sqrt(v_hat) + eps), with gradients times grad_scale and step
+// counted from 1. Every parameter decays, the norms' too: their scale is stored as an offset from one (plus-1, eq. 23), so
+// that decay draws a scale to 1, where it changes nothing, and not to 0, where it would shut the layer off (appendix B.2).
+void model_update(Model* m, const Options* o, double lr, int step, double grad_scale) {
+    float *w = m->params.embed, *g = m->grads.embed, *m1 = m->adam_m.embed, *m2 = m->adam_v.embed;
+    float beta1 = o->beta1, beta2 = o->beta2, eps = o->adam_eps, scale = grad_scale;
+    float keep = 1.0 - lr * o->weight_decay, size = lr / (1.0 - pow(o->beta1, step));
+    float correction = 1.0 / sqrt(1.0 - pow(o->beta2, step)), beta1c = 1.0 - o->beta1, beta2c = 1.0 - o->beta2;
+    OMP(omp parallel for schedule(static))
+    for (size_t i = 0; i < m->num_parameters; i++) {
+        float grad = g[i] * scale;
+        m1[i] = beta1 * m1[i] + beta1c * grad;
+        m2[i] = beta2 * m2[i] + beta2c * grad * grad;
+        w[i] = w[i] * keep - size * m1[i] / (sqrtf(m2[i]) * correction + eps);
+    }
+}
+
+// PyTorch's clip_grad_norm_: what to multiply gradients of this norm by. limit 0 is none.
+double clip_scale(double norm, double limit) { return limit > 0 && norm + 1e-6 > limit ? limit / (norm + 1e-6) : 1; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// safetensors: 8 bytes header length, JSON header, data. The reader takes files from strangers: what is not exactly as the
+// format says is refused, and nothing is believed before it is checked against the size of the file.
+
+enum { MAX_DIMS = 8, HEADER_LIMIT = 100000000 };
+enum { F32, F16, BF16, I32, I64, NUM_DTYPES };
+static const struct { const char* name; int bytes; } dtypes[NUM_DTYPES] = {{"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I32", 4}, {"I64", 8}};
+
+typedef struct { const char* name; int dtype, num_dims; size_t dims[MAX_DIMS], size, begin, end; } Tensor;
+typedef struct {
+    char path[PATH_MAX], error[512];
+    FILE* file;
+    char* header;              // names and metadata point into it
+    Tensor* tensors;           // sorted by name
+    int num_tensors, num_meta;
+    const char** meta;         // key, value, key, value, ...
+    size_t data;               // where data starts in the file
+} SafeTensors;
+
+// A parser of the JSON that headers are made of. After an error it reads as the end of the text.
+typedef struct { char *p, *end; const char* error; } Json;
+
+void json_fail(Json* j, const char* error) {
+    if (!j->error) { j->error = error; }
+    j->p = j->end;
+}
+
+char json_peek(Json* j) {
+    while (j->p < j->end && strchr(" \t\r\n", *j->p) && *j->p) { j->p++; }
+    return j->p < j->end ? *j->p : 0;
+}
+
+bool json_take(Json* j, char c) {
+    if (json_peek(j) != c) { return false; }
+    j->p++;
+    return true;
+}
+
+void json_expect(Json* j, char c, const char* error) {
+    if (!json_take(j, c)) { json_fail(j, error); }
+}
+
+// A string, decoded in place (it never grows) and ended by a zero byte. "" after an error.
+const char* json_string(Json* j) {
+    static const char *escapes = "\"\\/bfnrt", *meanings = "\"\\/\b\f\n\r\t";
+    json_expect(j, '"', "a string was expected");
+    char *start = j->p, *to = j->p;
+    while (j->p < j->end && *j->p != '"') {
+        unsigned char c = *j->p++;
+        if (c < 0x20) { json_fail(j, "a control character in a string"); break; }
+        if (c != '\\') { *to++ = c; continue; }
+        char e = j->p < j->end ? *j->p++ : 0;
+        const char* known = e ? strchr(escapes, e) : NULL;
+        unsigned u = 0;
+        if (known) { *to++ = meanings[known - escapes]; continue; }
+        for (int i = 0; e == 'u' && i < 4; i++) {
+            char h = j->p < j->end ? *j->p++ : 0;
+            if (!isxdigit((unsigned char)h)) { e = 0; break; }
+            u = u * 16 + (h <= '9' ? h - '0' : (h | 32) - 'a' + 10);
+        }
+        if (e != 'u' || u == 0 || (u >= 0xD800 && u < 0xE000)) { json_fail(j, "an escape that is not supported"); break; }
+        if (u < 0x80) { *to++ = u; }
+        else if (u < 0x800) { *to++ = 0xC0 | u >> 6; *to++ = 0x80 | (u & 63); }
+        else { *to++ = 0xE0 | u >> 12; *to++ = 0x80 | (u >> 6 & 63); *to++ = 0x80 | (u & 63); }
+    }
+    if (j->p >= j->end) { json_fail(j, "a string does not end"); return ""; }
+    j->p++;
+    *to = 0;
+    return start;
+}
+
+size_t json_count(Json* j) {
+    size_t n = 0;
+    if (!isdigit((unsigned char)json_peek(j))) { json_fail(j, "a whole number was expected"); }
+    for (; j->p < j->end && isdigit((unsigned char)*j->p); j->p++) {
+        if (n > (SIZE_MAX / 4 - 9) / 10) { json_fail(j, "a number is too large"); break; }
+        n = n * 10 + (*j->p - '0');
+    }
+    return n;
+}
+
+// [n, n, ...] of at most `most` numbers; returns how many.
+int json_counts(Json* j, size_t* numbers, int most) {
+    int n = 0;
+    json_expect(j, '[', "a list was expected");
+    if (json_take(j, ']')) { return 0; }
+    do {
+        if (n == most) { json_fail(j, "a list is too long"); return 0; }
+        numbers[n++] = json_count(j);
+    } while (json_take(j, ','));
+    json_expect(j, ']', "a list does not end");
+    return n;
+}
+
+// One tensor's {"dtype":...,"shape":[...],"data_offsets":[begin,end]}, its size checked against its shape.
+void json_tensor(Json* j, Tensor* t) {
+    size_t offsets[2];
+    unsigned seen = 0;
+    json_expect(j, '{', "a tensor's entry was expected");
+    do {
+        const char* key = json_string(j);
+        unsigned bit = !strcmp(key, "dtype") ? 1 : !strcmp(key, "shape") ? 2 : !strcmp(key, "data_offsets") ? 4 : 0;
+        json_expect(j, ':', "':' was expected");
+        if (!bit || seen & bit) { json_fail(j, "its entry has an unknown or repeated field"); }
+        else if (bit == 1) {
+            const char* name = json_string(j);
+            for (t->dtype = 0; t->dtype < NUM_DTYPES && strcmp(name, dtypes[t->dtype].name); t->dtype++) {}
+            if (t->dtype == NUM_DTYPES) { json_fail(j, "its dtype is none of F32 F16 BF16 I32 I64"); }
+        } else if (bit == 2) { t->num_dims = json_counts(j, t->dims, MAX_DIMS); }
+        else if (json_counts(j, offsets, 2) != 2) { json_fail(j, "data_offsets are not two numbers"); }
+        seen |= bit;
+    } while (json_take(j, ','));
+    json_expect(j, '}', "a tensor's entry does not end");
+    if (seen != 7) { json_fail(j, "dtype, shape or data_offsets is missing"); }
+    if (j->error) { return; }
+    t->size = 1;
+    t->begin = offsets[0];
+    t->end = offsets[1];
+    for (int i = 0; i < t->num_dims; i++) {
+        if (t->dims[i] && t->size > SIZE_MAX / 16 / t->dims[i]) { json_fail(j, "its shape overflows"); return; }
+        t->size *= t->dims[i];
+    }
+    if (t->end < t->begin || t->end - t->begin != t->size * dtypes[t->dtype].bytes) {
+        json_fail(j, "its data_offsets do not fit its shape and dtype");
+    }
+}
+
+int tensor_by_offset(const void* a, const void* b) {
+    const Tensor *x = (const Tensor*)a, *y = (const Tensor*)b;
+    return x->begin != y->begin ? (x->begin > y->begin) - (x->begin < y->begin) : (x->end > y->end) - (x->end < y->end);
+}
+
+int tensor_by_name(const void* a, const void* b) { return strcmp(((const Tensor*)a)->name, ((const Tensor*)b)->name); }
+
+void safetensors_close(SafeTensors* st) {
+    if (st->file) { fclose(st->file); }
+    free(st->header);
+    free(st->tensors);
+    free(st->meta);
+}
+
+// Reads and checks the header. Returns NULL, or what is wrong with the file; then nothing stays open.
+const char* safetensors_try(SafeTensors* st, const char* path) {
+    unsigned char length[8];
+    struct stat info;
+    uint64_t n = 0;
+    memset(st, 0, sizeof(*st));
+    snprintf(st->path, sizeof(st->path), "%s", path);
+    if (!(st->file = fopen(path, "rb"))) { return strerror(errno); }
+    if (fstat(fileno(st->file), &info) || !S_ISREG(info.st_mode)) { safetensors_close(st); return "not a regular file"; }
+    size_t bytes = info.st_size, got = fread(length, 1, 8, st->file);
+    for (int i = 0; i < 8; i++) { n |= (uint64_t)length[i] << 8 * i; }
+    if (got < 8 || n > HEADER_LIMIT || n > bytes - 8) {
+        safetensors_close(st);
+        return "not a safetensors file, or truncated (its header does not fit into it)";
+    }
+    st->data = 8 + n;
+    st->header = (char*)xcalloc(n + 1, 1);
+    Json json = {st->header, st->header + n, NULL}, *j = &json;
+    if (fread(st->header, 1, n, st->file) != n) { json_fail(j, "the header cannot be read"); }
+    if (n == 0 || st->header[0] != '{') { json_fail(j, "the header does not start with '{'"); }
+    json_expect(j, '{', "");
+    const char* name = "";
+    bool had_meta = false;
+    int room = 0;
+    while (!j->error && json_peek(j) != '}') {
+        name = json_string(j);
+        json_expect(j, ':', "':' was expected");
+        if (!strcmp(name, "__metadata__")) {
+            if (had_meta) { json_fail(j, "stands twice"); }
+            had_meta = true;
+            json_expect(j, '{', "an object was expected");
+            while (!j->error && json_peek(j) != '}') {
+                if ((st->num_meta & (st->num_meta - 1)) == 0) { // the list doubles
+                    st->meta = (const char**)realloc(st->meta, sizeof(char*) * 2 * (st->num_meta ? 2 * st->num_meta : 1));
+                    if (!st->meta) { die("out of memory"); }
+                }
+                st->meta[2 * st->num_meta] = json_string(j);
+                json_expect(j, ':', "':' was expected");
+                st->meta[2 * st->num_meta++ + 1] = json_string(j);
+                if (!json_take(j, ',')) { break; }
+            }
+            json_expect(j, '}', "an object does not end");
+        } else {
+            if (st->num_tensors == room) {
+                room = room ? 2 * room : 64;
+                st->tensors = (Tensor*)realloc(st->tensors, room * sizeof(Tensor));
+                if (!st->tensors) { die("out of memory"); }
+            }
+            Tensor t = {name, 0, 0, {0}, 0, 0, 0};
+            json_tensor(j, &t);
+            st->tensors[st->num_tensors++] = t;
+        }
+        if (!json_take(j, ',')) { break; }
+    }
+    if (!j->error) {
+        name = "";
+        json_expect(j, '}', "the header does not end");
+        if (json_peek(j) || j->p != j->end) { json_fail(j, "something follows the header's object"); }
+    }
+    if (!j->error) { // the tensors must tile the data from its first byte to the file's last
+        size_t at = 0;
+        qsort(st->tensors, st->num_tensors, sizeof(Tensor), tensor_by_offset);
+        for (int i = 0; !j->error && i < st->num_tensors; at = st->tensors[i++].end) {
+            name = st->tensors[i].name;
+            if (st->tensors[i].begin != at) { json_fail(j, "its data overlaps another's or leaves a hole"); }
+        }
+        if (!j->error && at != bytes - st->data) {
+            name = "";
+            json_fail(j, at > bytes - st->data ? "truncated: the data is shorter than the header says"
+                                               : "bytes follow the last tensor's data");
+        }
+        qsort(st->tensors, st->num_tensors, sizeof(Tensor), tensor_by_name);
+        for (int i = 1; !j->error && i < st->num_tensors; i++) {
+            name = st->tensors[i].name;
+            if (!strcmp(name, st->tensors[i - 1].name)) { json_fail(j, "stands twice"); }
+        }
+    }
+    if (!j->error) { return NULL; }
+    snprintf(st->error, sizeof(st->error), "%s%.200s%s%s", *name ? "tensor '" : "", name, *name ? "': " : "", j->error);
+    safetensors_close(st);
+    return st->error;
+}
+
+void safetensors_open(SafeTensors* st, const char* path) {
+    const char* error = safetensors_try(st, path);
+    if (error) { die("%s: %s", path, error); }
+}
+
+const Tensor* safetensors_find(const SafeTensors* st, const char* name) {
+    Tensor key;
+    key.name = name;
+    return (const Tensor*)bsearch(&key, st->tensors, st->num_tensors, sizeof(Tensor), tensor_by_name);
+}
+
+const char* safetensors_meta(const SafeTensors* st, const char* key) {
+    for (int i = 0; i < st->num_meta; i++) {
+        if (!strcmp(st->meta[2 * i], key)) { return st->meta[2 * i + 1]; }
+    }
+    return NULL;
+}
+
+float half_to_float(uint16_t h) {
+    int exponent = h >> 10 & 31, mantissa = h & 1023;
+    float x = exponent == 31 ? (mantissa ? NAN : INFINITY) : exponent ? ldexpf(1024 + mantissa, exponent - 25)
+                                                                      : ldexpf(mantissa, -24);
+    return h >> 15 ? -x : x;
+}
+
+// Reads a tensor, turned into doubles (exact for every dtype but I64 beyond 2^53).
+void tensor_read(const SafeTensors* st, const Tensor* t, double* out) {
+    unsigned char buffer[8192];
+    int width = dtypes[t->dtype].bytes;
+    if (fseeko(st->file, st->data + t->begin, SEEK_SET)) { die("%s: %s", st->path, strerror(errno)); }
+    for (size_t i = 0; i < t->size;) {
+        size_t n = min_size(t->size - i, sizeof(buffer) / width);
+        if (fread(buffer, width, n, st->file) != n) { die("%s: tensor '%s' cannot be read", st->path, t->name); }
+        for (size_t k = 0; k < n; k++, i++) {
+            uint64_t bits = 0;
+            float f;
+            for (int b = 0; b < width; b++) { bits |= (uint64_t)buffer[k * width + b] << 8 * b; }
+            uint32_t word = t->dtype == BF16 ? bits << 16 : bits;
+            memcpy(&f, &word, 4);
+            out[i] = t->dtype == F16 ? half_to_float(bits) : t->dtype == I32 ? (int32_t)word
+                   : t->dtype == I64 ? (int64_t)bits : f;
+        }
+    }
+}
+
+// Reads the tensor `name` into n floats, a vector of them; it must have the shape dims (0 ends it).
+void safetensors_read(const SafeTensors* st, const char* name, const size_t dims[3], float* out, size_t n) {
+    const Tensor* t = safetensors_find(st, name);
+    int num_dims = 0;
+    if (!t) { die("%s: tensor '%s' is missing", st->path, name); }
+    while (num_dims < 3 && dims[num_dims]) { num_dims++; }
+    if (t->num_dims != num_dims || memcmp(t->dims, dims, num_dims * sizeof(size_t)) || t->size != n) {
+        char has[256] = "", wants[256] = "";
+        for (int i = 0; i < t->num_dims; i++) { snprintf(has + strlen(has), 32, " %zu", t->dims[i]); }
+        for (int i = 0; i < num_dims; i++) { snprintf(wants + strlen(wants), 32, " %zu", dims[i]); }
+        die("%s: tensor '%s' has shape [%s ], expected [%s ]", st->path, name, has, wants);
+    }
+    double* buffer = (double*)xcalloc(n, sizeof(double));
+    tensor_read(st, t, buffer);
+    for (size_t i = 0; i < n; i++) { out[i] = buffer[i]; }
+    free(buffer);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Options as text: the command line, the metadata of files, the printed configuration
+
+enum { INT, REAL, BOOL, TEXT, FLAG };
+enum { MODEL_GROUP, TRAINING_GROUP, MODE_GROUP };
+#define MODEL_ROW(kind, name, value, low, high, help) { #name, kind, MODEL_GROUP, offsetof(Options, model.name), low, high, help },
+#define TRAINING_ROW(kind, name, value, low, high, help) { #name, kind, TRAINING_GROUP, offsetof(Options, name), low, high, help },
+#define MODE_ROW(kind, name, value, low, high, help) { #name, kind, MODE_GROUP, offsetof(Options, name), low, high, help },
+static const struct { const char* name; int kind, group; size_t offset; double low, high; const char* help; } option_rows[] = {
+    MODEL_OPTIONS(MODEL_ROW) TRAINING_OPTIONS(TRAINING_ROW) MODE_OPTIONS(MODE_ROW)
+};
+enum { NUM_OPTIONS = sizeof(option_rows) / sizeof(option_rows[0]) };
+
+// The value of option i as text that option_set reads back exactly.
+const char* option_text(const Options* o, int i, char buffer[PATH_MAX]) {
+    const char* at = (const char*)o + option_rows[i].offset;
+    if (option_rows[i].kind == TEXT) { return *(const char**)at; }
+    if (option_rows[i].kind != REAL) { snprintf(buffer, PATH_MAX, "%d", *(int*)at); return buffer; }
+    for (int digits = 6; digits <= 17; digits++) { // as few as it takes
+        snprintf(buffer, PATH_MAX, "%.*g", digits, *(double*)at);
+        if (strtod(buffer, NULL) == *(double*)at) { break; }
+    }
+    return buffer;
+}
+
+// Sets option i from text; `source` is a file, or "" for the command line, for the message if the text will not do.
+void option_set(Options* o, int i, const char* text, const char* source) {
+    char *at = (char*)o + option_rows[i].offset, *end, flag[64];
+    double low = option_rows[i].low, high = option_rows[i].high;
+    int kind = option_rows[i].kind;
+    if (kind == TEXT) { *(const char**)at = text; return; }
+    errno = 0;
+    double x = kind == REAL ? strtod(text, &end) : strtol(text, &end, 10);
+    if (errno || end == text || *end || isspace((unsigned char)*text) || !(x >= low && x <= high)) {
+        snprintf(flag, sizeof(flag), "--%s", option_rows[i].name);
+        for (char* s = flag; *s; s++) { if (*s == '_') { *s = '-'; } }
+        die("%s%s%s \"%s\": expected %s from %g to %g", source, *source ? ": " : "", flag, text,
+            kind == REAL ? "a number" : "a whole number", low, high);
+    }
+    if (kind == REAL) { *(double*)at = x; } else { *(int*)at = x; }
+}
+
+void print_help(FILE* f) {
+    static const char* titles[] = {"The model (a preset first, then any of these):", "Data and training:", "What to do instead:"};
+    char buffer[PATH_MAX];
+    fprintf(f, "Trains a Megalodon language model, or evaluates it (--eval), or samples from it (--generate).\n"
+               "usage: train_megalodon [--FLAG VALUE]...\n");
+    for (int i = 0; i < NUM_OPTIONS; i++) {
+        const char *value = option_text(&default_options, i, buffer);
+        if (i == 0 || option_rows[i].group != option_rows[i - 1].group) { fprintf(f, "\n%s\n", titles[option_rows[i].group]); }
+        fprintf(f, "  --");
+        for (const char* s = option_rows[i].name; *s; s++) { fputc(*s == '_' ? '-' : *s, f); }
+        fprintf(f, "%*s%s", (int)(19 - strlen(option_rows[i].name)), "", option_rows[i].help);
+        fprintf(f, option_rows[i].kind == FLAG || !*value ? "\n" : strlen(value) > 12 ? "\n%23s(%s)\n" : "%s (%s)\n",
+                strlen(value) > 12 ? "" : "", value);
+    }
+}
+
+int option_find(const char* word) {
+    for (int i = 0; i < NUM_OPTIONS; i++) {
+        const char *a = option_rows[i].name, *b = word + 2;
+        while (*a && (*a == '_' ? '-' : *a) == *b) { a++; b++; }
+        if (!strncmp(word, "--", 2) && !*a && !*b) { return i; }
+    }
+    die("unknown option \"%s\": --help lists all of them", word);
+}
+
+// Configuration of a file with weights, over what flags say; a flag that contradicts the file is refused.
+void options_from_file(Options* o, const SafeTensors* st, const bool* given, bool training_too) {
+    char ours[PATH_MAX], theirs[PATH_MAX], key[128];
+    Options file = *o;
+    for (int i = 0; i < NUM_OPTIONS; i++) {
+        bool model = option_rows[i].group == MODEL_GROUP;
+        if (option_rows[i].group == MODE_GROUP || (!model && !training_too)) { continue; }
+        snprintf(key, sizeof(key), "%s%s", model ? "" : "flag.", option_rows[i].name);
+        const char* text = safetensors_meta(st, key);
+        if (!text) { continue; }
+        option_set(&file, i, text, st->path);
+        const char *a = option_text(&file, i, theirs), *b = option_text(o, i, ours);
+        if (model && given[i] && strcmp(a, b)) { die("%s has %s %s, the flags say %s", st->path, option_rows[i].name, a, b); }
+        if (!given[i]) { option_set(o, i, strdup(text), st->path); }
+    }
+}
+
+void options_print(const Options* o, FILE* f) {
+    char buffer[PATH_MAX];
+    int column = 0;
+    for (int i = 0; i < NUM_OPTIONS && option_rows[i].group != MODE_GROUP; i++) {
+        const char* value = option_text(o, i, buffer);
+        if (!*value) { continue; }
+        int width = strlen(option_rows[i].name) + strlen(value) + 4;
+        if (column && (column + width > 118 || option_rows[i].group != option_rows[i - 1].group)) { fputc('\n', f); column = 0; }
+        column += fprintf(f, "%s%s %s", column ? " | " : "", option_rows[i].name, value);
+    }
+    fputc('\n', f);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Checkpoints: weights, both Adam moments, all flags and the step, from which data order and sampling follow
+
+void json_put_string(FILE* f, const char* s) {
+    fputc('"', f);
+    for (; *s; s++) {
+        if ((unsigned char)*s < 0x20) { fprintf(f, "\\u%04x", *s); continue; }
+        if (*s == '"' || *s == '\\') { fputc('\\', f); }
+        fputc(*s, f);
+    }
+    fputc('"', f);
+}
+
+// Writes DIR/step_%08d.safetensors under another name, flushes it to the disk, and only then gives it its name.
+void checkpoint_save(const Model* m, const Options* o, int step) {
+    static const char* prefixes[3] = {"", "adam_m.", "adam_v."};
+    const Params* blocks[3] = {&m->params, &m->adam_m, &m->adam_v};
+    char path[PATH_MAX + 32], part[PATH_MAX + 40], buffer[PATH_MAX], name[128], *header = NULL;
+    size_t length = 0, offset = 0;
+    FILE* h = open_memstream(&header, &length);
+    if (!h) { die("out of memory"); }
+    fprintf(h, "{\"__metadata__\":{\"format\":\"megalodon\",\"step\":\"%d\",\"tokens\":\"%.0f\"", step,
+            (double)step * o->accum * o->batch * o->seq);
+    for (int i = 0; i < NUM_OPTIONS && option_rows[i].group != MODE_GROUP; i++) {
+        fprintf(h, ",\"%s%s\":", option_rows[i].group == MODEL_GROUP ? "" : "flag.", option_rows[i].name);
+        json_put_string(h, option_text(o, i, buffer));
+    }
+    fputc('}', h);
+    for (int b = 0; b < 3; b++) {
+        for (int i = 0; i < NUM_PARAMS; i++) {
+            const Spec* s = &m->specs[i];
+            for (int l = 0; s->size && l < s->slots; l++, offset += s->size * sizeof(float)) {
+                fprintf(h, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", layer_name(name, prefixes[b], s->name, l));
+                for (int d = 0; d < 3 && s->dims[d]; d++) { fprintf(h, "%s%zu", d ? "," : "", s->dims[d]); }
+                fprintf(h, "],\"data_offsets\":[%zu,%zu]}", offset, offset + s->size * sizeof(float));
+            }
+        }
+    }
+    fputc('}', h);
+    while (ftell(h) % 8) { fputc(' ', h); }
+    fclose(h);
+
+    snprintf(path, sizeof(path), "%s/step_%08d.safetensors", o->out, step);
+    snprintf(part, sizeof(part), "%s.part", path);
+    FILE* f = fopen(part, "wb");
+    bool good = f != NULL;
+    for (int i = 0; good && i < 8; i++) { good = fputc(length >> 8 * i & 255, f) != EOF; }
+    good = good && fwrite(header, 1, length, f) == length;
+    for (int b = 0; good && b < 3; b++) { // a Params block lies in memory as its tensors do in the file
+        good = fwrite(blocks[b]->embed, sizeof(float), m->num_parameters, f) == m->num_parameters;
+    }
+    good = good && !fflush(f) && !fsync(fileno(f));
+    if (f) { good = !fclose(f) && good; }
+    if (!good || rename(part, path)) {
+        int error = errno;
+        unlink(part);
+        die("cannot write %s: %s (earlier checkpoints are untouched)", path, strerror(error));
+    }
+    int folder = open(o->out, O_RDONLY | O_DIRECTORY); // the new name must survive a power cut too
+    if (folder >= 0) { fsync(folder); close(folder); }
+    free(header);
+}
+
+// Opens the newest valid checkpoint in a folder.
+void checkpoint_open(SafeTensors* st, const char* folder) {
+    int below = INT_MAX;
+    for (bool found = true; found;) {
+        struct dirent* entry;
+        char path[PATH_MAX + 32];
+        int newest = -1, step, n;
+        DIR* d = opendir(folder);
+        if (!d) { die("--resume %s: %s", folder, strerror(errno)); }
+        while ((entry = readdir(d))) {
+            if (sscanf(entry->d_name, "step_%8d.safetensors%n", &step, &n) == 1 && !entry->d_name[n] && step > newest && step < below) {
+                newest = step;
+            }
+        }
+        closedir(d);
+        if ((found = newest >= 0)) {
+            snprintf(path, sizeof(path), "%s/step_%08d.safetensors", folder, newest);
+            const char* error = safetensors_try(st, path);
+            if (!error && safetensors_meta(st, "step")) { return; }
+            fprintf(stderr, "skipping %s: %s\n", path, error ? error : "not a checkpoint");
+            below = newest;
+        }
+    }
+    die("--resume %s: no valid step_*.safetensors there", folder);
+}
+
+// Reads every tensor of a block. prefix is "" for weights, "adam_m." or "adam_v."
+void params_load(const Model* m, Params block, const SafeTensors* st, const char* prefix) {
+    char name[128];
+    for (int i = 0; i < NUM_PARAMS; i++) {
+        const Spec* s = &m->specs[i];
+        for (int l = 0; s->size && l < s->slots; l++) {
+            safetensors_read(st, layer_name(name, prefix, s->name, l), s->dims, ((float**)&block)[i] + l * s->size, s->size);
+        }
+    }
+}
+
+// Reads the weights, and refuses files that hold more than this model has. A released state dict also holds buffers, which
+// mean nothing here, and the embedding again as the output layer where they are tied.
+void model_load(Model* m, const SafeTensors* st) {
+    char name[128];
+    params_load(m, m->params, st, "");
+    for (int t = 0; t < st->num_tensors; t++) {
+        const char *has = st->tensors[t].name, *dot = strrchr(has, '.');
+        bool known = !strncmp(has, "adam_", 5) || !strcmp(has, "rope.freqs") || (dot && !strncmp(dot, ".prior_", 7));
+        for (int i = 0; !known && i < NUM_PARAMS; i++) {
+            for (int l = 0; m->specs[i].size && l < m->specs[i].slots; l++) {
+                known = known || !strcmp(has, layer_name(name, "", m->specs[i].name, l));
+            }
+        }
+        if (!known && m->config.share_emb && !strcmp(has, "output.output.weight")) {
+            float* output = (float*)xcalloc(m->specs[0].size, sizeof(float));
+            safetensors_read(st, has, m->specs[0].dims, output, m->specs[0].size);
+            if (memcmp(output, m->params.embed, m->specs[0].size * sizeof(float))) {
+                die("%s: share_emb is 1, but '%s' differs from 'embed.weight'", st->path, has);
+            }
+            free(output);
+            known = true;
+        }
+        if (!known) { die("%s: unexpected tensor '%s': a model of this configuration has none", st->path, has); }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Data: files of tokens laid end to end
+
+typedef struct { const char* path; int width; size_t offset, begin, end; } Segment; // tokens [begin,end) of a file
+typedef struct { Segment* segments; int count; size_t size; } Dataset;
+
+void dataset_add(Dataset* d, Segment s, size_t begin, size_t end) {
+    s.begin = begin;
+    s.end = end;
+    if (begin == end) { return; }
+    d->segments = (Segment*)realloc(d->segments, (d->count + 1) * sizeof(Segment));
+    if (!d->segments) { die("out of memory"); }
+    d->segments[d->count++] = s;
+    d->size += end - begin;
+}
+
+// A text: bytes are tokens. A file that ends in .bin: llm.c's format, 256 int32 (magic, version, count), then uint16
+// tokens (magic 20240520, version 1) or uint32 tokens (20240801, 7).
+Segment token_file(const char* path) {
+    Segment s = {path, 1, 0, 0, 0};
+    struct stat info;
+    int32_t header[256];
+    int fd = open(path, O_RDONLY);
+    if (fd < 0 || fstat(fd, &info)) { die("%s: %s", path, strerror(errno)); }
+    if (!S_ISREG(info.st_mode)) { die("%s: not a regular file", path); }
+    s.end = info.st_size;
+    const char* dot = strrchr(path, '.');
+    if (dot && !strcmp(dot, ".bin")) {
+        if (read(fd, header, sizeof(header)) != sizeof(header)) { die("%s: truncated: no header of 1024 bytes", path); }
+        s.offset = sizeof(header);
+        s.width = header[0] == 20240520 && header[1] == 1 ? 2 : header[0] == 20240801 && header[1] == 7 ? 4 : 0;
+        if (!s.width) { die("%s: magic %d version %d is not llm.c's token format (20240520/1 or 20240801/7)", path, header[0], header[1]); }
+        if (header[2] < 0 || (size_t)info.st_size != s.offset + (size_t)header[2] * s.width) {
+            die("%s: %d tokens make %zu bytes, the file has %zu", path, header[2],
+                s.offset + (size_t)header[2] * s.width, (size_t)info.st_size);
+        }
+        s.end = header[2];
+    }
+    close(fd);
+    if (s.end == 0) { die("%s: empty", path); }
+    return s;
+}
+
+// Adds the files that a list of patterns names; the last 10% of each go to held_out if not NULL.
+void dataset_open(Dataset* d, Dataset* held_out, const char* flag, const char* patterns) {
+    char* list = strdup(patterns);
+    for (char *save = NULL, *pattern = strtok_r(list, ",", &save); pattern; pattern = strtok_r(NULL, ",", &save)) {
+        glob_t found;
+        if (glob(pattern, 0, NULL, &found)) { die("%s: no file is named %s", flag, pattern); }
+        for (size_t i = 0; i < found.gl_pathc; i++) {
+            Segment s = token_file(strdup(found.gl_pathv[i]));
+            size_t cut = held_out ? (size_t)(0.9 * s.end) : s.end;
+            dataset_add(d, s, 0, cut);
+            if (held_out) { dataset_add(held_out, s, cut, s.end); }
+        }
+        globfree(&found);
+    }
+    free(list);
+}
+
+// out = tokens [at, at+n) of the files laid end to end; every id must be below vocab.
+void dataset_read(const Dataset* d, size_t at, size_t n, int* out, int vocab) {
+    for (int i = 0; i < d->count && n > 0; i++) {
+        const Segment* s = &d->segments[i];
+        size_t length = s->end - s->begin, take = at < length ? min_size(n, length - at) : 0, done = 0;
+        if (take == 0) { at -= length; continue; }
+        unsigned char* bytes = (unsigned char*)out + take * (sizeof(int) - s->width); // widened from the front, in place
+        int fd = open(s->path, O_RDONLY);
+        while (fd >= 0 && done < take * s->width) {
+            ssize_t got = pread(fd, bytes + done, take * s->width - done, s->offset + (s->begin + at) * s->width + done);
+            if (got <= 0) { break; }
+            done += got;
+        }
+        if (fd < 0 || done < take * s->width) { die("%s: cannot be read any more", s->path); }
+        close(fd);
+        for (size_t k = 0; k < take; k++, bytes += s->width) {
+            uint32_t id = bytes[0];
+            for (int b = 1; b < s->width; b++) { id |= (uint32_t)bytes[b] << 8 * b; }
+            if (id >= (uint32_t)vocab) {
+                die("%s: token %zu is %u, vocab_size is %d", s->path, s->begin + at + k, id, vocab);
+            }
+            out[k] = id;
+        }
+        out += take;
+        n -= take;
+        at = 0;
+    }
+}
+
+// Sequence `row` of step `step`: starts at a uniformly random place, a pure function of (seed, step, row), whoever asks.
+void dataset_sample(const Dataset* d, int seed, uint64_t step, uint64_t row, int T, int vocab, int* tokens, int* targets) {
+    size_t at = random_bits(seed, ((uint64_t)1 << 56) + step, row) % (d->size - T);
+    int last;
+    dataset_read(d, at, T, tokens, vocab);
+    dataset_read(d, at + T, 1, &last, vocab);
+    memcpy(targets, tokens + 1, (T - 1) * sizeof(int));
+    targets[T - 1] = last;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Streaming: evaluation and generation in constant memory
+
+// A forward pass of at most a chunk, and the state between calls.
+typedef struct { Pass pass; State state; int capacity; int* tokens; } Stream;
+
+void stream_alloc(Stream* s, const Config* c) {
+    s->capacity = c->chunk_size;
+    pass_alloc(&s->pass, c, 1, s->capacity, KEEP_NONE, KEEP_NONE);
+    state_alloc(&s->state, c, 1, true);
+    s->tokens = (int*)xcalloc(s->capacity + 1, sizeof(int));
+}
+
+void stream_free(Stream* s) {
+    pass_free(&s->pass);
+    state_free(&s->state);
+    free(s->tokens);
+}
+
+// Runs as many of the n tokens as the current chunk has room for; returns how many. Logits are in s->pass.acts.logits.
+int stream_forward(const Model* m, Stream* s, const int* tokens, size_t n) {
+    s->pass.T = min_size(n, m->config.chunk_size - s->state.pos);
+    model_forward(m, &s->pass, tokens, &s->state, &s->state);
+    return s->pass.T;
+}
+
+// Mean loss in nats over the tokens of d in order, state carried; each but the first is scored once.
+double evaluate(const Model* m, Stream* s, const Dataset* d, size_t* scored) {
+    double sum = 0;
+    state_reset(&s->state, &m->config);
+    *scored = 0;
+    for (size_t at = 0; at + 1 < d->size; at += s->pass.T) {
+        size_t n = min_size(d->size - 1 - at, s->capacity);
+        dataset_read(d, at, n + 1, s->tokens, m->config.vocab_size);
+        stream_forward(m, s, s->tokens, n);
+        sum += model_loss(m, &s->pass, s->tokens + 1, scored);
+    }
+    return sum / *scored;
+}
+
+typedef struct { float p; int id; } Candidate;
+int candidate_by_p(const void* a, const void* b) {
+    const Candidate *x = (const Candidate*)a, *y = (const Candidate*)b;
+    return x->p != y->p ? (x->p < y->p) - (x->p > y->p) : x->id - y->id;
+}
+
+// Draws from softmax(logits / temperature) cut to the top_k likeliest tokens and then to the likeliest that together hold
+// top_p, with u uniform in [0,1).
+int sample(const float* logits, int vocab, const Options* o, double u) {
+    Candidate* c = (Candidate*)xcalloc(vocab, sizeof(Candidate));
+    int n = o->top_k ? min_int(o->top_k, vocab) : vocab, i = 0;
+    double sum = 0, kept = 0;
+    for (int v = 0; v < vocab; v++) { c[v].p = logits[v]; c[v].id = v; }
+    qsort(c, vocab, sizeof(Candidate), candidate_by_p);
+    float top = c[0].p;
+    for (int v = 0; v < n; v++) { sum += c[v].p = o->temperature > 0 ? exp((c[v].p - top) / o->temperature) : v == 0; }
+    for (i = 0; i < n && (i == 0 || kept < o->top_p * sum); i++) { kept += c[i].p; }
+    n = i;
+    u *= kept;
+    for (i = 0; i < n - 1 && u >= c[i].p; i++) { u -= c[i].p; }
+    int id = c[i].id;
+    free(c);
+    return id;
+}
+
+// Prints n tokens that follow the prompt (a newline if it is empty): bytes, or numbers where tokens are not bytes.
+void generate(const Model* m, Stream* s, const Options* o, int n, uint64_t stream) {
+    const char* prompt = *o->prompt ? o->prompt : "\n";
+    int vocab = m->config.vocab_size;
+    state_reset(&s->state, &m->config);
+    for (; *prompt; prompt++) {
+        int token = (unsigned char)*prompt;
+        if (token >= vocab) { die("--prompt: byte %d is not below vocab_size %d", token, vocab); }
+        stream_forward(m, s, &token, 1);
+    }
+    for (int i = 0; i < n; i++) {
+        int token = sample(s->pass.acts.logits, vocab, o, random_uniform(o->seed, ((uint64_t)2 << 56) + stream, i));
+        if (vocab <= 256) { putchar(token); } else { printf("%d ", token); }
+        fflush(stdout);
+        if (i + 1 < n) { stream_forward(m, s, &token, 1); }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Training
+
+// Learning rate of a step counted from 0: linear warmup, then from lr to lr * lr_end_ratio over the rest of the steps.
+double learning_rate(const Options* o, int step) {
+    double left = 1.0 - (double)(step - o->warmup) / (o->steps > o->warmup ? o->steps - o->warmup : 1);
+    if (step < o->warmup) { return o->lr * (step + 1) / o->warmup; }
+    double f = !strcmp(o->schedule, "cosine") ? 0.5 * (1.0 - cos(M_PI * left)) : !strcmp(o->schedule, "linear") ? left : 1.0;
+    return o->lr * (o->lr_end_ratio + (1.0 - o->lr_end_ratio) * f);
+}
+
+// Set by SIGINT and SIGTERM: finish the step, save, exit 0. A second signal exits at once.
+static volatile sig_atomic_t stop_asked;
+void on_signal(int number) {
+    if (stop_asked) { _exit(128 + number); }
+    stop_asked = 1;
+}
+
+// Opens DIR/log.tsv to go on after `step`: rows past it, which a killed run may have left, are dropped.
+FILE* log_open(const Options* o, int step) {
+    char path[PATH_MAX + 16], part[PATH_MAX + 24], line[1024];
+    snprintf(path, sizeof(path), "%s/log.tsv", o->out);
+    snprintf(part, sizeof(part), "%s.part", path);
+    FILE *old = step > 0 ? fopen(path, "r") : NULL, *f = fopen(part, "w");
+    if (!f) { die("cannot write %s: %s", part, strerror(errno)); }
+    fprintf(f, "step\ttokens\tloss\tgrad_norm\tlr\ttok_s\tms\tval_loss\n");
+    while (old && fgets(line, sizeof(line), old)) {
+        if (isdigit((unsigned char)*line) && strchr(line, '\n') && atoi(line) <= step) { fputs(line, f); }
+    }
+    if (old) { fclose(old); }
+    if (fflush(f) || rename(part, path)) { die("cannot write %s: %s", path, strerror(errno)); }
+    return f;
+}
+
+double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+void train(Model* m, const Options* o, int first_step, const Dataset* data, const Dataset* held_out) {
+    const Config* c = &m->config;
+    int B = o->batch, T = o->seq;
+    size_t rows = (size_t)B * T, scored;
+    int *tokens = (int*)xcalloc(rows, sizeof(int)), *targets = (int*)xcalloc(rows, sizeof(int));
+    Pass pass;
+    Stream stream;
+    pass_alloc(&pass, c, B, T, o->recompute ? KEEP_BLOCKS : KEEP_ALL, KEEP_NONE);
+    stream_alloc(&stream, c);
+    FILE* log = *o->out ? log_open(o, first_step) : NULL;
+    struct sigaction action;
+    memset(&action, 0, sizeof(action));
+    action.sa_handler = on_signal;
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+
+    double started = seconds();
+    for (int step = first_step; step < o->steps; step++) {
+        double step_started = seconds(), loss = 0, lr = learning_rate(o, step), dloss = 1.0 / ((double)rows * o->accum);
+        memset(m->grads.embed, 0, m->num_parameters * sizeof(float));
+        for (int micro = 0; micro < o->accum; micro++) {
+            for (int b = 0; b < B; b++) {
+                dataset_sample(data, o->seed, step, (uint64_t)micro * B + b, T, c->vocab_size,
+                               tokens + (size_t)b * T, targets + (size_t)b * T);
+            }
+            model_forward(m, &pass, tokens, NULL, NULL);
+            loss += model_loss(m, &pass, targets, &scored) * dloss;
+            model_backward(m, &pass, tokens, targets, dloss, NULL, NULL);
+        }
+        double norm = model_grad_norm(m);
+        int done = step + 1;
+        if (!isfinite(loss) || !isfinite(norm)) {
+            die("step %d: loss %g, gradient norm %g: training stops before the weights change; checkpoints stay as they are",
+                done, loss, norm);
+        }
+        model_update(m, o, lr, done, clip_scale(norm, o->clip));
+        double now = seconds(), ms = 1e3 * (now - step_started), rate = rows * o->accum / (now - step_started);
+        double left = (now - started) / (done - first_step) * (o->steps - done);
+        printf("step %*d/%d | loss %.4f | norm %.3f | lr %.2e | %.0f tok/s | %.1f ms | %d:%02d left\n",
+               snprintf(NULL, 0, "%d", o->steps), done, o->steps, loss, norm, lr, rate, ms, (int)left / 60, (int)left % 60);
+
+        bool last = done == o->steps || stop_asked;
+        double val = NAN;
+        if (held_out->size > 1 && (done == o->steps || (o->val_every && done % o->val_every == 0))) {
+            val = evaluate(m, &stream, held_out, &scored);
+            printf("step %d: val loss %.4f\n", done, val);
+        }
+        if (log) {
+            fprintf(log, "%d\t%.0f\t%.9g\t%.9g\t%.9g\t%.1f\t%.3f\t", done, (double)done * rows * o->accum, loss, norm, lr, rate, ms);
+            fprintf(log, isnan(val) ? "\n" : "%.9g\n", val);
+            if (fflush(log)) { die("cannot write %s/log.tsv: %s", o->out, strerror(errno)); }
+        }
+        if (o->sample_every && (done % o->sample_every == 0 || done == o->steps)) {
+            printf("---- sample ----\n");
+            generate(m, &stream, o, 400, done);
+            printf("\n----------------\n");
+        }
+        if (*o->out && (last || (o->checkpoint_every && done % o->checkpoint_every == 0))) { checkpoint_save(m, o, done); }
+        fflush(stdout);
+        if (stop_asked) {
+            printf("stopped by a signal after step %d%s\n", done, *o->out ? "; go on with --resume" : ": no --out, so nothing was saved");
+            break;
+        }
+    }
+    if (log) { fclose(log); }
+    pass_free(&pass);
+    stream_free(&stream);
+    free(tokens);
+    free(targets);
+}
+
+// What training will take, in bytes: weights, gradients and both moments; activations and their gradients; the stream.
+size_t memory_needed(const Options* o) {
+    Spec params[NUM_PARAMS], acts[NUM_ACTS], grads[NUM_ACTS], stream[NUM_ACTS];
+    size_t rows = (size_t)o->batch * o->seq;
+    param_specs(params, &o->model);
+    act_specs(acts, &o->model, rows, o->recompute ? KEEP_BLOCKS : KEEP_ALL);
+    act_specs(grads, &o->model, rows, KEEP_NONE);
+    act_specs(stream, &o->model, o->model.chunk_size, KEEP_NONE);
+    return sizeof(float) * (4 * specs_size(params, NUM_PARAMS) + specs_size(acts, NUM_ACTS) + specs_size(grads, NUM_ACTS)
+                            + specs_size(stream, NUM_ACTS));
+}
+
+// Reads the command line: a preset first, then what a file says, then the flags, whatever their order. With --load or
+// --resume, st is left open.
+void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
+    bool given[NUM_OPTIONS] = {0};
+    Options flags = default_options;
+    *o = default_options;
+    for (int a = 1; a < argc; a++) {
+        int i = option_find(argv[a]);
+        bool flag = option_rows[i].kind == FLAG;
+        if (given[i]) { die("%s stands twice", argv[a]); }
+        if (!flag && a + 1 == argc) { die("%s needs a value", argv[a]); }
+        given[i] = true;
+        option_set(&flags, i, flag ? "1" : argv[++a], "");
+    }
+    if (flags.help) { print_help(stdout); exit(0); }
+    int preset = 0;
+    while (preset < NUM_PRESETS && strcmp(presets[preset].name, flags.preset)) { preset++; }
+    if (preset == NUM_PRESETS) { die("--preset %s: expected one of " PRESET_NAMES, flags.preset); }
+    o->model = presets[preset].config;
+    for (int i = 0; i < NUM_OPTIONS; i++) {
+        char text[PATH_MAX];
+        if (given[i]) { option_set(o, i, strdup(option_text(&flags, i, text)), ""); }
+        given[i] = given[i] || (option_rows[i].group == MODEL_GROUP && *flags.preset && strcmp(flags.preset, default_options.preset));
+    }
+    if (*o->load && *o->resume) { die("--load takes weights, --resume a whole run: give one of them"); }
+    if (*o->load) { safetensors_open(st, o->load); }
+    if (*o->resume) { checkpoint_open(st, o->resume); }
+    if (*o->load || *o->resume) { options_from_file(o, st, given, *o->resume != 0); }
+    if (*flags.resume && !*flags.out) { o->out = o->resume = flags.resume; }
+    o->load = flags.load;
+    config_check(&o->model);
+    if (strcmp(o->schedule, "cosine") && strcmp(o->schedule, "linear") && strcmp(o->schedule, "constant")) {
+        die("--schedule %s: expected cosine, linear or constant", o->schedule);
+    }
+    if (o->beta1 >= 1 || o->beta2 >= 1) { die("--beta1 %g --beta2 %g: expected numbers below 1", o->beta1, o->beta2); }
+    if (o->top_p == 0) { die("--top-p 0: expected a number above 0, up to 1"); }
+    if (o->checkpoint_every && !*o->out) { die("--checkpoint-every needs --out, the folder to save to"); }
+    if (o->generate && *o->eval) { die("--generate and --eval: give one of them"); }
+    if ((o->generate || *o->eval) && !*o->load && !*o->resume) { die("--generate and --eval need --load FILE or --resume DIR"); }
+}
+
+#ifndef TESTING
+int main(int argc, char** argv) {
+    Options o;
+    SafeTensors st;
+    options_parse(&o, argc, argv, &st);
+    bool loaded = *o.load || *o.resume, training = !o.generate && !*o.eval;
+    FILE* info = o.generate ? stderr : stdout;
+#ifdef _OPENMP
+    if (o.threads) { omp_set_num_threads(o.threads); }
+    o.threads = omp_get_max_threads();
+#else
+    o.threads = 1;
+#endif
+    Spec specs[NUM_PARAMS];
+    param_specs(specs, &o.model);
+    options_print(&o, info);
+    fprintf(info, "num_parameters: %zu\n", specs_size(specs, NUM_PARAMS));
+    if (training) { fprintf(info, "memory: %.1f MB\n", memory_needed(&o) / 1e6); }
+    if (o.dry_run) { return 0; }
+
+    Dataset data = {NULL, 0, 0}, held_out = {NULL, 0, 0};
+    int step = 0;
+    if (*o.eval) { dataset_open(&data, NULL, "--eval", o.eval); }
+    if (training) {
+        dataset_open(&data, *o.val ? NULL : &held_out, "--train", o.train);
+        if (*o.val) { dataset_open(&held_out, NULL, "--val", o.val); }
+        printf("tokens: %zu to train on, %zu held out\n", data.size, held_out.size);
+        if (data.size <= (size_t)o.seq) { die("--train %s: %zu tokens are not enough for --seq %d and one more", o.train, data.size, o.seq); }
+        if (*o.out && !*o.resume) {
+            char pattern[PATH_MAX + 32];
+            glob_t found;
+            snprintf(pattern, sizeof(pattern), "%s/step_*.safetensors", o.out);
+            if (!glob(pattern, 0, NULL, &found)) { die("--out %s holds checkpoints: --resume it, or name another folder", o.out); }
+        }
+        if (*o.out && mkdir(o.out, 0777) && errno != EEXIST) { die("--out %s: %s", o.out, strerror(errno)); }
+    }
+    Model model;
+    model_alloc(&model, &o.model, training);
+    if (loaded) { model_load(&model, &st); } else { model_init(&model, o.seed); }
+    if (*o.resume && training) {
+        params_load(&model, model.adam_m, &st, "adam_m.");
+        params_load(&model, model.adam_v, &st, "adam_v.");
+        step = atoi(safetensors_meta(&st, "step"));
+    }
+    if (loaded) { fprintf(info, "weights: %s\n", st.path); safetensors_close(&st); }
+    if (training) { train(&model, &o, step, &data, &held_out); }
+    else {
+        Stream stream;
+        size_t scored;
+        stream_alloc(&stream, &o.model);
+        if (o.generate) { generate(&model, &stream, &o, o.generate, 0); }
+        else {
+            if (data.size < 2) { die("--eval %s: at least 2 tokens are needed", o.eval); }
+            double loss = evaluate(&model, &stream, &data, &scored);
+            printf("eval: tokens %zu nats/token %.6f perplexity %.4f", scored, loss, exp(loss));
+            if (data.segments[0].width == 1) { printf(" bits/byte %.4f\n", loss / log(2)); } else { printf(" bits/byte unknown\n"); }
+        }
+        stream_free(&stream);
+    }
+    model_free(&model);
+    return 0;
+}
+#endif
