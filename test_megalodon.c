@@ -62,8 +62,11 @@ double* dump_read(Dump* d, const char* name, size_t n) {
     if (!t) { return NULL; }
     if (t->size != n) { die("%s: tensor '%s' has %zu elements, expected %zu", d->st.path, name, t->size, n); }
     double* x = (double*)xcalloc(n, sizeof(double));
+    float* raw = (float*)xcalloc(n, sizeof(float));
     size_t largest = 0;
-    tensor_read(&d->st, t, x);
+    tensor_read(&d->st, t, raw);
+    for (size_t i = 0; i < n; i++) { x[i] = raw[i]; }
+    free(raw);
     if (d->broken && !strcmp(name, d->broken)) {
         for (size_t i = 0; i < n; i++) {
             if (!strncmp(name, "param.", 6)) { x[i] = -x[i]; }
@@ -105,7 +108,7 @@ double gradient_floor(Dump* d, const char* prefix) {
     for (int i = 0; i < d->st.num_tensors; i++) {
         const Tensor* t = &d->st.tensors[i];
         if (strncmp(t->name, prefix, strlen(prefix))) { continue; }
-        double* x = (double*)xcalloc(t->size, sizeof(double));
+        float* x = (float*)xcalloc(t->size, sizeof(float));
         tensor_read(&d->st, t, x);
         for (size_t k = 0; k < t->size; k++) { largest = fabs(x[k]) > largest ? fabs(x[k]) : largest; }
         free(x);
@@ -244,11 +247,12 @@ double meta_number(const SafeTensors* st, const char* key, double missing) {
 }
 
 void test_dump(const char* path, const char* broken) {
-    Dump dump = {{{0}, {0}, NULL, NULL, NULL, 0, 0, NULL, 0}, NULL, broken}, *d = &dump;
+    Dump dump, *d = &dump;
     Options o = default_options;
     bool given[NUM_OPTIONS] = {0};
     char name[128];
     safetensors_open(&d->st, path);
+    d->broken = broken;
     d->used = (bool*)xcalloc(d->st.num_tensors + 1, sizeof(bool));
     options_from_file(&o, &d->st, given, false);
     const Config* c = &o.model;

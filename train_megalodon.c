@@ -80,6 +80,14 @@ void* xcalloc(size_t n, size_t size) {
     return memset(p, 0, n * size);
 }
 
+// Room for one more element: the list doubles whenever its count is a power of two.
+void* list_grow(void* list, size_t count, size_t size) {
+    if (count & (count - 1)) { return list; }
+    list = realloc(list, (count ? 2 * count : 1) * size);
+    if (!list) { die("out of memory: a list of %zu bytes asked for", 2 * count * size); }
+    return list;
+}
+
 size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 int min_int(int a, int b) { return a < b ? a : b; }
 
@@ -357,29 +365,29 @@ double random_normal(uint64_t seed, uint64_t stream, uint64_t index) { // Box-Mu
 // and a panel of 256 x 32 operands (32 KB) stays in the first cache while the tiles of a column pass over it.
 enum { TILE_M = 12, TILE_N = 32, PANEL_K = 256, BLOCK_M = 8 };
 
-// acc = a b for one tile: a (K,TILE_M) and b (K,TILE_N) are packed, so that all reads are contiguous. Kept out of line:
-// alone, both gcc and clang hold acc in vector registers.
-__attribute__((noinline)) void gemm_tile(float acc[TILE_M][TILE_N], const float* __restrict a,
-                                                const float* __restrict b, int K) {
+// acc = A B for one tile: A[i][k] is a[i*a_i + k*a_k], B is packed as b (K,TILE_N). Kept out of line: alone, both gcc and
+// clang hold the sums in vector registers.
+__attribute__((noinline)) void gemm_tile(float acc[TILE_M][TILE_N], const float* __restrict a, size_t a_i, size_t a_k,
+                                         const float* __restrict b, int K) {
     float c[TILE_M][TILE_N];
     memset(c, 0, sizeof(c));
     for (int k = 0; k < K; k++) {
         for (int i = 0; i < TILE_M; i++) {
-            for (int j = 0; j < TILE_N; j++) { c[i][j] += a[k * TILE_M + i] * b[k * TILE_N + j]; }
+            for (int j = 0; j < TILE_N; j++) { c[i][j] += a[i * a_i + k * a_k] * b[k * TILE_N + j]; }
         }
     }
     memcpy(acc, c, sizeof(c));
 }
 
-// Copies a strip of `width` rows (or columns) of an operand to packed[k*width + i], the missing ones as zeros.
+// Copies n rows (or columns) of an operand to packed[k*width + i], zeros for those missing up to `width`.
 static inline void gemm_pack(float* packed, const float* x, size_t stride_i, size_t stride_k, int n, int K, int width) {
     if (n < width) { memset(packed, 0, sizeof(float) * width * K); }
-    if (stride_i == 1) {
-        for (int k = 0; k < K; k++) { memcpy(packed + (size_t)k * width, x + k * stride_k, n * sizeof(float)); }
-    } else {
-        for (int i = 0; i < n; i++) {
-            for (int k = 0; k < K; k++) { packed[(size_t)k * width + i] = x[i * stride_i + k * stride_k]; }
-        }
+    if (stride_i == 1 && n == width) {
+        for (int k = 0; k < K; k++) { memcpy(packed + (size_t)k * width, x + k * stride_k, width * sizeof(float)); }
+        return;
+    }
+    for (int i = 0; i < n; i++) {
+        for (int k = 0; k < K; k++) { packed[(size_t)k * width + i] = x[i * stride_i + k * stride_k]; }
     }
 }
 
@@ -396,19 +404,21 @@ float* gemm_scratch(size_t n) {
 }
 
 // C (M,N) = A (M,K) B (K,N), plus C if accumulate, plus bias (N) on every row if not NULL. Row i of C starts at c + i*ldc;
-// A[i][k] is a[i*a_i + k*a_k] and B[k][j] is b[k*b_k + j*b_j], so every transposition is a choice of strides. Each
-// element is summed in the order of k by one thread. Called from a parallel region it runs on the calling thread alone.
+// A[i][k] is a[i*a_i + k*a_k] and B[k][j] is b[k*b_k + j*b_j], so every transposition is a choice of strides. B is packed;
+// A only where its rows are not contiguous or run out. Each element is summed in the order of k by one thread. Called from
+// a parallel region it runs on the calling thread alone.
 void gemm(float* c, size_t ldc, const float* a, size_t a_i, size_t a_k, const float* b, size_t b_k, size_t b_j,
-                 int M, int N, int K, bool accumulate, const float* bias) {
+          int M, int N, int K, bool accumulate, const float* bias) {
     int strips_m = (M + TILE_M - 1) / TILE_M, strips_n = (N + TILE_N - 1) / TILE_N, depth = min_int(K, PANEL_K);
-    float* packed_a = gemm_scratch(((size_t)strips_m * TILE_M + (size_t)strips_n * TILE_N) * depth);
-    float* packed_b = packed_a + (size_t)strips_m * TILE_M * depth;
+    int direct = a_k == 1 ? M / TILE_M : 0; // strips of A that are read where they are
+    float* packed_b = gemm_scratch(((size_t)(strips_m - direct) * TILE_M + (size_t)strips_n * TILE_N) * depth);
+    float* packed_a = packed_b + (size_t)strips_n * TILE_N * depth;
     OMP(omp parallel if ((double)M * N * K > 1e5))
     for (int k0 = 0; k0 < K; k0 += PANEL_K) {
         int kn = min_int(PANEL_K, K - k0);
         OMP(omp for schedule(static) nowait)
-        for (int s = 0; s < strips_m; s++) {
-            gemm_pack(packed_a + (size_t)s * TILE_M * kn, a + (size_t)s * TILE_M * a_i + k0 * a_k, a_i, a_k,
+        for (int s = direct; s < strips_m; s++) {
+            gemm_pack(packed_a + (size_t)(s - direct) * TILE_M * kn, a + (size_t)s * TILE_M * a_i + k0 * a_k, a_i, a_k,
                       min_int(TILE_M, M - s * TILE_M), kn, TILE_M);
         }
         OMP(omp for schedule(static))
@@ -416,22 +426,20 @@ void gemm(float* c, size_t ldc, const float* a, size_t a_i, size_t a_k, const fl
             gemm_pack(packed_b + (size_t)s * TILE_N * kn, b + (size_t)s * TILE_N * b_j + k0 * b_k, b_j, b_k,
                       min_int(TILE_N, N - s * TILE_N), kn, TILE_N);
         }
-        OMP(omp for schedule(static) collapse(2))
+        OMP(omp for schedule(dynamic) collapse(2))
         for (int block = 0; block < strips_m; block += BLOCK_M) { // BLOCK_M strips of A stay in the second cache
             for (int sn = 0; sn < strips_n; sn++) {
                 for (int sm = block; sm < min_int(block + BLOCK_M, strips_m); sm++) {
+                    int i0 = sm * TILE_M, j0 = sn * TILE_N, rows = min_int(TILE_M, M - i0), columns = min_int(TILE_N, N - j0);
+                    const float* panel_b = packed_b + (size_t)sn * TILE_N * kn;
                     float acc[TILE_M][TILE_N];
-                    gemm_tile(acc, packed_a + (size_t)sm * TILE_M * kn, packed_b + (size_t)sn * TILE_N * kn, kn);
-                    int i0 = sm * TILE_M, j0 = sn * TILE_N;
-                    int rows = min_int(TILE_M, M - i0), columns = min_int(TILE_N, N - j0);
+                    if (sm < direct) { gemm_tile(acc, a + i0 * a_i + k0, a_i, 1, panel_b, kn); }
+                    else { gemm_tile(acc, packed_a + (size_t)(sm - direct) * TILE_M * kn, 1, TILE_M, panel_b, kn); }
                     for (int i = 0; i < rows; i++) {
                         float* row = c + (i0 + i) * ldc + j0;
-                        if (k0 == 0 && bias) {
-                            for (int j = 0; j < columns; j++) { acc[i][j] += bias[j0 + j]; }
-                        }
-                        if (k0 == 0 && !accumulate) { memcpy(row, acc[i], columns * sizeof(float)); }
-                        else {
-                            for (int j = 0; j < columns; j++) { row[j] += acc[i][j]; }
+                        bool add = accumulate || k0 > 0;
+                        for (int j = 0; j < columns; j++) {
+                            row[j] = (add ? row[j] : 0.0f) + (bias && k0 == 0 ? bias[j0 + j] : 0.0f) + acc[i][j];
                         }
                     }
                 }
@@ -574,72 +582,72 @@ void timestepnorm_backward(float* dinp, float* dw, float* db, NormState* dstart,
 //     p = sigmoid(alpha)   q = (1 - p sigmoid(delta)) exp(i 2 pi k/N sigmoid(theta))   g = (gamma_re + i gamma_im)/sqrt(N)
 //     h_t = q h_{t-1} + p x_t       y_t = Re(sum_k g h_t) + omega x_t
 // (Eq. 2 rotates the input too and has no omega; the released code is as here.) The features of a strip stand side by
-// side in vector lanes, each with its own N states.
+// side in vector lanes, each with its own N states; lanes past the last feature hold zeros.
 enum { LANES = 16 };
-typedef float Lanes[CEMA_MAX_NDIM][LANES];
-typedef struct { Lanes p, q_re, q_im, g_re, g_im; } CemaCoefficients;
+typedef struct { float re[LANES], im[LANES]; } ComplexLanes;
+typedef struct { float p[LANES]; ComplexLanes q, g; } CemaMode; // the k-th oscillators of a strip
+typedef struct { double re, im; } Complex;
 
 double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
+Complex lane(const ComplexLanes* z, int j) { Complex c = {z->re[j], z->im[j]}; return c; }
+Complex conj_mul(Complex a, Complex b) { // ~a b
+    Complex c = {a.re * b.re + a.im * b.im, a.re * b.im - a.im * b.re};
+    return c;
+}
 
-// Coefficients of the strip of features that starts at d0; lanes past the last feature get zeros.
-void cema_coefficients(CemaCoefficients* c, const float* alpha, const float* delta, const float* theta,
-                              const float* gamma, int d0, int D, int N) {
-    memset(c, 0, sizeof(*c));
+// Coefficients of the strip of features that starts at d0.
+void cema_modes(CemaMode m[CEMA_MAX_NDIM], const float* alpha, const float* delta, const float* theta, const float* gamma,
+                int d0, int D, int N) {
+    memset(m, 0, N * sizeof(*m));
     for (int j = 0; j < min_int(LANES, D - d0); j++) {
         double turn = 2.0 * M_PI / N * sigmoid(theta[d0 + j]);
         for (int k = 0; k < N; k++) {
             size_t i = (size_t)(d0 + j) * N + k;
             double p = sigmoid(alpha[i]), radius = 1.0 - p * sigmoid(delta[i]);
-            c->p[k][j] = p;
-            c->q_re[k][j] = radius * cos(turn * (k + 1));
-            c->q_im[k][j] = radius * sin(turn * (k + 1));
-            c->g_re[k][j] = gamma[2 * i] / sqrt(N);
-            c->g_im[k][j] = gamma[2 * i + 1] / sqrt(N);
+            m[k].p[j] = p;
+            m[k].q.re[j] = radius * cos(turn * (k + 1));
+            m[k].q.im[j] = radius * sin(turn * (k + 1));
+            m[k].g.re[j] = gamma[2 * i] / sqrt(N);
+            m[k].g.im[j] = gamma[2 * i + 1] / sqrt(N);
         }
     }
 }
 
 // out, inp (B,T,D) | alpha, delta (D,N), theta, omega (D), gamma (D,N,2) | start, end (B,D,N,2): h before and after
 // these timesteps; start NULL is zero, end may be NULL or start. Nothing is saved for the backward pass.
-void cema_forward(float* out, float* end, const float* start, const float* inp, const float* alpha,
-                         const float* delta, const float* theta, const float* gamma, const float* omega,
-                         int B, int T, int D, int N) {
+void cema_forward(float* out, float* end, const float* start, const float* inp, const float* alpha, const float* delta,
+                  const float* theta, const float* gamma, const float* omega, int B, int T, int D, int N) {
     OMP(omp parallel for schedule(static))
     for (int d0 = 0; d0 < D; d0 += LANES) {
         int lanes = min_int(LANES, D - d0);
-        CemaCoefficients c;
-        cema_coefficients(&c, alpha, delta, theta, gamma, d0, D, N);
+        CemaMode modes[CEMA_MAX_NDIM];
+        cema_modes(modes, alpha, delta, theta, gamma, d0, D, N);
         for (int b = 0; b < B; b++) {
-            Lanes h_re = {{0}}, h_im = {{0}};
-            for (int k = 0; start && k < N; k++) {
-                for (int j = 0; j < lanes; j++) {
-                    const float* h = start + 2 * (((size_t)b * D + d0 + j) * N + k);
-                    h_re[k][j] = h[0];
-                    h_im[k][j] = h[1];
-                }
+            size_t state = ((size_t)b * D + d0) * N * 2;
+            ComplexLanes h[CEMA_MAX_NDIM] = {{{0}, {0}}};
+            for (int i = 0; start && i < lanes * N; i++) {
+                h[i % N].re[i / N] = start[state + 2 * i];
+                h[i % N].im[i / N] = start[state + 2 * i + 1];
             }
             for (int t = 0; t < T; t++) {
                 size_t at = ((size_t)b * T + t) * D + d0;
-                float x[LANES] = {0}, y[LANES];
-                for (int j = 0; j < lanes; j++) { x[j] = inp[at + j]; }
-                for (int j = 0; j < LANES; j++) { y[j] = 0; }
+                float x[LANES] = {0}, y[LANES] = {0};
+                memcpy(x, inp + at, lanes * sizeof(float));
                 for (int k = 0; k < N; k++) {
+                    const CemaMode* m = &modes[k];
                     for (int j = 0; j < LANES; j++) {
-                        float re = c.q_re[k][j] * h_re[k][j] - c.q_im[k][j] * h_im[k][j] + c.p[k][j] * x[j];
-                        float im = c.q_re[k][j] * h_im[k][j] + c.q_im[k][j] * h_re[k][j];
-                        h_re[k][j] = re;
-                        h_im[k][j] = im;
-                        y[j] += c.g_re[k][j] * re - c.g_im[k][j] * im;
+                        float re = m->q.re[j] * h[k].re[j] - m->q.im[j] * h[k].im[j] + m->p[j] * x[j];
+                        float im = m->q.re[j] * h[k].im[j] + m->q.im[j] * h[k].re[j];
+                        h[k].re[j] = re;
+                        h[k].im[j] = im;
+                        y[j] += m->g.re[j] * re - m->g.im[j] * im;
                     }
                 }
                 for (int j = 0; j < lanes; j++) { out[at + j] = y[j] + omega[d0 + j] * x[j]; }
             }
-            for (int k = 0; end && k < N; k++) {
-                for (int j = 0; j < lanes; j++) {
-                    float* h = end + 2 * (((size_t)b * D + d0 + j) * N + k);
-                    h[0] = h_re[k][j];
-                    h[1] = h_im[k][j];
-                }
+            for (int i = 0; end && i < lanes * N; i++) {
+                end[state + 2 * i] = h[i % N].re[i / N];
+                end[state + 2 * i + 1] = h[i % N].im[i / N];
             }
         }
     }
@@ -651,95 +659,88 @@ void cema_forward(float* out, float* end, const float* start, const float* inp, 
 //     dg = sum_t dy_t ~h_t = p Q + ~h_0 ~q a_1            dh_0 = ~g ~q a_1
 // and dq = sum_t ~g a_t ~h_{t-1}, where h_{t-1} = q^{t-1} h_0 + p sum_{s<t} q^{t-1-s} x_s. Summed over t first:
 //     dq = ~g (p R + ~h_0 a'_0), R = sum_s x_s a'_s       a'_s = sum_{t>s} ~q^{t-1-s} a_t, or a'_{s-1} = ~q a'_s + a_s
-// dinp (B,T,D) is assigned; dstart (B,D,N,2) may be NULL.
-void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega,
-                          float* dstart, const float* dout, const float* start, const float* inp, const float* alpha,
-                          const float* delta, const float* theta, const float* gamma, const float* omega,
-                          int B, int T, int D, int N) {
-    enum { Q_RE, Q_IM, R_RE, R_IM, FLUSH = 128 }; // sums in floats go to doubles every FLUSH timesteps
+// dinp (B,T,D) is assigned; dstart (B,D,N,2) is added to and may be NULL.
+void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega, float* dstart,
+                   const float* dout, const float* start, const float* inp, const float* alpha, const float* delta,
+                   const float* theta, const float* gamma, const float* omega, int B, int T, int D, int N) {
+    enum { FLUSH = 128 }; // Q and R: sums in floats go to doubles every FLUSH timesteps
     OMP(omp parallel for schedule(static))
     for (int d0 = 0; d0 < D; d0 += LANES) {
         int lanes = min_int(LANES, D - d0);
-        CemaCoefficients c;
-        cema_coefficients(&c, alpha, delta, theta, gamma, d0, D, N);
-        double dp[CEMA_MAX_NDIM][LANES] = {{0}}, dq_re[CEMA_MAX_NDIM][LANES] = {{0}}, dq_im[CEMA_MAX_NDIM][LANES] = {{0}};
+        CemaMode modes[CEMA_MAX_NDIM];
+        cema_modes(modes, alpha, delta, theta, gamma, d0, D, N);
+        double dp[CEMA_MAX_NDIM][LANES] = {{0}};
+        Complex dq[CEMA_MAX_NDIM][LANES] = {{{0, 0}}};
         for (int b = 0; b < B; b++) {
-            Lanes a_re = {{0}}, a_im = {{0}}, a1_re = {{0}}, a1_im = {{0}}, sum[4] = {{{0}}}; // a1 is a'
-            double total[4][CEMA_MAX_NDIM][LANES] = {{{0}}}, dw[LANES] = {0};
+            struct { ComplexLanes a, a1, Q, R; } s[CEMA_MAX_NDIM]; // a1 is a'; side by side, or they evict each other
+            Complex Q[CEMA_MAX_NDIM][LANES] = {{{0, 0}}}, R[CEMA_MAX_NDIM][LANES] = {{{0, 0}}};
+            memset(s, 0, sizeof(s));
+            double dw[LANES] = {0};
             for (int t = T - 1; t >= 0; t--) {
                 size_t at = ((size_t)b * T + t) * D + d0;
-                float x[LANES] = {0}, dy[LANES] = {0}, dx[LANES];
+                float x[LANES] = {0}, dy[LANES] = {0}, dx[LANES] = {0};
+                memcpy(x, inp + at, lanes * sizeof(float));
+                memcpy(dy, dout + at, lanes * sizeof(float));
+                for (int k = 0; k < N; k++) {
+                    const CemaMode* m = &modes[k];
+                    ComplexLanes *a = &s[k].a, *a1 = &s[k].a1;
+                    for (int j = 0; j < LANES; j++) {
+                        float re1 = m->q.re[j] * a1->re[j] + m->q.im[j] * a1->im[j] + a->re[j]; // a'_t from a'_{t+1}, a_{t+1}
+                        float im1 = m->q.re[j] * a1->im[j] - m->q.im[j] * a1->re[j] + a->im[j];
+                        float re = m->q.re[j] * a->re[j] + m->q.im[j] * a->im[j] + dy[j];       // a_t from a_{t+1}
+                        float im = m->q.re[j] * a->im[j] - m->q.im[j] * a->re[j];
+                        a1->re[j] = re1;
+                        a1->im[j] = im1;
+                        a->re[j] = re;
+                        a->im[j] = im;
+                        s[k].Q.re[j] += x[j] * re;
+                        s[k].Q.im[j] += x[j] * im;
+                        s[k].R.re[j] += x[j] * re1;
+                        s[k].R.im[j] += x[j] * im1;
+                        dx[j] += m->p[j] * (m->g.re[j] * re + m->g.im[j] * im);
+                    }
+                }
                 for (int j = 0; j < lanes; j++) {
-                    x[j] = inp[at + j];
-                    dy[j] = dout[at + j];
+                    dinp[at + j] = dx[j] + omega[d0 + j] * dy[j];
                     dw[j] += dy[j] * x[j];
                 }
-                for (int j = 0; j < LANES; j++) { dx[j] = 0; }
-                for (int k = 0; k < N; k++) {
+                for (int k = 0; t % FLUSH == 0 && k < N; k++) {
                     for (int j = 0; j < LANES; j++) {
-                        float q_re = c.q_re[k][j], q_im = c.q_im[k][j], re = a_re[k][j], im = a_im[k][j];
-                        float re1 = q_re * a1_re[k][j] + q_im * a1_im[k][j] + re; // a'_t from a'_{t+1} and a_{t+1}
-                        float im1 = q_re * a1_im[k][j] - q_im * a1_re[k][j] + im;
-                        float re0 = q_re * re + q_im * im + dy[j];                // a_t from a_{t+1}
-                        float im0 = q_re * im - q_im * re;
-                        a1_re[k][j] = re1;
-                        a1_im[k][j] = im1;
-                        a_re[k][j] = re0;
-                        a_im[k][j] = im0;
-                        sum[Q_RE][k][j] += x[j] * re0;
-                        sum[Q_IM][k][j] += x[j] * im0;
-                        sum[R_RE][k][j] += x[j] * re1;
-                        sum[R_IM][k][j] += x[j] * im1;
-                        dx[j] += c.p[k][j] * (c.g_re[k][j] * re0 + c.g_im[k][j] * im0);
+                        Q[k][j].re += s[k].Q.re[j];
+                        Q[k][j].im += s[k].Q.im[j];
+                        R[k][j].re += s[k].R.re[j];
+                        R[k][j].im += s[k].R.im[j];
                     }
-                }
-                for (int j = 0; j < lanes; j++) { dinp[at + j] = dx[j] + omega[d0 + j] * dy[j]; }
-                if (t % FLUSH == 0) {
-                    for (int s = 0; s < 4; s++) {
-                        for (int k = 0; k < N; k++) {
-                            for (int j = 0; j < LANES; j++) { total[s][k][j] += sum[s][k][j]; }
-                        }
-                    }
-                    memset(sum, 0, sizeof(sum));
+                    memset(&s[k].Q, 0, 2 * sizeof(ComplexLanes));
                 }
             }
-            for (int j = 0; j < lanes; j++) { domega[d0 + j] += dw[j]; }
-            for (int k = 0; k < N; k++) {
-                for (int j = 0; j < lanes; j++) {
-                    size_t i = (size_t)(d0 + j) * N + k, ib = 2 * (((size_t)b * D + d0 + j) * N + k);
-                    double p = c.p[k][j], g_re = c.g_re[k][j], g_im = c.g_im[k][j];
-                    double q_re = c.q_re[k][j], q_im = c.q_im[k][j];
-                    double h_re = start ? start[ib] : 0, h_im = start ? start[ib + 1] : 0;
-                    double Q_re = total[Q_RE][k][j], Q_im = total[Q_IM][k][j];
-                    double qa_re = q_re * a_re[k][j] + q_im * a_im[k][j], qa_im = q_re * a_im[k][j] - q_im * a_re[k][j];
-                    double a0_re = a_re[k][j] + q_re * a1_re[k][j] + q_im * a1_im[k][j]; // a'_0
-                    double a0_im = a_im[k][j] + q_re * a1_im[k][j] - q_im * a1_re[k][j];
-                    double r_re = p * total[R_RE][k][j] + h_re * a0_re + h_im * a0_im;   // dq = ~g r
-                    double r_im = p * total[R_IM][k][j] + h_re * a0_im - h_im * a0_re;
-                    dgamma[2 * i] += (p * Q_re + h_re * qa_re + h_im * qa_im) / sqrt(N);
-                    dgamma[2 * i + 1] += (p * Q_im + h_re * qa_im - h_im * qa_re) / sqrt(N);
-                    dp[k][j] += g_re * Q_re + g_im * Q_im;
-                    dq_re[k][j] += g_re * r_re + g_im * r_im;
-                    dq_im[k][j] += g_re * r_im - g_im * r_re;
-                    if (dstart) {
-                        dstart[ib] += g_re * qa_re + g_im * qa_im;
-                        dstart[ib + 1] += g_re * qa_im - g_im * qa_re;
-                    }
-                }
+            for (int i = 0; i < lanes * N; i++) {
+                int k = i % N, j = i / N;
+                size_t w = 2 * ((size_t)d0 * N + i), h = 2 * (((size_t)b * D + d0) * N + i); // in dgamma, in the state
+                double p = modes[k].p[j];
+                Complex q = lane(&modes[k].q, j), g = lane(&modes[k].g, j), h0 = {0, 0}, a = lane(&s[k].a, j);
+                if (start) { h0.re = start[h]; h0.im = start[h + 1]; }
+                Complex qa = conj_mul(q, a), qa1 = conj_mul(q, lane(&s[k].a1, j)), a1_0 = {a.re + qa1.re, a.im + qa1.im}; // a'_0
+                Complex hqa = conj_mul(h0, qa), ha = conj_mul(h0, a1_0), dh0 = conj_mul(g, qa);
+                Complex r = {p * R[k][j].re + ha.re, p * R[k][j].im + ha.im}, gr = conj_mul(g, r); // dq = ~g r
+                dgamma[w] += (p * Q[k][j].re + hqa.re) / sqrt(N);
+                dgamma[w + 1] += (p * Q[k][j].im + hqa.im) / sqrt(N);
+                dp[k][j] += conj_mul(g, Q[k][j]).re;
+                dq[k][j].re += gr.re;
+                dq[k][j].im += gr.im;
+                if (dstart) { dstart[h] += dh0.re; dstart[h + 1] += dh0.im; }
+                if (k == 0) { domega[d0 + j] += dw[j]; }
             }
         }
-        for (int j = 0; j < lanes; j++) { // from p and q to what they are made of: q = radius exp(i angle)
-            double s_theta = sigmoid(theta[d0 + j]), dturn = 0;
-            for (int k = 0; k < N; k++) {
-                size_t i = (size_t)(d0 + j) * N + k;
-                double p = sigmoid(alpha[i]), s_delta = sigmoid(delta[i]), angle = 2.0 * M_PI / N * (k + 1) * s_theta;
-                double dradius = cos(angle) * dq_re[k][j] + sin(angle) * dq_im[k][j];
-                double dangle = c.q_re[k][j] * dq_im[k][j] - c.q_im[k][j] * dq_re[k][j];
-                dalpha[i] += p * (1 - p) * (dp[k][j] - s_delta * dradius);
-                ddelta[i] -= p * s_delta * (1 - s_delta) * dradius;
-                dturn += (k + 1) * dangle;
-            }
-            dtheta[d0 + j] += 2.0 * M_PI / N * s_theta * (1 - s_theta) * dturn;
+        for (int i = 0; i < lanes * N; i++) { // from p and q to what they are made of: q = radius exp(i angle)
+            int k = i % N, j = i / N;
+            size_t w = (size_t)d0 * N + i;
+            double p = sigmoid(alpha[w]), s_delta = sigmoid(delta[w]), s_theta = sigmoid(theta[d0 + j]);
+            double turn = 2.0 * M_PI / N * (k + 1), dangle = conj_mul(lane(&modes[k].q, j), dq[k][j]).im;
+            double dradius = cos(turn * s_theta) * dq[k][j].re + sin(turn * s_theta) * dq[k][j].im;
+            dalpha[w] += p * (1 - p) * (dp[k][j] - s_delta * dradius);
+            ddelta[w] -= p * s_delta * (1 - s_delta) * dradius;
+            dtheta[d0 + j] += turn * s_theta * (1 - s_theta) * dangle;
         }
     }
 }
@@ -1414,17 +1415,19 @@ double clip_scale(double norm, double limit) { return limit > 0 && norm + 1e-6 >
 
 enum { MAX_DIMS = 8, HEADER_LIMIT = 100000000 };
 enum { F32, F16, BF16, I32, I64, NUM_DTYPES };
-static const struct { const char* name; int bytes; } dtypes[NUM_DTYPES] = {{"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I32", 4}, {"I64", 8}};
+static const struct { const char* name; int bytes; } dtypes[NUM_DTYPES] = {
+    {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I32", 4}, {"I64", 8}
+};
 
 typedef struct { const char* name; int dtype, num_dims; size_t dims[MAX_DIMS], size, begin, end; } Tensor;
 typedef struct {
     char path[PATH_MAX], error[512];
     FILE* file;
-    char* header;              // names and metadata point into it
-    Tensor* tensors;           // sorted by name
+    char* header;      // names and metadata point into it
+    Tensor* tensors;   // sorted by name
+    const char** meta; // key, value, key, value, ...
     int num_tensors, num_meta;
-    const char** meta;         // key, value, key, value, ...
-    size_t data;               // where data starts in the file
+    size_t data;       // where the data starts in the file
 } SafeTensors;
 
 // A parser of the JSON that headers are made of. After an error it reads as the end of the text.
@@ -1435,43 +1438,34 @@ void json_fail(Json* j, const char* error) {
     j->p = j->end;
 }
 
-char json_peek(Json* j) {
-    while (j->p < j->end && strchr(" \t\r\n", *j->p) && *j->p) { j->p++; }
+char json_peek(Json* j) { // the next character that is not space; 0 at the end
+    while (j->p < j->end && (*j->p == ' ' || *j->p == '\t' || *j->p == '\n' || *j->p == '\r')) { j->p++; }
     return j->p < j->end ? *j->p : 0;
 }
 
 bool json_take(Json* j, char c) {
-    if (json_peek(j) != c) { return false; }
+    if (json_peek(j) != c || j->p == j->end) { return false; }
     j->p++;
     return true;
 }
 
-void json_expect(Json* j, char c, const char* error) {
-    if (!json_take(j, c)) { json_fail(j, error); }
+void json_expect(Json* j, char c) {
+    static char error[] = "'?' was expected in the header";
+    if (json_take(j, c) || j->error) { return; }
+    error[1] = c;
+    json_fail(j, error);
 }
 
-// A string, decoded in place (it never grows) and ended by a zero byte. "" after an error.
+// A string, decoded in place and ended by a zero byte. "" after an error.
 const char* json_string(Json* j) {
-    static const char *escapes = "\"\\/bfnrt", *meanings = "\"\\/\b\f\n\r\t";
-    json_expect(j, '"', "a string was expected");
+    json_expect(j, '"');
     char *start = j->p, *to = j->p;
-    while (j->p < j->end && *j->p != '"') {
-        unsigned char c = *j->p++;
-        if (c < 0x20) { json_fail(j, "a control character in a string"); break; }
-        if (c != '\\') { *to++ = c; continue; }
-        char e = j->p < j->end ? *j->p++ : 0;
-        const char* known = e ? strchr(escapes, e) : NULL;
-        unsigned u = 0;
-        if (known) { *to++ = meanings[known - escapes]; continue; }
-        for (int i = 0; e == 'u' && i < 4; i++) {
-            char h = j->p < j->end ? *j->p++ : 0;
-            if (!isxdigit((unsigned char)h)) { e = 0; break; }
-            u = u * 16 + (h <= '9' ? h - '0' : (h | 32) - 'a' + 10);
+    for (; j->p < j->end && *j->p != '"'; *to++ = *j->p++) {
+        if ((unsigned char)*j->p < 0x20) { json_fail(j, "a control character in a string"); return ""; }
+        if (*j->p == '\\' && (++j->p == j->end || !strchr("\"\\/", *j->p))) {
+            json_fail(j, "an escape other than \\\" \\\\ \\/ in a string");
+            return "";
         }
-        if (e != 'u' || u == 0 || (u >= 0xD800 && u < 0xE000)) { json_fail(j, "an escape that is not supported"); break; }
-        if (u < 0x80) { *to++ = u; }
-        else if (u < 0x800) { *to++ = 0xC0 | u >> 6; *to++ = 0x80 | (u & 63); }
-        else { *to++ = 0xE0 | u >> 12; *to++ = 0x80 | (u >> 6 & 63); *to++ = 0x80 | (u & 63); }
     }
     if (j->p >= j->end) { json_fail(j, "a string does not end"); return ""; }
     j->p++;
@@ -1479,50 +1473,46 @@ const char* json_string(Json* j) {
     return start;
 }
 
-size_t json_count(Json* j) {
-    size_t n = 0;
-    if (!isdigit((unsigned char)json_peek(j))) { json_fail(j, "a whole number was expected"); }
-    for (; j->p < j->end && isdigit((unsigned char)*j->p); j->p++) {
-        if (n > (SIZE_MAX / 4 - 9) / 10) { json_fail(j, "a number is too large"); break; }
-        n = n * 10 + (*j->p - '0');
-    }
-    return n;
-}
-
-// [n, n, ...] of at most `most` numbers; returns how many.
+// [n, n, ...] of at most `most` whole numbers; returns how many.
 int json_counts(Json* j, size_t* numbers, int most) {
     int n = 0;
-    json_expect(j, '[', "a list was expected");
+    json_expect(j, '[');
     if (json_take(j, ']')) { return 0; }
     do {
         if (n == most) { json_fail(j, "a list is too long"); return 0; }
-        numbers[n++] = json_count(j);
+        if (!isdigit((unsigned char)json_peek(j))) { json_fail(j, "a whole number was expected"); return 0; }
+        for (numbers[n] = 0; j->p < j->end && isdigit((unsigned char)*j->p); j->p++) {
+            if (numbers[n] > SIZE_MAX / 100) { json_fail(j, "a number is too large"); return 0; }
+            numbers[n] = numbers[n] * 10 + (*j->p - '0');
+        }
+        n++;
     } while (json_take(j, ','));
-    json_expect(j, ']', "a list does not end");
+    json_expect(j, ']');
     return n;
 }
 
 // One tensor's {"dtype":...,"shape":[...],"data_offsets":[begin,end]}, its size checked against its shape.
 void json_tensor(Json* j, Tensor* t) {
-    size_t offsets[2];
+    static const char* fields[] = {"dtype", "shape", "data_offsets"};
+    size_t offsets[2] = {0, 0};
     unsigned seen = 0;
-    json_expect(j, '{', "a tensor's entry was expected");
+    json_expect(j, '{');
     do {
         const char* key = json_string(j);
-        unsigned bit = !strcmp(key, "dtype") ? 1 : !strcmp(key, "shape") ? 2 : !strcmp(key, "data_offsets") ? 4 : 0;
-        json_expect(j, ':', "':' was expected");
-        if (!bit || seen & bit) { json_fail(j, "its entry has an unknown or repeated field"); }
-        else if (bit == 1) {
+        int field = 0;
+        while (field < 3 && strcmp(key, fields[field])) { field++; }
+        json_expect(j, ':');
+        if (field == 3 || seen >> field & 1) { json_fail(j, "its entry has an unknown or repeated field"); return; }
+        seen |= 1 << field;
+        if (field == 0) {
             const char* name = json_string(j);
-            for (t->dtype = 0; t->dtype < NUM_DTYPES && strcmp(name, dtypes[t->dtype].name); t->dtype++) {}
-            if (t->dtype == NUM_DTYPES) { json_fail(j, "its dtype is none of F32 F16 BF16 I32 I64"); }
-        } else if (bit == 2) { t->num_dims = json_counts(j, t->dims, MAX_DIMS); }
+            while (t->dtype < NUM_DTYPES && strcmp(name, dtypes[t->dtype].name)) { t->dtype++; }
+        } else if (field == 1) { t->num_dims = json_counts(j, t->dims, MAX_DIMS); }
         else if (json_counts(j, offsets, 2) != 2) { json_fail(j, "data_offsets are not two numbers"); }
-        seen |= bit;
     } while (json_take(j, ','));
-    json_expect(j, '}', "a tensor's entry does not end");
-    if (seen != 7) { json_fail(j, "dtype, shape or data_offsets is missing"); }
-    if (j->error) { return; }
+    json_expect(j, '}');
+    if (seen != 7) { json_fail(j, "dtype, shape or data_offsets is missing"); return; }
+    if (t->dtype == NUM_DTYPES) { json_fail(j, "its dtype is none of F32 F16 BF16 I32 I64"); return; }
     t->size = 1;
     t->begin = offsets[0];
     t->end = offsets[1];
@@ -1535,12 +1525,61 @@ void json_tensor(Json* j, Tensor* t) {
     }
 }
 
-int tensor_by_offset(const void* a, const void* b) {
+int tensor_by_offset(const void* a, const void* b) { // empty tensors first
     const Tensor *x = (const Tensor*)a, *y = (const Tensor*)b;
     return x->begin != y->begin ? (x->begin > y->begin) - (x->begin < y->begin) : (x->end > y->end) - (x->end < y->end);
 }
-
 int tensor_by_name(const void* a, const void* b) { return strcmp(((const Tensor*)a)->name, ((const Tensor*)b)->name); }
+
+// The whole header, for a file with `bytes` of data. Returns NULL or what is wrong, and with which tensor (or "").
+const char* header_parse(SafeTensors* st, Json* j, size_t bytes, const char** name) {
+    size_t at = 0;
+    bool had_meta = false;
+    *name = "";
+    if (j->p == j->end || *j->p != '{') { return "the header does not start with '{'"; }
+    j->p++;
+    for (bool more = json_peek(j) != '}'; more && !j->error; more = json_take(j, ',')) {
+        *name = json_string(j);
+        json_expect(j, ':');
+        if (strcmp(*name, "__metadata__")) {
+            st->tensors = (Tensor*)list_grow(st->tensors, st->num_tensors, sizeof(Tensor));
+            Tensor* t = &st->tensors[st->num_tensors++];
+            memset(t, 0, sizeof(*t));
+            t->name = *name;
+            json_tensor(j, t);
+            continue;
+        }
+        if (had_meta) { return "stands twice"; }
+        had_meta = true;
+        json_expect(j, '{');
+        for (bool pair = json_peek(j) != '}'; pair && !j->error; pair = json_take(j, ',')) {
+            st->meta = (const char**)list_grow(st->meta, st->num_meta, 2 * sizeof(char*));
+            st->meta[2 * st->num_meta] = json_string(j);
+            json_expect(j, ':');
+            st->meta[2 * st->num_meta++ + 1] = json_string(j);
+        }
+        json_expect(j, '}');
+    }
+    if (j->error) { return j->error; }
+    *name = "";
+    json_expect(j, '}');
+    if (json_peek(j) || j->p != j->end) { json_fail(j, "something follows the header's object"); }
+    if (j->error) { return j->error; }
+    qsort(st->tensors, st->num_tensors, sizeof(Tensor), tensor_by_offset);
+    for (int i = 0; i < st->num_tensors; at = st->tensors[i++].end) { // they must tile the data exactly
+        *name = st->tensors[i].name;
+        if (st->tensors[i].begin != at) { return "its data overlaps another's or leaves a hole"; }
+    }
+    *name = "";
+    if (at > bytes) { return "truncated: the data is shorter than the header says"; }
+    if (at < bytes) { return "bytes follow the last tensor's data"; }
+    qsort(st->tensors, st->num_tensors, sizeof(Tensor), tensor_by_name);
+    for (int i = 1; i < st->num_tensors; i++) {
+        *name = st->tensors[i].name;
+        if (!strcmp(*name, st->tensors[i - 1].name)) { return "stands twice"; }
+    }
+    return NULL;
+}
 
 void safetensors_close(SafeTensors* st) {
     if (st->file) { fclose(st->file); }
@@ -1549,85 +1588,26 @@ void safetensors_close(SafeTensors* st) {
     free(st->meta);
 }
 
-// Reads and checks the header. Returns NULL, or what is wrong with the file; then nothing stays open.
+// Opens a file and checks its header. Returns NULL, or what is wrong with it; then nothing stays open.
 const char* safetensors_try(SafeTensors* st, const char* path) {
-    unsigned char length[8];
+    unsigned char length[8] = {0};
     struct stat info;
     uint64_t n = 0;
+    const char *error, *name = "";
     memset(st, 0, sizeof(*st));
     snprintf(st->path, sizeof(st->path), "%s", path);
-    if (!(st->file = fopen(path, "rb"))) { return strerror(errno); }
-    if (fstat(fileno(st->file), &info) || !S_ISREG(info.st_mode)) { safetensors_close(st); return "not a regular file"; }
-    size_t bytes = info.st_size, got = fread(length, 1, 8, st->file);
+    if (!(st->file = fopen(path, "rb")) || fstat(fileno(st->file), &info)) { return strerror(errno); }
+    size_t got = fread(length, 1, 8, st->file), bytes = S_ISREG(info.st_mode) ? info.st_size : 0;
     for (int i = 0; i < 8; i++) { n |= (uint64_t)length[i] << 8 * i; }
-    if (got < 8 || n > HEADER_LIMIT || n > bytes - 8) {
-        safetensors_close(st);
-        return "not a safetensors file, or truncated (its header does not fit into it)";
+    if (got < 8 || bytes < 8 || n > HEADER_LIMIT || n > bytes - 8) { error = "not a safetensors file, or a truncated one"; }
+    else {
+        st->data = 8 + n;
+        st->header = (char*)xcalloc(n + 1, 1);
+        Json json = {st->header, st->header + n, NULL};
+        error = fread(st->header, 1, n, st->file) == n ? header_parse(st, &json, bytes - st->data, &name) : strerror(errno);
     }
-    st->data = 8 + n;
-    st->header = (char*)xcalloc(n + 1, 1);
-    Json json = {st->header, st->header + n, NULL}, *j = &json;
-    if (fread(st->header, 1, n, st->file) != n) { json_fail(j, "the header cannot be read"); }
-    if (n == 0 || st->header[0] != '{') { json_fail(j, "the header does not start with '{'"); }
-    json_expect(j, '{', "");
-    const char* name = "";
-    bool had_meta = false;
-    int room = 0;
-    while (!j->error && json_peek(j) != '}') {
-        name = json_string(j);
-        json_expect(j, ':', "':' was expected");
-        if (!strcmp(name, "__metadata__")) {
-            if (had_meta) { json_fail(j, "stands twice"); }
-            had_meta = true;
-            json_expect(j, '{', "an object was expected");
-            while (!j->error && json_peek(j) != '}') {
-                if ((st->num_meta & (st->num_meta - 1)) == 0) { // the list doubles
-                    st->meta = (const char**)realloc(st->meta, sizeof(char*) * 2 * (st->num_meta ? 2 * st->num_meta : 1));
-                    if (!st->meta) { die("out of memory"); }
-                }
-                st->meta[2 * st->num_meta] = json_string(j);
-                json_expect(j, ':', "':' was expected");
-                st->meta[2 * st->num_meta++ + 1] = json_string(j);
-                if (!json_take(j, ',')) { break; }
-            }
-            json_expect(j, '}', "an object does not end");
-        } else {
-            if (st->num_tensors == room) {
-                room = room ? 2 * room : 64;
-                st->tensors = (Tensor*)realloc(st->tensors, room * sizeof(Tensor));
-                if (!st->tensors) { die("out of memory"); }
-            }
-            Tensor t = {name, 0, 0, {0}, 0, 0, 0};
-            json_tensor(j, &t);
-            st->tensors[st->num_tensors++] = t;
-        }
-        if (!json_take(j, ',')) { break; }
-    }
-    if (!j->error) {
-        name = "";
-        json_expect(j, '}', "the header does not end");
-        if (json_peek(j) || j->p != j->end) { json_fail(j, "something follows the header's object"); }
-    }
-    if (!j->error) { // the tensors must tile the data from its first byte to the file's last
-        size_t at = 0;
-        qsort(st->tensors, st->num_tensors, sizeof(Tensor), tensor_by_offset);
-        for (int i = 0; !j->error && i < st->num_tensors; at = st->tensors[i++].end) {
-            name = st->tensors[i].name;
-            if (st->tensors[i].begin != at) { json_fail(j, "its data overlaps another's or leaves a hole"); }
-        }
-        if (!j->error && at != bytes - st->data) {
-            name = "";
-            json_fail(j, at > bytes - st->data ? "truncated: the data is shorter than the header says"
-                                               : "bytes follow the last tensor's data");
-        }
-        qsort(st->tensors, st->num_tensors, sizeof(Tensor), tensor_by_name);
-        for (int i = 1; !j->error && i < st->num_tensors; i++) {
-            name = st->tensors[i].name;
-            if (!strcmp(name, st->tensors[i - 1].name)) { json_fail(j, "stands twice"); }
-        }
-    }
-    if (!j->error) { return NULL; }
-    snprintf(st->error, sizeof(st->error), "%s%.200s%s%s", *name ? "tensor '" : "", name, *name ? "': " : "", j->error);
+    if (!error) { return NULL; }
+    snprintf(st->error, sizeof(st->error), "%s%.200s%s%s", *name ? "tensor '" : "", name, *name ? "': " : "", error);
     safetensors_close(st);
     return st->error;
 }
@@ -1652,47 +1632,49 @@ const char* safetensors_meta(const SafeTensors* st, const char* key) {
 
 float half_to_float(uint16_t h) {
     int exponent = h >> 10 & 31, mantissa = h & 1023;
-    float x = exponent == 31 ? (mantissa ? NAN : INFINITY) : exponent ? ldexpf(1024 + mantissa, exponent - 25)
-                                                                      : ldexpf(mantissa, -24);
+    float x = exponent == 31 ? (mantissa ? NAN : INFINITY) : ldexpf(mantissa + (exponent ? 1024 : 0), (exponent ? exponent : 1) - 25);
     return h >> 15 ? -x : x;
 }
 
-// Reads a tensor, turned into doubles (exact for every dtype but I64 beyond 2^53).
-void tensor_read(const SafeTensors* st, const Tensor* t, double* out) {
+// Reads a tensor, turned into floats; I64 and I32 beyond 2^24 are rounded.
+void tensor_read(const SafeTensors* st, const Tensor* t, float* out) {
     unsigned char buffer[8192];
     int width = dtypes[t->dtype].bytes;
-    if (fseeko(st->file, st->data + t->begin, SEEK_SET)) { die("%s: %s", st->path, strerror(errno)); }
+    bool good = !fseeko(st->file, st->data + t->begin, SEEK_SET);
     for (size_t i = 0; i < t->size;) {
         size_t n = min_size(t->size - i, sizeof(buffer) / width);
-        if (fread(buffer, width, n, st->file) != n) { die("%s: tensor '%s' cannot be read", st->path, t->name); }
-        for (size_t k = 0; k < n; k++, i++) {
+        if (!good || fread(buffer, width, n, st->file) != n) { die("%s: tensor '%s' cannot be read", st->path, t->name); }
+        for (const unsigned char* p = buffer; n > 0; n--, p += width) {
             uint64_t bits = 0;
-            float f;
-            for (int b = 0; b < width; b++) { bits |= (uint64_t)buffer[k * width + b] << 8 * b; }
+            for (int b = 0; b < width; b++) { bits |= (uint64_t)p[b] << 8 * b; }
             uint32_t word = t->dtype == BF16 ? bits << 16 : bits;
+            float f;
             memcpy(&f, &word, 4);
-            out[i] = t->dtype == F16 ? half_to_float(bits) : t->dtype == I32 ? (int32_t)word
-                   : t->dtype == I64 ? (int64_t)bits : f;
+            out[i++] = t->dtype == F16 ? half_to_float(bits) : t->dtype == I32 ? (int32_t)word : t->dtype == I64 ? (int64_t)bits : f;
         }
     }
 }
 
-// Reads the tensor `name` into n floats, a vector of them; it must have the shape dims (0 ends it).
-void safetensors_read(const SafeTensors* st, const char* name, const size_t dims[3], float* out, size_t n) {
+// "[ 2 3 4 ]" of the n dimensions.
+const char* shape_text(char buffer[256], const size_t* dims, int n) {
+    int at = snprintf(buffer, 256, "[ ");
+    for (int i = 0; i < n; i++) { at += snprintf(buffer + at, 256 - at, "%zu ", dims[i]); }
+    snprintf(buffer + at, 256 - at, "]");
+    return buffer;
+}
+
+// Reads the tensor `name` into out; it must have the shape that the spec says.
+void safetensors_read(const SafeTensors* st, const char* name, const Spec* spec, float* out) {
     const Tensor* t = safetensors_find(st, name);
-    int num_dims = 0;
+    char has[256], wants[256];
+    int n = 0;
     if (!t) { die("%s: tensor '%s' is missing", st->path, name); }
-    while (num_dims < 3 && dims[num_dims]) { num_dims++; }
-    if (t->num_dims != num_dims || memcmp(t->dims, dims, num_dims * sizeof(size_t)) || t->size != n) {
-        char has[256] = "", wants[256] = "";
-        for (int i = 0; i < t->num_dims; i++) { snprintf(has + strlen(has), 32, " %zu", t->dims[i]); }
-        for (int i = 0; i < num_dims; i++) { snprintf(wants + strlen(wants), 32, " %zu", dims[i]); }
-        die("%s: tensor '%s' has shape [%s ], expected [%s ]", st->path, name, has, wants);
+    while (n < 3 && spec->dims[n]) { n++; }
+    if (t->num_dims != n || memcmp(t->dims, spec->dims, n * sizeof(size_t))) {
+        die("%s: tensor '%s' has shape %s, expected %s", st->path, name, shape_text(has, t->dims, t->num_dims),
+            shape_text(wants, spec->dims, n));
     }
-    double* buffer = (double*)xcalloc(n, sizeof(double));
-    tensor_read(st, t, buffer);
-    for (size_t i = 0; i < n; i++) { out[i] = buffer[i]; }
-    free(buffer);
+    tensor_read(st, t, out);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1887,7 +1869,7 @@ void params_load(const Model* m, Params block, const SafeTensors* st, const char
     for (int i = 0; i < NUM_PARAMS; i++) {
         const Spec* s = &m->specs[i];
         for (int l = 0; s->size && l < s->slots; l++) {
-            safetensors_read(st, layer_name(name, prefix, s->name, l), s->dims, ((float**)&block)[i] + l * s->size, s->size);
+            safetensors_read(st, layer_name(name, prefix, s->name, l), s, ((float**)&block)[i] + l * s->size);
         }
     }
 }
@@ -1907,7 +1889,7 @@ void model_load(Model* m, const SafeTensors* st) {
         }
         if (!known && m->config.share_emb && !strcmp(has, "output.output.weight")) {
             float* output = (float*)xcalloc(m->specs[0].size, sizeof(float));
-            safetensors_read(st, has, m->specs[0].dims, output, m->specs[0].size);
+            safetensors_read(st, has, &m->specs[0], output);
             if (memcmp(output, m->params.embed, m->specs[0].size * sizeof(float))) {
                 die("%s: share_emb is 1, but '%s' differs from 'embed.weight'", st->path, has);
             }

@@ -1,21 +1,23 @@
 #!/usr/bin/env python3
-"""Megalodon (arXiv 2404.08801) in PyTorch, for comparison: the same mathematics as train_megalodon.c, left to autograd.
+"""Megalodon (arXiv 2404.08801) in PyTorch, to compare with: the mathematics of train_megalodon.c, left to autograd.
 
-    dev/reference.py dump                           write the tensors the tests read: data/reference/*.safetensors
-    dev/reference.py check FILE...                  recompute every tensor of a dump and compare
-    dev/reference.py convert IN.pth OUT.safetensors ...   turn released weights into safetensors
-    dev/reference.py init OUT.safetensors           write a freshly initialised model
-    dev/reference.py eval FILE.safetensors TEXT     mean loss of a checkpoint on a text, a byte being a token
-    dev/reference.py bench                          time a training step
+    dev/reference.py dump                             write the tensors the tests read: data/reference/*.safetensors
+    dev/reference.py check FILE...                    recompute every tensor of a dump and compare
+    dev/reference.py convert IN.pth OUT.safetensors   turn released weights into safetensors
+    dev/reference.py init OUT.safetensors             write a freshly initialised model
+    dev/reference.py eval FILE.safetensors TEXT       mean loss of a checkpoint on a text, a byte being a token
+    dev/reference.py bench                            time a training step
 
-It follows the released implementation (XuezheMax/megalodon); where the paper differs, a comment says so. Symbols:
-B batch, T time, D model_dim, Z z_dim, V value_dim, F ffn_hidden_dim, H heads, N cema_ndim, G norm groups, c chunk_size.
-Needs torch >= 1.13 and safetensors.
+It does what the released implementation (XuezheMax/megalodon) does; where the paper differs, a comment says so.
+B batch, T time, D model_dim, Z z_dim, V value_dim, F ffn_hidden_dim, H num_heads, N cema_ndim, G norm_num_groups,
+c chunk_size. Needs torch >= 1.13 and safetensors.
 """
-import argparse, json, math, os, statistics, struct, sys, time
+import argparse, ctypes, json, math, os, statistics, sys, time
 
-# Threads of OpenMP (PyTorch's own) that wait by spinning take the cores from those of OpenBLAS: twice the time per step.
+# PyTorch's OpenMP threads and OpenBLAS's own, where that is its BLAS, else spin while the others work: twice the time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
+import numpy
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -26,7 +28,6 @@ from safetensors.torch import save
 
 def bit(text):
     return ("0", "1").index(str(int(text)))
-
 
 CONFIG = [  # name, other flag, type, default (those of the benchmark), help
     ("num_layers", "layers", int, 12, "blocks"),
@@ -47,18 +48,17 @@ CONFIG = [  # name, other flag, type, default (those of the benchmark), help
     ("rescale_nffn", None, bit, 0, "1: learned scale on the feed-forward branch"),
 ]
 
-
 class Config(argparse.Namespace):
     def __init__(self, **fields):
         super().__init__(**{name: kind(fields.get(name, default)) for name, _, kind, default, _ in CONFIG})
-        for what, whole, parts in ("z_dim", self.z_dim, 2 * self.num_heads), ("value_dim", self.value_dim, self.num_heads), \
-                ("model_dim", self.model_dim, self.norm_num_groups):
-            if parts < 1 or whole % parts:
-                raise SystemExit(f"reference.py: {what} is {whole}, but must be a multiple of {parts}")
+        H, G = self.num_heads, self.norm_num_groups
+        for name, multiple in ("z_dim", 2 * H), ("value_dim", H), ("model_dim", G):
+            value = getattr(self, name)
+            if multiple < 1 or value % multiple:
+                raise SystemExit(f"reference.py: {name} is {value}, but should be a multiple of {multiple}")
 
     def strings(self):
         return {name: str(getattr(self, name)) for name, *_ in CONFIG}
-
 
 def parameters(c):
     """name -> (shape, initialisation), the released names; a linear map is (out, in)"""
@@ -86,7 +86,6 @@ def parameters(c):
     if not c.share_emb: table["output.output.weight"] = ((c.vocab_size, D), "embed")
     return table
 
-
 def init_parameters(c, seed):
     torch.manual_seed(seed)
     params = {}
@@ -105,17 +104,15 @@ def init_parameters(c, seed):
         params[name] = w
     return params
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The model. Every norm stores its scale as an offset from one (eq. 23).
 
-
 def timestep_norm(x, weight, bias, groups, eps, state=None):
-    """eq. 4: group norm over all features of a group and all timesteps so far, in x (B,T,D)
+    """eq. 4: norm over all features of a group and all timesteps so far; x (B,T,D)
 
-    mu_t, var_t = mean and population variance over steps 0..t;  out = (x - mu_t)/sqrt(var_t + eps) * (weight + 1) + bias
-    state: count (B), mean, var (B,G) of the steps before these. Moments of single steps are pooled by cumulative sums,
-    in float64 and about a shift rho near the mean (any constant gives the same function), so that nothing cancels."""
+    mu_t, var_t = mean, population variance over steps 1..t;  out = (x - mu_t)/sqrt(var_t + eps) * (weight + 1) + bias
+    state: count (B), mean, var (B,G) of the steps before these. The moments of single steps are pooled by cumulative
+    sums, in float64 and about a shift rho near the mean (any constant gives the same function): nothing cancels."""
     B, T, D = x.shape
     x = x.reshape(B, T, groups, D // groups)
     m = x.mean(-1)
@@ -123,7 +120,8 @@ def timestep_norm(x, weight, bias, groups, eps, state=None):
     m = m.double()
     count, mean, var = state or (torch.zeros(B), m.new_zeros(B, groups), m.new_zeros(B, groups))
     rho = m.detach().mean(1, keepdim=True)
-    before, n = count.double().view(B, 1, 1), count.double().view(B, 1, 1) + torch.arange(1, T + 1).view(1, T, 1)
+    before = count.double().view(B, 1, 1)
+    n = before + torch.arange(1, T + 1).view(1, T, 1)
     shift = mean.double()[:, None] - rho
     s1 = (before * shift + (m - rho).cumsum(1)) / n
     s2 = (before * (var.double()[:, None] + shift**2) + (s + (m - rho)**2).cumsum(1)) / n
@@ -131,10 +129,9 @@ def timestep_norm(x, weight, bias, groups, eps, state=None):
     out = (x - mu.to(x.dtype)[..., None]) * (var + eps).rsqrt().to(x.dtype)[..., None]
     return torch.addcmul(bias, out.view(B, T, D), weight + 1), (count + T, mu[:, -1], var[:, -1])
 
-
 class CausalConvolution(torch.autograd.Function):
     """out[b,d,t] = sum_j kernel[d,j] x[b,d,t-j], padded to a power of two so that nothing wraps around.
-    Plain autograd would do: this backward reuses the spectra and stays with real transforms, in a third of the time."""
+    Autograd needs no backward here; this one reuses the spectra and stays with real transforms: half the time."""
     @staticmethod
     def forward(ctx, x, kernel):
         ctx.T, ctx.n = x.shape[-1], 2 << (x.shape[-1] - 1).bit_length()
@@ -148,16 +145,15 @@ class CausalConvolution(torch.autograd.Function):
         dx, dkernel = Y * K.conj(), (Y * X.conj()).sum(0)
         return torch.fft.irfft(dx, ctx.n)[..., :ctx.T], torch.fft.irfft(dkernel, ctx.n)[..., :ctx.T]
 
-
 def cema(x, alpha, delta, theta, gamma, omega, h=None):
-    """eq. 2, 3, 5: complex exponential moving average, N per channel, in x (B,T,D)
+    """eq. 2, 3, 5: complex exponential moving averages, N per channel; x (B,T,D)
 
     p = sigmoid(alpha), q = (1 - p sigmoid(delta)) exp(i theta_k), theta_k = sigmoid(theta) 2 pi k/N, g = gamma/sqrt(N)
     h_t = q h_{t-1} + p x_t;  out_t = Re(sum_k g h_t) + omega x_t     (eq. 2 also rotates x; omega is not in the paper)
     Computed as a convolution of x with Re(sum_k g p q^j), j = 0..T-1. state: h (B,D,N,2)."""
     B, T, D = x.shape
     N = alpha.shape[1]
-    # The coefficients are a few numbers per channel: double costs nothing, and keeps the phase of q^j exact for large j.
+    # The coefficients are few, so float64 costs nothing, and it keeps the phase of q^j right for large j
     p, k = torch.sigmoid(alpha.double()[..., 0]), torch.arange(1, N + 1)
     log_radius = torch.log1p(-p * torch.sigmoid(delta.double()[..., 0]))
     angle = torch.sigmoid(theta.double()[..., 0]) * (2 * math.pi / N) * k
@@ -168,7 +164,8 @@ def cema(x, alpha, delta, theta, gamma, omega, h=None):
     high, low = (g * p)[..., None] * power(torch.arange(0, T, S)), power(torch.arange(S))
     high, low = torch.cat([high.real, -high.imag], 1).to(x.dtype), torch.cat([low.real, low.imag], 1).to(x.dtype)
     kernel = torch.bmm(high.transpose(1, 2), low).view(D, -1)[:, :T]
-    out = CausalConvolution.apply(x.transpose(1, 2), kernel).transpose(1, 2).contiguous() + omega[:, 0] * x
+    out = CausalConvolution.apply(x.transpose(1, 2), kernel).transpose(1, 2).contiguous()
+    out = torch.addcmul(out, omega[:, 0], x)
     if h is not None:
         h = torch.view_as_complex(h.to(x.dtype))
         decay, inflow = power(torch.arange(1, T + 1)), p[..., None] * power(torch.arange(T - 1, -1, -1))
@@ -177,24 +174,20 @@ def cema(x, alpha, delta, theta, gamma, omega, h=None):
         h = torch.view_as_real(h)
     return out, h
 
-
 def rms_norm(x, eps):
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
-
 def rotations(start, T, c, d, base, dtype):
-    """RoPE: the complex numbers (T,1,d/2) that turn pair (2j, 2j+1) by pos * base^(-2j/d), pos counted from the start of
+    """RoPE: complex numbers (T,1,d/2) that turn pairs (2j, 2j+1) by pos * base^(-2j/d), pos counted from the start of
     the chunk. The release forms these angles in float32, so every precision does: they are part of the function."""
     freqs = 1.0 / torch.tensor([base**(j / d) for j in range(0, d, 2)], dtype=torch.float32)
     pos = torch.arange(start, start + T) % c
     angle = (pos.float()[:, None] * freqs).to(dtype)[:, None]
     return torch.polar(torch.ones_like(angle), angle)
 
-
 def rotate(x, turn):  # x (B,T,H,d)
     x = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(x * turn).flatten(-2)
-
 
 def inner_attention(q, k, v, turn, c, cache=None):
     """eq. 9: o = softmax(q k^T, causal) v within each chunk of c timesteps; q, k (B,T,H,Z/H), v (B,T,H,V/H)
@@ -202,10 +195,11 @@ def inner_attention(q, k, v, turn, c, cache=None):
     B, T, H, _ = q.shape
     q, k, past = rotate(q, turn), rotate(k, turn), 0
     if cache:
-        past, k, v = cache[0].shape[1], torch.cat([cache[0].to(k.dtype), k], 1), torch.cat([cache[1].to(v.dtype), v], 1)
+        past = cache[0].shape[1]
+        k, v = (torch.cat([before.to(now.dtype), now], 1) for before, now in zip(cache, (k, v)))
     full = (past + T) // c * c
     cache = k[:, full:], v[:, full:]
-    n = min(c, past + T)  # chunks of n timesteps; queries of the past and the rest of the last chunk are padding
+    n = min(c, past + T)  # timesteps of a chunk; queries of the past, and what the last chunk lacks, are padding
     tail = -(past + T) % n
     pad = lambda a, front: F.pad(a, (0, 0, 0, 0, front, tail)) if front or tail else a
     chunks = lambda a, front=0: pad(a, front).reshape(-1, n, H, a.shape[-1]).transpose(1, 2)
@@ -213,9 +207,8 @@ def inner_attention(q, k, v, turn, c, cache=None):
     o = torch.softmax(scores, -1) @ chunks(v)
     return o.transpose(1, 2).reshape(B, past + T + tail, -1)[:, past:past + T], cache
 
-
 class Megalodon:
-    """p: parameters by their released names. record: a dict that takes the activations, by the names of their modules."""
+    """p: parameters by their released names. record: a dict that takes the activations, by their modules' names."""
     def __init__(self, config, params):
         self.c, self.p, self.record = config, params, None
 
@@ -241,19 +234,21 @@ class Megalodon:
         heads = lambda a: a.reshape(*a.shape[:-1], c.num_heads, -1)
 
         n = self.norm(f"{mega}.timenorm", x, state, new)
-        e, new[f"{mega}.cema.h"] = cema(n, *(w("mega.cema." + key) for key in ("alpha", "delta", "theta", "gamma", "omega")),
-                                        state and state[f"{mega}.cema.h"])
-        m = note("mega.rmsnorm", rms_norm(note("mega.cema", e), c.norm_eps) * (w("mega.rmsnorm.weight") + 1))  # no equation
+        coefficients = [w("mega.cema." + key) for key in ("alpha", "delta", "theta", "gamma", "omega")]
+        e, new[f"{mega}.cema.h"] = cema(n, *coefficients, state and state[f"{mega}.cema.h"])
+        e = note("mega.cema", e)
+        m = note("mega.rmsnorm", rms_norm(e, c.norm_eps) * (w("mega.rmsnorm.weight") + 1))  # not in the paper's eqs.
         z = note("mega.znorm", rms_norm(heads(note("mega.wz", linear("mega.wz", m))), c.norm_eps))  # eq. 6
         gamma, beta = heads(w("mega.gamma") + 1) / math.sqrt(z.shape[-1]), heads(w("mega.beta"))
-        q, k = z * gamma[0] + beta[0], z * gamma[1] + beta[1]  # eq. 7, 8
+        q, k = torch.addcmul(beta[0], z, gamma[0]), torch.addcmul(beta[1], z, gamma[1])  # eq. 7, 8
         v = F.silu(note("mega.wv", linear("mega.wv", n)))  # eq. 16: of n, not m
         r = F.silu(note("mega.wr", linear("mega.wr", m)))  # eq. 18
         keys = f"{mega}.inner_attention.k", f"{mega}.inner_attention.v"
         o, cache = inner_attention(q, k, heads(v), turn, c.chunk_size, state and [state[key] for key in keys])
         new.update(zip(keys, cache))
         o = note("mega.inner_attention", o)
-        y = note("mega", linear("mega.wh1", m) + F.linear(o * r, w("mega.wh2.weight")) + x)  # eq. 20 without silu; eq. 11
+        # eq. 20 without its silu, and the first line of eq. 11
+        y = note("mega", linear("mega.wh1", m) + F.linear(o * r, w("mega.wh2.weight")) + x)
 
         u = F.layer_norm(y, y.shape[-1:], w("nffn.norm.weight") + 1, w("nffn.norm.bias"), c.norm_eps)
         u = note("nffn.norm", u)
@@ -288,12 +283,10 @@ class Megalodon:
                 zeros(B, 0, H, c.z_dim // H), zeros(B, 0, H, c.value_dim // H)
         return state
 
-
 def cross_entropy(logits, y):
     """losses (B,T) in nats, 0 where the target is -100, and their mean over the other targets"""
     losses = F.cross_entropy(logits.transpose(1, 2), y, reduction="none", ignore_index=-100)
     return losses, losses.sum() / (y != -100).sum()
-
 
 def train_step(model, optimizer, x, y, clip, state=None):
     optimizer.zero_grad(set_to_none=True)
@@ -303,36 +296,29 @@ def train_step(model, optimizer, x, y, clip, state=None):
     optimizer.step()
     return loss.item(), norm.item()
 
-
 def adamw(model, lr, weight_decay, betas, eps):  # one group: every parameter decays, norms too
     return torch.optim.AdamW(list(model.p.values()), lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
-
 
 def read(path):
     with safe_open(path, "pt") as f:
         return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
 
-
 def write(path, tensors, metadata):
     data = save({name: t.contiguous() for name, t in tensors.items()}, metadata)
-    # safetensors writes metadata in any order; sort it, so that the same run writes the same bytes
-    size = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8:8 + size])
-    header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **{k: v for k, v in header.items()
-                         if k != "__metadata__"}}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
+    size = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:size])
+    header["__metadata__"] = dict(sorted(metadata.items()))  # safetensors writes it in any order; we, the same bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(header)) + header + data[8 + size:])
+        f.write(len(text).to_bytes(8, "little") + text + data[size:])
     print(f"{path}: {len(tensors)} tensors, {os.path.getsize(path):,} bytes")
-
 
 def config_of(metadata):
     return Config(**{name: kind(metadata[name]) for name, _, kind, *_ in CONFIG if name in metadata})
-
 
 def matching(path, config, tensors):
     """the parameters of a config out of a file's tensors, or a line about the first that is not as it should be"""
@@ -342,12 +328,10 @@ def matching(path, config, tensors):
             raise SystemExit(f"{path}: {name} is {tuple(tensors[name].shape)}, but the config asks for {shape}")
     return {name: tensors[name].float() for name in parameters(config)}
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Dumps
 
-
-def evaluate(given, meta, dtype, stream):
+def compute(given, meta, dtype, stream):
     """everything a dump holds, by its names, from its x, y, param.* and state.*; the first `stream` tokens streamed"""
     c = config_of(meta)
     part = lambda prefix: {name[len(prefix):]: t.to(dtype).clone().requires_grad_() if t.is_floating_point() else t
@@ -379,150 +363,149 @@ def evaluate(given, meta, dtype, stream):
         out.update({"final." + name: t for name, t in model.p.items()})
     return {name: t.detach() for name, t in out.items()}
 
-
-TRAINING = "learning_rate", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip"
+TRAINING = dict(learning_rate="0.001", weight_decay="0.1", beta1="0.9", beta2="0.95", adam_eps="1e-08", grad_clip="0.5")
+SMALL = dict(num_layers=2, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=24, chunk_size=16, norm_num_groups=4,
+             vocab_size=40)
 DUMPS = {  # B, T, training steps, whether a state is carried in, config
-    # several chunks and a short last one; one head; trains with a clip that bites; streams
-    "chunks": (2, 37, 5, False, dict(num_layers=2, model_dim=32, z_dim=16, value_dim=48, ffn_hidden_dim=40, chunk_size=16,
-               norm_num_groups=4, vocab_size=40, swiglu=0)),
+    # several chunks, the last one short; one head; trains; streams
+    "chunks": (2, 37, 5, False, dict(SMALL, value_dim=48, ffn_hidden_dim=40, swiglu=0)),
     # less than a chunk; swiglu, tied and scaled embeddings; two heads; trains
-    "tied": (3, 13, 4, False, dict(num_layers=2, model_dim=32, num_heads=2, z_dim=16, value_dim=32, ffn_hidden_dim=24,
-             chunk_size=16, norm_num_groups=2, cema_ndim=8, vocab_size=48, share_emb=1, scale_emb=1)),
-    # sizes that are no multiple of anything; N = 5; rescaled feed-forward; other rope_base and norm_eps; trains; streams
-    "odd": (2, 29, 3, False, dict(num_layers=2, model_dim=33, num_heads=3, z_dim=18, value_dim=27, ffn_hidden_dim=21,
-            chunk_size=7, norm_num_groups=3, cema_ndim=5, vocab_size=53, rescale_nffn=1, rope_base=100000.0, norm_eps=1e-4)),
+    "tied": (3, 13, 4, False, dict(SMALL, num_heads=2, norm_num_groups=2, cema_ndim=8, vocab_size=48, share_emb=1,
+                                   scale_emb=1)),
+    # odd sizes; chunks; three heads; N = 5; rescaled feed-forward; other rope_base and norm_eps; trains; streams
+    "odd": (2, 29, 3, False, dict(SMALL, model_dim=33, num_heads=3, z_dim=18, value_dim=27, ffn_hidden_dim=21,
+                                  chunk_size=7, norm_num_groups=3, cema_ndim=5, vocab_size=53, rescale_nffn=1,
+                                  rope_base=1e5, norm_eps=1e-4)),
     # a state carried in, rows with different counts (one of them 0), over several chunks
-    "state": (3, 19, 0, True, dict(num_layers=2, model_dim=32, num_heads=2, z_dim=16, value_dim=32, ffn_hidden_dim=24,
-              chunk_size=8, norm_num_groups=4, vocab_size=40, swiglu=0, scale_emb=1)),
-    # one timestep, from nothing and with a state carried in
-    "one": (2, 1, 0, False, dict(num_layers=2, model_dim=32, z_dim=16, value_dim=48, ffn_hidden_dim=24, chunk_size=16,
-            norm_num_groups=4, vocab_size=40, rescale_nffn=1)),
-    "one_state": (3, 1, 0, True, dict(num_layers=1, model_dim=36, num_heads=2, z_dim=12, value_dim=20, ffn_hidden_dim=24,
-                  chunk_size=4, norm_num_groups=3, cema_ndim=5, vocab_size=40, share_emb=1)),
+    "state": (3, 19, 0, True, dict(SMALL, num_heads=2, chunk_size=8, swiglu=0, scale_emb=1)),
+    # one timestep: from nothing, and with a state carried in
+    "one": (2, 1, 0, False, dict(SMALL, value_dim=48, rescale_nffn=1)),
+    "one_state": (3, 1, 0, True, dict(SMALL, num_layers=1, model_dim=36, num_heads=2, z_dim=12, value_dim=20,
+                                      chunk_size=4, norm_num_groups=3, cema_ndim=5, share_emb=1)),
 }
-
 
 def dump(args):
     os.makedirs(args.out, exist_ok=True)
-    for seed, (name, (B, T, steps, carried, fields)) in enumerate(DUMPS.items(), 1):
-        c = Config(**fields)
-        meta = {"format": "megalodon-dump", **c.strings()}
-        if steps: meta.update(train_steps=str(steps), **dict(zip(TRAINING, ("0.001", "0.1", "0.9", "0.95", "1e-08", "0.5"))))
-        given = {}
-        for key, w in init_parameters(c, seed).items():  # nothing stays at zero, or all equal
+    # Seeds from 6: with some, a training step meets a gradient so near zero that rounding alone moves `final` by 3e-4.
+    for seed, (name, (B, T, steps, carried, fields)) in enumerate(DUMPS.items(), 6):
+        c, given = Config(**fields), {}
+        meta = {"format": "megalodon-dump", **c.strings(), **(dict(TRAINING, train_steps=str(steps)) if steps else {})}
+        for key, w in init_parameters(c, seed).items():  # nothing stays at zero, or the same throughout
             given["param." + key] = w * (1 + 0.1 * torch.randn(w.shape)) + (w == 0) * 0.2 * torch.randn(w.shape)
         tokens = torch.randint(c.vocab_size, (B, T + 1), dtype=torch.int32)
         given["x"], given["y"] = tokens[:, :-1], tokens[:, 1:]
-        if name in ("tied", "odd", "state"):
-            given["y"] = given["y"].masked_fill(torch.rand(B, T) < 0.2, -100)
-        if carried:
-            for key, t in Megalodon(c, {}).fresh_state(B).items():
-                if "inner_attention" in key: continue  # at a chunk boundary there are no keys and values to carry
-                if key.endswith("count"): t = torch.tensor([0, 3, 1000]) * c.chunk_size
-                elif key.endswith("var"): t = torch.cat([torch.ones(1, t.shape[1]), 0.5 + torch.rand(t.shape)[1:]])
-                else: t = 0.3 * torch.randn(t.shape) * (torch.arange(B) > 0).view(-1, *[1] * (t.dim() - 1))
-                given["state." + key] = t  # row 0: the release's fresh state, of count 0, mean 0, variance 1
+        if name in ("tied", "odd", "state"): given["y"] = given["y"].masked_fill(torch.rand(B, T) < 0.2, -100)
+        for key, t in Megalodon(c, {}).fresh_state(B).items() if carried else ():
+            if "inner_attention" in key: continue  # at the start of a chunk there are none
+            # row 0: as the release starts, count 0, mean 0, variance 1, h 0
+            if key.endswith("count"): t = torch.tensor([0, 3, 1000]) * c.chunk_size
+            elif key.endswith("var"): t = torch.cat([torch.ones(1, t.shape[1]), 0.5 + torch.rand(t.shape)[1:]])
+            else: t = 0.3 * torch.randn(t.shape) * (torch.arange(B) > 0).view(-1, *[1] * (t.dim() - 1))
+            given["state." + key] = t
         # Computed in float64, stored in float32: who compares sees his own rounding and no one else's. Training too:
-        # Adam divides by the gradient's size, so in float32 an entry of rounding size would move by a random +-lr.
-        out = evaluate(given, meta, torch.float64, T if T > c.chunk_size and not carried else 0)
-        given.update({key: t.float() for key, t in out.items()})
-        write(os.path.join(args.out, name + ".safetensors"), given, meta)
+        # Adam divides by the gradient's size, so a gradient that is all rounding would become a step of lr either way.
+        out = compute(given, meta, torch.float64, T if T > c.chunk_size and not carried else 0)
+        write(os.path.join(args.out, name + ".safetensors"), {**given, **{k: t.float() for k, t in out.items()}}, meta)
 
+BOUNDS = dict(dact=2e-5, grad=2e-5, dstate=2e-5, train_losses=2e-6, train_gnorms=2e-6, final=1e-3)  # any other: 1e-5
 
 def check(args):
     okay = True
+
+    def judge(name, error, bound, where=""):
+        nonlocal okay
+        good = error <= bound  # which a NaN is not
+        okay &= good
+        if not (good and args.quiet):
+            print(f"{'okay' if good else 'FAIL'}  {name:40} error {error:.1e} of {bound:.0e}  {where}")
+
     for path in args.files:
         given, meta = read(path)
-        matching(path, config_of(meta), {k[6:]: t for k, t in given.items() if k.startswith("param.")})
+        matching(path, config_of(meta), {name[6:]: t for name, t in given.items() if name.startswith("param.")})
         stream = given["stream_logits"].shape[1] if "stream_logits" in given else 0
-        ours = evaluate(given, meta, getattr(torch, args.dtype), stream)
-        kinds = {"dact": 2e-5, "grad": 2e-5, "dstate": 2e-5, "train_losses": 2e-6, "train_gnorms": 2e-6, "final": 1e-3}
-        largest = max(t.abs().max() for k, t in given.items() if kinds.get(k.split(".")[0]) == 2e-5)
+        ours = compute(given, meta, getattr(torch, args.dtype), stream)
+        bound_of = lambda name: BOUNDS.get(name.split(".")[0], 1e-5)
+        largest = max((t.abs().max().item() for name, t in given.items() if bound_of(name) == 2e-5), default=0.0)
         worst, skipped, moved = {}, 0, [0.0, 0.0]
         for name, b in given.items():
-            kind, a = name.split(".")[0], ours.get(name)
+            kind, a, bound = name.split(".")[0], ours.get(name), bound_of(name)
             if kind in ("x", "y", "param", "state"): continue
             if a is None: skipped += 1; continue
-            a, b = a.double(), b.double()
-            bound, diff, where = kinds.get(kind, 1e-5), (a - b).abs(), ""
-            if kind == "final":  # single entries are not judged: Adam turns a gradient of rounding size into a step of lr
-                error2, size2 = diff.square().sum(), (b - given["param." + name[6:]].double()).square().sum()
-                moved = [moved[0] + error2, moved[1] + size2]
-                error = (error2 / size2).sqrt().item()
+            if a.shape != b.shape: raise SystemExit(f"{path}: {name} is {tuple(b.shape)}, not {tuple(a.shape)}")
+            diff, b, where = (a.double() - b.double()).abs(), b.double(), ""
+            if kind == "final":  # no single entries: Adam turns a gradient of rounding size into a step of lr
+                squares = diff.square().sum().item(), (b - given["param." + name[6:]]).square().sum().item()
+                moved = [moved[0] + squares[0], moved[1] + squares[1]]
+                error = math.sqrt(squares[0] / max(squares[1], 1e-60))
             else:
-                size = max(b.abs().max(), 1e-4 * largest if bound == 2e-5 else 0)
-                error = (diff.max() / size).item()
-                where = "at " + str(tuple(int(i) for i in (diff == diff.max()).nonzero()[0]))
-            good = error <= bound and a.shape == b.shape  # a NaN is not
-            okay &= good
-            worst[kind] = max(worst.get(kind, 0.0), error)
-            if not (good and args.quiet):
-                print(f"{'okay' if good else 'FAIL'}  {name:40} error {error:.1e} of {bound:.0e}  {where}")
+                error = diff.max().item() / max(b.abs().max().item(), 1e-4 * largest if bound == 2e-5 else 0.0, 1e-30)
+                where = f"at {tuple(map(int, numpy.unravel_index(diff.argmax().item(), b.shape)))}"
+            judge(name, error, bound, where)
+            worst[kind] = max(error, worst.get(kind, 0.0))  # in this order a NaN stays
         if moved[1]:
-            error = (moved[0] / moved[1]).sqrt().item()
-            worst["final, all"], good = error, error <= 1e-4
-            okay &= good
-            print(f"{'okay' if good else 'FAIL'}  {'final, all together':40} error {error:.1e} of 1e-04")
-        print(f"{path} ({args.dtype}; skipped {skipped}): worst " + ", ".join(f"{k} {v:.1e}" for k, v in worst.items()))
+            worst["final, all"] = math.sqrt(moved[0] / moved[1])
+            judge("final, all together", worst["final, all"], 1e-4)
+        print(f"{path}: {args.dtype}, skipped {skipped}; worst " + ", ".join(f"{k} {e:.1e}" for k, e in worst.items()))
     print(f"overall okay: {int(okay)}")
     sys.exit(not okay)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights in and out, timing
 
-
 def given_fields(args):
     return {name: getattr(args, name) for name, *_ in CONFIG if getattr(args, name) is not None}
-
 
 def convert(args):
     try: weights = torch.load(args.input, map_location="cpu", weights_only=True)
     except TypeError: weights = torch.load(args.input, map_location="cpu")  # a torch without weights_only
     buffers = "rope.freqs", ".prior_count", ".prior_mean", ".prior_logv"
     weights = {name: t for name, t in weights.items() if not name.endswith(buffers)}
-    for name in "embed.weight", *("layers.0." + n for n in ("mega.wz.weight", "mega.wv.weight", "mega.cema.alpha", "nffn.fc1.weight")):
-        if name not in weights: raise SystemExit(f"{args.input}: no tensor {name}: not a released state_dict")
-    size, layer0, head = lambda name, i: weights[name].shape[i], "layers.0.", weights.get("output.output.weight")
-    fields = dict(
-        num_layers=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers.")),
-        vocab_size=size("embed.weight", 0), model_dim=size("embed.weight", 1), z_dim=size(layer0 + "mega.wz.weight", 0),
-        value_dim=size(layer0 + "mega.wv.weight", 0), ffn_hidden_dim=size(layer0 + "nffn.fc1.weight", 0),
-        cema_ndim=size(layer0 + "mega.cema.alpha", 1), swiglu=layer0 + "nffn.fc3.weight" in weights,
-        rescale_nffn=layer0 + "nffn.alpha" in weights, share_emb=head is None or torch.equal(head, weights["embed.weight"]))
-    for name, value in given_fields(args).items():
-        if fields.setdefault(name, value) != value:
-            raise SystemExit(f"{args.input}: {name} is {int(fields[name])} by its tensors, but {value} was asked for")
+    mega, nffn, head, fields = "layers.0.mega.", "layers.0.nffn.", weights.get("output.output.weight"), {}
+    for field, name, i in (("vocab_size", "embed.weight", 0), ("model_dim", "embed.weight", 1),
+                           ("z_dim", mega + "wz.weight", 0), ("value_dim", mega + "wv.weight", 0),
+                           ("ffn_hidden_dim", nffn + "fc1.weight", 0), ("cema_ndim", mega + "cema.alpha", 1)):
+        if name not in weights: raise SystemExit(f"{args.input}: no tensor {name}, so not a released state_dict")
+        fields[field] = weights[name].shape[i]
+    fields["num_layers"] = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
+    fields["swiglu"], fields["rescale_nffn"] = int(nffn + "fc3.weight" in weights), int(nffn + "alpha" in weights)
+    fields["share_emb"] = int(head is None or torch.equal(head, weights["embed.weight"]))
+    for field, value in given_fields(args).items():
+        if fields.setdefault(field, value) != value:
+            raise SystemExit(f"{args.input}: {field} is {fields[field]} by its tensors, but {value} was asked for")
+    for field in "num_heads", "chunk_size", "norm_num_groups":  # a wrong one would load, and compute something else
+        if field not in fields: raise SystemExit(f"{args.input}: no tensor shows {field}, so give it")
     c = Config(**fields)
     if c.share_emb: weights.pop("output.output.weight", None)
-    unknown = weights.keys() - parameters(c).keys()
-    if unknown: raise SystemExit(f"{args.input}: unknown tensor {min(unknown)}")
+    for name in weights.keys() - parameters(c).keys(): raise SystemExit(f"{args.input}: unknown tensor {name}")
     write(args.output, matching(args.input, c, weights), c.strings())
-
+    print(" ".join(f"{name}={value}" for name, value in c.strings().items()))
 
 def init(args):
     c = Config(**given_fields(args))
     params = init_parameters(c, args.seed)
-    print(f"num_parameters: {sum(w.numel() for w in params.values())}")
     write(args.output, params, c.strings())
+    print(f"num_parameters: {sum(w.numel() for w in params.values())}")
 
-
-def evaluate_text(args):
+def evaluate(args):
     weights, meta = read(args.file)
     c = config_of({**meta, **given_fields(args)})
     with open(args.text, "rb") as f:
         text = torch.tensor(list(f.read(args.seq + 1 if args.seq else -1)))
     if len(text) < 2: raise SystemExit(f"{args.text}: {len(text)} bytes, but at least 2 are needed")
-    if text.max() >= c.vocab_size: raise SystemExit(f"{args.text}: byte {text.max()}, but vocab_size is {c.vocab_size}")
-    model = Megalodon(c, {name: w.to(getattr(torch, args.dtype)) for name, w in matching(args.file, c, weights).items()})
+    if text.max() >= c.vocab_size: raise SystemExit(f"{args.text}: byte {text.max()}, vocab_size {c.vocab_size}")
+    dtype, params = getattr(torch, args.dtype), matching(args.file, c, weights)
+    model = Megalodon(c, {name: w.to(dtype) for name, w in params.items()})
     with torch.no_grad():
         loss = cross_entropy(model(text[None, :-1])[0], text[None, 1:])[1].item()
-    print(f"eval: tokens {len(text) - 1} nats/token {loss:.6f} perplexity {math.exp(loss):.4f} bits/byte {loss / math.log(2):.6f}")
-
+    print(f"eval: tokens {len(text) - 1} nats/token {loss:.6f} perplexity {math.exp(loss):.4f} "
+          f"bits/byte {loss / math.log(2):.6f}")
 
 def bench(args):
     if args.threads: torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc: keep freed memory, rather than have every activation's pages zeroed anew
+        libc.mallopt(-3, 1 << 25), libc.mallopt(-1, 1 << 30)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     c = Config(**given_fields(args))
     model = Megalodon(c, {name: w.requires_grad_() for name, w in init_parameters(c, 1).items()})
     optimizer, times = adamw(model, 1e-3, 0.1, (0.9, 0.95), 1e-8), []
@@ -532,51 +515,46 @@ def bench(args):
         times.append(1e3 * (time.perf_counter() - start))
     print(f"reference.py: step {statistics.median(times[args.warmup:]):.1f} ms")
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(function, name, help, config=None):
+    def command(function, help, config=None):
+        name = function.__name__.replace("evaluate", "eval")
         p = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         p.set_defaults(function=function)
-        if config:
-            group = p.add_argument_group("config", config)
-            for field, other, kind, default, text in CONFIG:
-                flags = ["--" + f.replace("_", "-") for f in (field, other) if f]
-                group.add_argument(*flags, dest=field, type=kind, metavar="0|1" if kind is bit else kind.__name__.upper(),
-                                   help=f"{text} ({default})")
+        group = config and p.add_argument_group("config", config)
+        for field, other, kind, default, text in CONFIG if config else ():
+            flags = ["--" + name.replace("_", "-") for name in (field, other) if name]
+            metavar = "0|1" if kind is bit else kind.__name__.upper()
+            group.add_argument(*flags, dest=field, type=kind, metavar=metavar, help=f"{text} ({default})")
         return p
 
-    def dtype(p, default):
-        p.add_argument("--dtype", choices=("float32", "float64"), default=default, help=f"precision of the run ({default})")
-
-    p = command(dump, "dump", "write the dumps that the tests read")
+    p = command(dump, "write the dumps that the tests read")
     p.add_argument("--out", default="data/reference", help="folder (data/reference)")
-    p = command(check, "check", "recompute every tensor of dumps and compare; exit 1 if one is out of bounds")
+    p = command(check, "recompute every tensor of dumps and compare; exit 1 if one is out of bounds")
     p.add_argument("files", nargs="+", metavar="FILE")
     p.add_argument("--quiet", action="store_true", help="print failures and summaries only")
-    dtype(p, "float32")
-    p = command(convert, "convert", "turn a released .pth state_dict into safetensors",
-                "sizes come from the tensors; give the fields they do not show: heads, chunk, groups, scale_emb, rope_base, norm_eps")
+    p.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="to compute in (float32)")
+    p = command(convert, "turn a released .pth state_dict into safetensors",
+                "most are read off the tensors; give heads, chunk, groups; scale_emb, rope_base, norm_eps (default)")
     p.add_argument("input", metavar="IN.pth")
     p.add_argument("output", metavar="OUT.safetensors")
-    p = command(init, "init", "write a freshly initialised model", "(default)")
+    p = command(init, "write a freshly initialised model", "(default)")
     p.add_argument("output", metavar="OUT.safetensors")
     p.add_argument("--seed", type=int, default=1, help="of the random numbers (1)")
-    p = command(evaluate_text, "eval", "mean loss of a checkpoint over a text in one pass, a byte being a token",
-                "for what the file's metadata do not say")
+    p = command(evaluate, "mean loss of a checkpoint over a text in one pass, a byte being a token",
+                "(default); from the file's metadata unless given")
     p.add_argument("file", metavar="FILE.safetensors")
     p.add_argument("text", metavar="TEXT")
     p.add_argument("--seq", type=int, default=0, metavar="N", help="tokens to score, from the start of the text (all)")
-    dtype(p, "float32")
-    p = command(bench, "bench", "time a training step (forward, backward, clip, AdamW) in float32 on random tokens", "(default)")
-    for name, default, text in (("batch", 4, "sequences"), ("seq", 1024, "tokens of each"), ("warmup", 2, "steps not timed"),
-                                ("steps", 5, "steps timed; their median is printed"), ("threads", 0, "0: PyTorch's choice")):
-        p.add_argument("--" + name, type=int, default=default, help=f"{text} ({default})")
+    p.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="to compute in (float32)")
+    p = command(bench, "time a training step (forward, backward, clip, AdamW) in float32 on random tokens", "(default)")
+    for name, default, text in (("batch", 4, "sequences"), ("seq", 1024, "tokens of each"), ("threads", 0, "0: any"),
+                                ("warmup", 2, "steps not timed"), ("steps", 5, "steps timed; prints the median")):
+        p.add_argument("--" + name, type=int, default=default, metavar="N", help=f"{text} ({default})")
     args = parser.parse_args()
     args.function(args)
-
 
 if __name__ == "__main__":
     main()

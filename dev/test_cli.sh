@@ -1,0 +1,224 @@
+#!/bin/sh
+# What the command line refuses and what it must do, with a model so small that a run takes milliseconds.
+# From the project folder, after make: sh dev/test_cli.sh
+export LC_ALL=C OMP_NUM_THREADS=1 # a second thread would only wait for the first
+program=$PWD/train_megalodon table=$PWD/train_megalodon.c
+folder=$(mktemp -d) || exit 1
+trap 'rm -rf "$folder"' EXIT
+trap 'exit 1' INT TERM
+cd "$folder" || exit 1
+passed=0 failed=0
+
+result() { # NAME WHY: ok if WHY is empty
+    if [ -z "$2" ]; then passed=$((passed + 1)); echo "ok $1"
+    else failed=$((failed + 1)); echo "FAILED $1: $2"; fi
+}
+
+# Runs the program on the arguments: $status, files out and err.
+run() { status=0; timeout 20 "$program" "$@" > out 2> err || status=$?; }
+
+# REGEXP ARGUMENTS: exit status 1, and at the end of stderr one line, "error: ..." with this in it.
+refuses() {
+    regexp=$1 why=
+    shift
+    run "$@"
+    [ "$status" = 1 ] || why="exit status $status; "
+    [ "$(grep -c ^error: err)" = 1 ] && tail -n 1 err | grep -Eq "^error: .*($regexp)" || why="${why}said: $(tail -n 2 err)"
+    result "refuses $(printf "'%s' " "$@" | sed "s/ '--seq.*//")" "$why"
+}
+
+# NAME REGEXP ARGUMENTS: exit status 0 and this in the output.
+works() {
+    name=$1 regexp=$2 why=
+    shift 2
+    run "$@"
+    [ "$status" = 0 ] || why="exit status $status: $(tail -n 1 err)"
+    cat out err | grep -Eq "$regexp" || why="$why no \"$regexp\" in the output"
+    result "$name" "$why"
+}
+
+same() { if cmp -s "$2" "$3"; then result "$1" ""; else result "$1" "$2 and $3 differ"; fi; }
+
+int32() { for n; do printf "$(printf '\\%03o\\%03o\\%03o\\%03o' $((n & 255)) $((n >> 8 & 255)) $((n >> 16 & 255)) $((n >> 24 & 255)))"; done; }
+bin() { int32 "$1" "$2" "$3"; head -c 1012 /dev/zero; cat; }           # MAGIC VERSION COUNT < tokens
+safetensors() { int32 ${#1} 0; printf %s "$1"; head -c "$2" /dev/zero; } # HEADER BYTES
+weights() { tail -c +$((9 + $(od -An -tu4 -N4 "$1"))) "$1"; }          # what follows the header
+steps() { cut -f1-5 "$1/log.tsv"; }                                      # the columns that do not depend on time
+wide() { printf "$(od -An -v -to1 "$1" | tr -d '\n' | sed "s/ \(...\)/\\\\\1$2/g")"; } # bytes to wider integers
+
+small="--seq 16 --batch 2"
+model="--num-layers 1 --model-dim 16 --z-dim 8 --value-dim 16 --ffn-hidden-dim 16 --chunk-size 16 --norm-num-groups 2 --cema-ndim 2"
+seq 1 500 > text.txt
+works "trains and saves" "step 20: val loss" $small $model --train text.txt --steps 20 --checkpoint-every 10 --out tiny
+tiny=tiny/step_00000020.safetensors
+
+# The command line
+refuses 'unknown option "--step".*--help' --step 10
+refuses 'unknown option "-h"' -h
+refuses 'unknown option "--steps=10"' --steps=10
+refuses 'unknown option "10"' --steps 10 10
+refuses 'unknown option ""' ""
+refuses '--steps needs a value' --steps
+refuses '--steps stands twice' --steps 1 --steps 2
+refuses '--lr "1e-3x": expected a number' --lr 1e-3x
+refuses '--lr "nan": expected a number from 0' --lr nan
+refuses '--lr "-1": expected a number from 0' --lr -1
+refuses '--steps "10.5": expected a whole number' --steps 10.5
+refuses '--steps "": expected a whole number' --steps ""
+refuses '--steps "0": expected a whole number from 1' --steps 0
+refuses '--steps "99999999999": expected' --steps 99999999999
+refuses '--swiglu "yes": expected' --swiglu yes
+refuses '--swiglu "2": expected' --swiglu 2
+refuses '--top-p "1.5": expected a number from 0 to 1' --top-p 1.5
+refuses '--beta1 1' --beta1 1
+refuses '--preset big: expected one of tiny' --preset big
+refuses '--schedule step: expected cosine, linear or constant' --schedule step
+refuses 'model_dim 128 must be divisible by norm_num_groups 3' --norm-num-groups 3
+refuses 'z_dim 6 must be divisible by .*4' --num-heads 2 --z-dim 6
+refuses 'value_dim 7 must be divisible by num_heads 2' --num-heads 2 --value-dim 7
+refuses '--checkpoint-every needs --out' --checkpoint-every 10
+refuses '--generate and --eval' --generate 5 --eval text.txt --load $tiny
+refuses '--generate.* need.* --load FILE or --resume DIR' --generate 5
+refuses '--eval.* need.* --load FILE or --resume DIR' --eval text.txt
+refuses '--load.*--resume' --load $tiny --resume tiny
+for flag in --load --resume --eval --out --train; do refuses "$flag" $flag "" $small; done # an unset variable of the shell
+
+# Files of weights
+printf '\377\377\377\377\377\377\377\177{}' > huge
+printf '\004\000' > short
+safetensors '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}' 7 > cut
+safetensors '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}' 9 > long
+safetensors '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}' 4 > size
+safetensors '{"a":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}' 8 > dtype
+safetensors '{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}' 0 > overflow
+safetensors '{"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"I32","shape":[1],"data_offsets":[2,6]}}' 6 > overlap
+safetensors '{"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"I32","shape":[1],"data_offsets":[8,12]}}' 12 > hole
+safetensors '{"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"I32","shape":[1],"data_offsets":[4,8]}}' 8 > twice
+safetensors '{"a":{"dtype":"I32"' 0 > json
+safetensors '{"__metadata__":{"num_layers":"1x"}}' 0 > number
+safetensors '{}' 0 > none
+: > empty
+refuses 'missing: No such file' --load missing
+refuses '\.: not ' --load .
+for file in empty short huge; do refuses "$file: not a safetensors file" --load $file; done
+refuses "cut: truncated" --load cut
+refuses "long: bytes follow" --load long
+for file in size dtype overflow overlap hole twice json; do refuses "$file: tensor '[ab]'" --load $file; done
+refuses 'number: --num-layers "1x": expected a whole number' --load number
+refuses "none: tensor 'embed.weight' is missing" --load none --train text.txt $small $model
+refuses "model_dim 16, the flags say 32" --load $tiny --model-dim 32
+refuses "num_layers 1, the flags say 12" --load $tiny --preset mega200M
+edited() { sed "s/\"$1\":\"$2\"/\"$1\":\"$3\"/" $tiny > "$1"; } # the same file with another value in its metadata
+edited num_layers 1 2; refuses "num_layers: tensor 'layers.1.mega.timenorm.weight' is missing" --load num_layers --train text.txt $small
+edited model_dim 16 32; refuses "model_dim: tensor 'embed.weight' has shape .*16.*, expected .*32" --load model_dim --train text.txt $small
+edited swiglu 1 0; refuses "swiglu: unexpected tensor 'layers.0.nffn.fc3.weight'" --load swiglu --train text.txt $small
+mkdir folder bad; cp cut bad/step_00000007.safetensors
+refuses '--resume missing: No such file' --resume missing
+refuses '--resume folder: no valid step_' --resume folder
+refuses '--resume bad: no valid step_' --resume bad
+result "and says which checkpoint it skips, and why" "$(grep -q '^skipping bad/step_00000007.*truncated' err || head -n 1 err)"
+refuses '--out tiny holds checkpoints: --resume' --out tiny --train text.txt $small $model
+refuses '--out missing/folder: No such file' --out missing/folder --train text.txt $small $model
+refuses 'text.txt' --out text.txt --train text.txt $small $model
+
+# Data
+printf '123456789' > few.txt
+printf '1' > one.txt
+int32 20240520 1 > header.bin
+wide few.txt '\\000' | bin 20240520 2 9 > version.bin
+wide few.txt '\\000' | bin 20240521 1 9 > magic.bin
+wide few.txt '\\000' | bin 20240520 1 10 > count.bin
+(wide few.txt '\\000'; printf '\054\001\007\000') | bin 20240520 1 11 > id.bin
+refuses 'no file is named missing.txt' --train missing.txt $small $model
+refuses 'no file is named missing\*' --train 'text.txt,missing*' $small $model
+refuses 'empty: empty' --train empty $small $model
+refuses 'folder: not a regular file' --train folder $small $model
+refuses 'few.txt: .*tokens.*--seq 16' --train few.txt $small $model
+refuses 'no file is named missing' --train text.txt --val missing $small $model
+refuses 'one.txt: at least 2 tokens' --eval one.txt --load $tiny
+refuses 'header.bin: truncated' --train header.bin $small $model
+refuses 'version.bin: magic 20240520 version 2' --train version.bin $small $model
+refuses 'magic.bin: magic 20240521' --train magic.bin $small $model
+refuses 'count.bin: 10 tokens make 1044 bytes, the file has 1042' --train count.bin $small $model
+refuses 'id.bin: token 9 is 300, vocab_size is 256' --eval id.bin --load $tiny
+refuses 'text.txt: token [0-9]+ is 5[0-9], vocab_size is 50' --train text.txt $small $model --vocab-size 50
+run $small $model --train text.txt --steps 1 --out digits --vocab-size 64
+refuses '--prompt: byte 122 .* vocab_size 64' --prompt z --generate 3 --resume digits
+
+# What goes wrong while training
+n=$(od -An -tu4 -N4 $tiny)
+(head -c $((8 + n)) $tiny; printf '\000\000\300\177'; tail -c +$((13 + n)) $tiny) > nan
+refuses 'step 1: loss -?nan' --load nan --train text.txt $small
+run $small $model --train text.txt --steps 20 --lr 1000 --checkpoint-every 1 --out diverged
+step=$(sed -n 's/^error: step \([0-9]*\): loss.*/\1/p' err)
+[ $status = 1 ] && [ -e "diverged/step_$(printf %08d $((step - 1))).safetensors" ] && [ ! -e "diverged/step_$(printf %08d "$step").safetensors" ]
+result "divergence names the step, keeps the checkpoint before it" "$([ $? = 0 ] || echo "exit status $status: $(cat err)")"
+works "that checkpoint loads" "eval: tokens" --eval text.txt --resume diverged
+
+cp -r tiny full && rm full/step_00000020.safetensors
+(trap '' XFSZ && ulimit -f 50 && exec "$program" --resume full > out 2> err) # 25 or 50 KB: enough for the log
+[ $? = 1 ] && [ "$(wc -l < err)" -eq 1 ] && grep -q '^error: .*full/step_00000020.safetensors' err && [ "$(ls full | wc -l)" -eq 2 ]
+result "a full disk: the file is named, nothing is left of it" "$([ $? = 0 ] || ls full err | cat - err)"
+works "the checkpoint before it loads" "full/step_00000010.*" --eval text.txt --resume full
+
+(exec "$program" $small $model --train text.txt --steps 1000000 --out stopped > out 2> err) & # finishes the step and saves
+until [ -e stopped/log.tsv ] && [ "$(wc -l < stopped/log.tsv)" -gt 3 ]; do sleep 0.05; done
+kill -TERM $! && wait $!
+status=$? last=$(tail -n 1 stopped/log.tsv | cut -f1)
+[ $status = 0 ] && [ -e "stopped/step_$(printf %08d "$last").safetensors" ]
+result "SIGTERM: finishes the step, saves, exit status 0" "$([ $? = 0 ] || echo "exit status $status, step $last, $(ls stopped)")"
+(exec "$program" $small $model --accum 1000000 --train text.txt --steps 10 --out twice_stopped > out 2> err) &
+until [ -e twice_stopped/log.tsv ]; do sleep 0.05; done
+sleep 0.5; kill -TERM $!; sleep 0.1; kill -TERM $!; wait $!
+status=$?
+result "a second SIGTERM exits at once" "$([ $status = 143 ] || echo "exit status $status")"
+
+# What must work
+sed -n 's/^    X([A-Z]*, *\([a-z0-9_]*\),.*".*/\1/p' "$table" | tr _ - > flags
+run --help
+missing=$(while read -r flag; do grep -q -e "^  --$flag " out || echo "--$flag"; done < flags)
+result "--help lists all $(wc -l < flags) flags" "$missing$([ $status = 0 ] && [ -s flags ] || echo "exit status $status")"
+for preset in mega200M=220627968 mega1.3B=1342832640 mega1.3B_pg19=1327628288 mega7.1B=7117381632 mega7.3B=7385817088 \
+              paper7B=7385817088; do
+    works "--dry-run --preset ${preset%=*}" "^num_parameters: ${preset#*=}$" --dry-run --preset ${preset%=*}
+done
+works "a flag before the preset" "model_dim 64 " --model-dim 64 --dry-run --preset mega200M
+
+# Straight through 20 steps, and killed after the checkpoint of step 10. Each in a folder of its own: files record names.
+arguments="$model --steps 20 --checkpoint-every 10 --batch 64 --seq 64 --threads 2 --train ../text.txt --out run"
+mkdir straight killed
+(cd straight && "$program" $arguments > out)
+(cd killed && exec "$program" $arguments > out) &
+until [ -e killed/run/step_00000010.safetensors ]; do :; done
+kill -9 $! 2> err; wait $! 2> err
+rm -f killed/run/step_00000020.safetensors # should the kill have come late
+(cd killed && "$program" --resume run > out)
+for f in straight killed; do weights $f/run/step_00000020.safetensors > $f/weights; steps $f/run > $f/steps; done
+same "killed and resumed: same weights and moments" straight/weights killed/weights
+same "killed and resumed: same log" straight/steps killed/steps
+
+for n in 1 2; do run $model --seq 32 --batch 4 --train text.txt --steps 10 --threads $n --out threads$n; steps threads$n > steps$n; done
+same "1 thread and 2 threads: same losses" steps1 steps2
+works "--load trains on from weights" "step 3/3" --load $tiny --train text.txt --steps 3 $small
+
+for n in 1 2; do run --load $tiny --generate 50 --prompt 12 --temperature 0; cp out greedy$n; done
+same "--generate: greedy twice is the same, and stdout holds only the sample" greedy1 greedy2
+result "--generate 50 writes 50 bytes" "$([ "$(wc -c < greedy1)" -eq 50 ] || wc -c < greedy1)"
+for seed in 1 1 2; do run --load $tiny --generate 50 --seed $seed; [ ! -e sample$seed ] || mv sample$seed again$seed; cp out sample$seed; done
+same "--generate: same seed, same sample" sample1 again1
+result "--generate: another seed, another sample" "$(cmp -s sample1 sample2 && echo same)"
+
+# The same text as bytes, as llm.c's uint16 and as its uint32; and cut into pieces named by commas and *
+wide text.txt '\\000' | bin 20240520 1 "$(wc -c < text.txt)" > text16.bin
+wide text.txt '\\000\\000\\000' | bin 20240801 7 "$(wc -c < text.txt)" > text32.bin
+for f in text.txt text16.bin text32.bin; do run --load $tiny --eval $f; sed -n 's/ bits.*//; /^eval:/p' out > eval.$f; done
+result "--eval scores every token but the first" "$(grep -q "tokens $(($(wc -c < text.txt) - 1)) " eval.text.txt || cat eval.text.txt)"
+same "--eval: uint16 .bin as text" eval.text.txt eval.text16.bin
+same "--eval: uint32 .bin as text" eval.text.txt eval.text32.bin
+head -c 600 text.txt > a1.txt; head -c 1300 text.txt | tail -c 700 > a2.txt; tail -c +1301 text.txt > b.txt
+run $small $model --train text.txt --val text.txt --steps 5; grep -E '^tokens|val loss' out > whole
+run $small $model --train 'a*.txt,b.txt' --val a1.txt,a2.txt,b.txt --steps 5; grep -E '^tokens|val loss' out > pieces
+same "--train, --val: pieces named by * and commas as one file" whole pieces
+
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]

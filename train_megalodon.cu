@@ -1,0 +1,2938 @@
+/*
+Megalodon (arXiv 2404.08801) on a GPU: train_megalodon.c again, layer by layer and under the same names, in CUDA.
+
+    --precision bf16   weights and activations in bfloat16; master weights, Adam's moments, weight gradients, statistics of
+                       norms, the coefficients and states of CEMA, softmax and loss in fp32 or better   (the default)
+    --precision fp32   everything in fp32, no tf32: the CPU's numbers up to the order of sums
+
+Both come from this one source: X stands for the type of weights and activations. What is not GPU work - options, tables,
+files, data, random numbers - is taken from train_megalodon.c, which is included here with its main switched off. Read that
+file first: it has the equations; here the comments say how they are computed fast. Matrix products are cuBLASLt's, all else
+is in this file, each kernel above the function that launches it.
+
+    make train_megalodon_cuda && ./train_megalodon_cuda
+
+Conventions, where they differ from the CPU's:
+  - A launcher's first argument is the Gpu; its name and the rest of its arguments are its CPU twin's.
+  - What attention reads and writes is head-major, (B,H,T,.): one product then covers many heads and chunks.
+  - Tensors that are multiplied by one product stand side by side: wz|wr, fc1|fc3, and wh1|wh2 with their inputs m|u. So
+    rows have a pitch, the distance from one timestep to the next.
+  - Gradients of parameters are added up in fp32, or assigned where gpu.accumulate is off (the first micro-step of a step),
+    so that nothing has to be zeroed.
+  - No atomic adds: sums over timesteps are partial sums that a second kernel adds in a fixed order. With algorithms of
+    cuBLASLt that depend on shapes alone, every run gives the same bits.
+  - Kernels come in a wide form (8 neighbouring elements a thread, 16-byte accesses in bf16) where all dimensions are
+    multiples of 8, and one that takes any size.
+*/
+#ifdef TESTING
+#include "train_megalodon.c"
+#else
+#define TESTING
+#include "train_megalodon.c"
+#undef TESTING
+#endif
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <type_traits>
+
+typedef __nv_bfloat16 bf16;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The device
+
+static void check_cuda(cudaError_t e, const char* what, int line) {
+    if (e != cudaSuccess) { die("CUDA: %s (%s, train_megalodon.cu:%d)", cudaGetErrorString(e), what, line); }
+}
+static void check_cublas(cublasStatus_t s, const char* what, int line) {
+    if (s != CUBLAS_STATUS_SUCCESS) { die("cuBLAS: %s (%s, train_megalodon.cu:%d)", cublasLtGetStatusString(s), what, line); }
+}
+#define CUDA(call) check_cuda(call, #call, __LINE__)
+#define CUBLAS(call) check_cublas(call, #call, __LINE__)
+#define LAUNCHED() check_cuda(cudaGetLastError(), __func__, __LINE__)
+
+struct GemmShape { // all that the choice of an algorithm depends on; compared as bytes
+    int64_t M, N, K, lda, ldb, ldc, ldd, stride_a, stride_b, stride_c, stride_d;
+    int ta, tb, type, type_out, batch, accumulate, bias, align_a, align_b, align_c, align_d;
+};
+struct GemmPlan {
+    GemmShape shape;
+    cublasLtMatmulDesc_t desc;
+    cublasLtMatrixLayout_t a, b, c, d;
+    cublasLtMatmulAlgo_t algo;
+    bool ready;
+};
+enum { NUM_PLANS = 4096, WORKSPACE = 64 << 20 };
+// Scratch memory: partial sums by block, which reduce_columns adds up; what segments of time hand on; coefficients of CEMA;
+// scores of attention and their gradients.
+enum { PARTIALS, CARRIES, COEFFICIENTS, SCORES, NUM_SCRATCH };
+
+struct Gpu {
+    cudaStream_t stream;
+    cublasLtHandle_t lt;
+    cudaDeviceProp card;
+    GemmPlan* plans;
+    void* workspace;       // of cuBLASLt
+    void* scratch[NUM_SCRATCH];
+    size_t scratch_size[NUM_SCRATCH];
+    bool accumulate;       // add to the gradients of parameters, or assign them
+    size_t allocated;      // bytes
+};
+
+static void gpu_open(Gpu* gpu) {
+    int count = 0;
+    memset(gpu, 0, sizeof(*gpu));
+    if (cudaGetDeviceCount(&count) != cudaSuccess || !count) {
+        die("no GPU found (%s); ./train_megalodon runs on the CPU", cudaGetErrorString(cudaGetLastError()));
+    }
+    CUDA(cudaSetDevice(0));
+    CUDA(cudaGetDeviceProperties(&gpu->card, 0));
+    if (gpu->card.major < 8) {
+        die("%s has compute capability %d.%d, at least 8.0 is needed", gpu->card.name, gpu->card.major, gpu->card.minor);
+    }
+    CUDA(cudaStreamCreateWithFlags(&gpu->stream, cudaStreamNonBlocking));
+    CUBLAS(cublasLtCreate(&gpu->lt));
+    gpu->plans = (GemmPlan*)xcalloc(NUM_PLANS, sizeof(GemmPlan));
+}
+
+// Memory on the device, zeroed.
+static void* gpu_alloc(Gpu* gpu, size_t bytes) {
+    void* p = NULL;
+    bytes = (bytes + 255) / 256 * 256 + 256;
+    if (cudaMalloc(&p, bytes) != cudaSuccess) {
+        size_t free = 0, total = 0;
+        cudaGetLastError();
+        cudaMemGetInfo(&free, &total);
+        die("out of GPU memory: %.1f MB asked for, %.1f MB of %.1f MB are free, this program holds %.1f MB",
+            bytes / 1e6, free / 1e6, total / 1e6, gpu->allocated / 1e6);
+    }
+    CUDA(cudaMemsetAsync(p, 0, bytes, gpu->stream));
+    gpu->allocated += bytes;
+    return p;
+}
+
+static void gpu_sync(Gpu* gpu) { CUDA(cudaStreamSynchronize(gpu->stream)); }
+
+static void gpu_close(Gpu* gpu) {
+    for (int i = 0; i < NUM_PLANS; i++) {
+        GemmPlan* p = &gpu->plans[i];
+        if (!p->ready) { continue; }
+        cublasLtMatmulDescDestroy(p->desc);
+        cublasLtMatrixLayout_t layouts[4] = {p->a, p->b, p->c, p->d};
+        for (int k = 0; k < 4; k++) { cublasLtMatrixLayoutDestroy(layouts[k]); }
+    }
+    free(gpu->plans);
+    cublasLtDestroy(gpu->lt);
+    cudaStreamDestroy(gpu->stream);
+}
+
+// Scratch memory of at least this size. Grows when a larger need comes up, which is in the first step.
+static void* gpu_scratch(Gpu* gpu, int which, size_t bytes) {
+    if (bytes > gpu->scratch_size[which]) {
+        gpu_sync(gpu);
+        CUDA(cudaFree(gpu->scratch[which]));
+        gpu->allocated -= gpu->scratch_size[which] ? gpu->scratch_size[which] + 256 : 0;
+        gpu->scratch_size[which] = (bytes + 255) / 256 * 256;
+        gpu->scratch[which] = gpu_alloc(gpu, bytes);
+    }
+    return gpu->scratch[which];
+}
+
+static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+template <typename... N> static bool wide(N... dims) { // may the wide form of a kernel be used?
+    bool all = true;
+    for (size_t d : {(size_t)dims...}) { all = all && d % 8 == 0; }
+    return all;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What kernels share
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
+template <typename X> __device__ inline X from_float(float x);
+template <> __device__ inline float from_float<float>(float x) { return x; }
+template <> __device__ inline bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+
+// 8 elements as they are in memory.
+template <typename X> struct Eight;
+template <> struct Eight<float> {
+    float4 a, b;
+    __device__ void load(const float* p) { a = ((const float4*)p)[0]; b = ((const float4*)p)[1]; }
+    __device__ void get(float* v) const {
+        v[0] = a.x; v[1] = a.y; v[2] = a.z; v[3] = a.w; v[4] = b.x; v[5] = b.y; v[6] = b.z; v[7] = b.w;
+    }
+};
+template <> struct Eight<bf16> {
+    uint4 a;
+    __device__ void load(const bf16* p) { a = *(const uint4*)p; }
+    __device__ void get(float* v) const {
+        const uint32_t w[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) { // bf16 is the upper half of a float
+            v[2 * i] = __uint_as_float(w[i] << 16);
+            v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
+        }
+    }
+};
+template <typename X> __device__ inline void load8(float* v, const X* p) {
+    Eight<X> e;
+    e.load(p);
+    e.get(v);
+}
+__device__ inline void store8(float* p, const float* v) {
+    ((float4*)p)[0] = make_float4(v[0], v[1], v[2], v[3]);
+    ((float4*)p)[1] = make_float4(v[4], v[5], v[6], v[7]);
+}
+__device__ inline void store8(bf16* p, const float* v) {
+    uint4 a;
+    uint32_t* w = (uint32_t*)&a;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+        w[i] = *(uint32_t*)&pair;
+    }
+    *(uint4*)p = a;
+}
+
+// Row kernels: threads x of a block share a row and own 8 of its columns each, fixed while the threads y and the blocks
+// walk over the rows; so sums over columns go through row_sum and sums over rows stay in registers. The wide form owns 8
+// neighbouring columns, the other one pairs of neighbours.
+enum { MAX_ROW = 8192 };
+template <bool WIDE> __device__ inline int column(int e) {
+    return WIDE ? 8 * threadIdx.x + e : 2 * ((e / 2) * blockDim.x + threadIdx.x) + (e & 1);
+}
+template <bool WIDE, typename X> __device__ inline void load_row(float (&v)[8], const X* row, int columns) {
+    if (WIDE) {
+        if (8 * threadIdx.x < columns) { load8(v, row + 8 * threadIdx.x); return; }
+#pragma unroll
+        for (int e = 0; e < 8; e++) { v[e] = 0; }
+    } else {
+#pragma unroll
+        for (int e = 0; e < 8; e++) { v[e] = column<WIDE>(e) < columns ? to_float(row[column<WIDE>(e)]) : 0; }
+    }
+}
+template <bool WIDE, typename X> __device__ inline void store_row(X* row, const float (&v)[8], int columns) {
+    if (WIDE) {
+        if (8 * threadIdx.x < columns) { store8(row + 8 * threadIdx.x, v); }
+    } else {
+#pragma unroll
+        for (int e = 0; e < 8; e++) { if (column<WIDE>(e) < columns) { row[column<WIDE>(e)] = from_float<X>(v[e]); } }
+    }
+}
+
+// Sums each of N numbers over the threads of a row; all of them get the results. Calls take turns with two buffers, told
+// apart by `turn`, so one barrier a call is enough: nobody writes a buffer before all have passed the next call's barrier.
+template <int N> __device__ inline void row_sum(float (&v)[N], int& turn) {
+    __shared__ float sums[2][32][N];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+#pragma unroll
+        for (int o = 16; o; o /= 2) { v[i] += __shfl_xor_sync(~0u, v[i], o); }
+    }
+    if (blockDim.x == 32) { return; }
+    int warps = blockDim.x / 32, first = threadIdx.y * warps, warp = first + threadIdx.x / 32;
+#pragma unroll
+    for (int i = 0; i < N; i++) { if (threadIdx.x % 32 == 0) { sums[turn][warp][i] = v[i]; } }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        v[i] = 0;
+        for (int w = 0; w < warps; w++) { v[i] += sums[turn][first + w][i]; }
+    }
+    turn ^= 1;
+}
+
+// Geometry of a row kernel. Where it leaves partial sums, each (block, y) has a row of them: `parts` rows.
+struct RowGrid { dim3 grid, block; int parts; };
+static RowGrid row_grid(Gpu* gpu, size_t rows, int columns, int heads) {
+    if (columns > MAX_ROW) { die("the GPU program takes rows of at most %d features, not %d", MAX_ROW, columns); }
+    RowGrid r;
+    int x = ceil_div(ceil_div(columns, 8), 32) * 32, y = x < 256 ? 256 / x : 1;
+    size_t blocks = (size_t)gpu->card.multiProcessorCount * (x > 512 ? 2 : 4);
+    blocks = min_size(ceil_div(blocks, heads), ceil_div(rows, y));
+    r.block = dim3(x, y);
+    r.grid = dim3(blocks, heads);
+    r.parts = blocks * y;
+    return r;
+}
+
+// Where sums over rows go: up to 5 gradients of `width` columns each, side by side in the partial sums.
+struct Sums { float* to[5]; int count, width; };
+__global__ void reduce_columns_kernel(Sums sums, const float* partials, int parts, bool accumulate) {
+    __shared__ float lines[32][33];
+    size_t columns = (size_t)sums.count * sums.width, c = (size_t)blockIdx.x * 32 + threadIdx.x;
+    float s = 0;
+    for (int p = threadIdx.y; c < columns && p < parts; p += 32) { s += partials[p * columns + c]; }
+    lines[threadIdx.y][threadIdx.x] = s;
+    __syncthreads();
+    s = lines[threadIdx.x][threadIdx.y]; // transposed, so that a warp adds the 32 sums of one column
+#pragma unroll
+    for (int o = 16; o; o /= 2) { s += __shfl_xor_sync(~0u, s, o); }
+    c = (size_t)blockIdx.x * 32 + threadIdx.y;
+    if (threadIdx.x == 0 && c < columns) {
+        float* to = NULL;
+#pragma unroll
+        for (int i = 0; i < 5; i++) { if (c / sums.width == i) { to = sums.to[i]; } }
+        if (to) { to[c % sums.width] = (accumulate ? to[c % sums.width] : 0.0f) + s; }
+    }
+}
+// Adds up `parts` rows of the partial sums into gradients.
+static void reduce_columns(Gpu& gpu, int parts, Sums sums) {
+    size_t columns = (size_t)sums.count * sums.width;
+    reduce_columns_kernel<<<ceil_div(columns, 32), dim3(32, 32), 0, gpu.stream>>>(sums, (float*)gpu.scratch[PARTIALS], parts,
+                                                                                gpu.accumulate);
+    LAUNCHED();
+}
+// The place of this thread's row of partial sums number i.
+__device__ inline float* partial_row(float* partials, int count, int width, int i) {
+    return partials + ((size_t)(blockIdx.x * blockDim.y + threadIdx.y) * count + i) * width;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Matrix products
+
+static int alignment(const void* p) { return p ? min_size(256, (size_t)p & -(size_t)p) : 256; }
+
+// D (M,N) = A (M,K) B (K,N), plus C if given, plus bias (N) on every row if given: row-major with the row pitches ld*. ta:
+// A is stored as (K,M), tb: B as (N,K). A batch repeats this with steps stride_*. Sums are in fp32 (for fp32 operands in
+// full fp32). The algorithm is the first one that cuBLASLt's heuristics name without a split sum in no fixed order: a
+// function of shape, card and library version.
+template <typename X, typename Y>
+static void gemm(Gpu& gpu, Y* d, int64_t ldd, const X* a, int64_t lda, bool ta, const X* b, int64_t ldb, bool tb,
+                 int64_t M, int64_t N, int64_t K, const Y* c = NULL, int64_t ldc = 0, const X* bias = NULL,
+                 int batch = 1, int64_t stride_a = 0, int64_t stride_b = 0, int64_t stride_d = 0) {
+    GemmShape s;
+    memset(&s, 0, sizeof(s));
+    s.M = M; s.N = N; s.K = K;
+    s.lda = lda; s.ldb = ldb; s.ldc = c ? ldc : ldd; s.ldd = ldd;
+    s.stride_a = stride_a; s.stride_b = stride_b; s.stride_c = stride_d; s.stride_d = stride_d;
+    s.ta = ta; s.tb = tb; s.batch = batch; s.accumulate = c != NULL; s.bias = bias != NULL;
+    s.type = std::is_same<X, float>::value ? CUDA_R_32F : CUDA_R_16BF;
+    s.type_out = std::is_same<Y, float>::value ? CUDA_R_32F : CUDA_R_16BF;
+    s.align_a = alignment(a); s.align_b = alignment(b); s.align_c = alignment(c ? c : d); s.align_d = alignment(d);
+    uint64_t hash = 0;
+    for (size_t i = 0; i < sizeof(s) / 4; i++) { hash = (hash ^ ((const uint32_t*)&s)[i]) * 0x9E3779B97F4A7C15u; hash ^= hash >> 29; }
+    size_t slot = hash % NUM_PLANS, tried = 0;
+    while (gpu.plans[slot].ready && memcmp(&gpu.plans[slot].shape, &s, sizeof(s))) {
+        slot = (slot + 1) % NUM_PLANS;
+        if (++tried == NUM_PLANS) { die("more than %d shapes of matrix products", NUM_PLANS); }
+    }
+    GemmPlan* p = &gpu.plans[slot];
+    if (!p->ready) { // cuBLASLt is column-major: a row-major (M,N) is its (N,M), so it computes D^T = B^T A^T
+        if (!gpu.workspace) { gpu.workspace = gpu_alloc(&gpu, WORKSPACE); }
+        cublasOperation_t op_a = tb ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = ta ? CUBLAS_OP_T : CUBLAS_OP_N;
+        cudaDataType type = (cudaDataType)s.type, type_out = (cudaDataType)s.type_out;
+        p->shape = s;
+        CUBLAS(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+        CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof(op_a)));
+        CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof(op_b)));
+        if (bias) {
+            cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
+            CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue)));
+            CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
+        }
+        CUBLAS(cublasLtMatrixLayoutCreate(&p->a, type, tb ? K : N, tb ? N : K, ldb));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p->b, type, ta ? M : K, ta ? K : M, lda));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p->c, type_out, N, M, s.ldc));
+        CUBLAS(cublasLtMatrixLayoutCreate(&p->d, type_out, N, M, ldd));
+        cublasLtMatrixLayout_t layouts[4] = {p->a, p->b, p->c, p->d};
+        int64_t strides[4] = {stride_b, stride_a, stride_d, stride_d};
+        for (int i = 0; i < 4 && batch > 1; i++) {
+            CUBLAS(cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof(batch)));
+            CUBLAS(cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &strides[i],
+                                                    sizeof(strides[i])));
+        }
+        cublasLtMatmulPreference_t wish;
+        cublasLtMatmulHeuristicResult_t found;
+        size_t workspace = WORKSPACE;
+        uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE;
+        uint32_t aligns[4] = {(uint32_t)s.align_b, (uint32_t)s.align_a, (uint32_t)s.align_c, (uint32_t)s.align_d};
+        int count = 0;
+        CUBLAS(cublasLtMatmulPreferenceCreate(&wish));
+        CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof(workspace)));
+        CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions, sizeof(reductions)));
+        const cublasLtMatmulPreferenceAttributes_t names[4] = {
+            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+        for (int i = 0; i < 4; i++) { CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, names[i], &aligns[i], sizeof(aligns[i]))); }
+        CUBLAS(cublasLtMatmulAlgoGetHeuristic(gpu.lt, p->desc, p->a, p->b, p->c, p->d, wish, 1, &found, &count));
+        if (!count) { die("cuBLASLt has no algorithm for a product of %ld x %ld x %ld", (long)M, (long)N, (long)K); }
+        CUBLAS(cublasLtMatmulPreferenceDestroy(wish));
+        p->algo = found.algo;
+        p->ready = true;
+    }
+    float alpha = 1, beta = c ? 1 : 0;
+    if (bias) { CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias))); }
+    CUBLAS(cublasLtMatmul(gpu.lt, p->desc, &alpha, b, p->a, a, p->b, &beta, c ? c : d, p->c, d, p->d, &p->algo,
+                          gpu.workspace, WORKSPACE, gpu.stream));
+}
+
+// out (rows,O) = inp (rows,I) weight (O,I)^T + bias (O) + add (rows,O); bias and add may be NULL, add may be out.
+template <typename X>
+static void matmul_forward(Gpu& gpu, X* out, int ldo, const X* inp, int ldi, const X* weight, const X* bias,
+                           const X* add, int lda, size_t rows, int I, int O) {
+    gemm<X, X>(gpu, out, ldo, inp, ldi, false, weight, I, true, rows, O, I, add, lda, bias);
+}
+
+// dinp (rows,I) = dout (rows,O) weight (O,I), added to what dinp holds if accumulate.
+template <typename X>
+static void matmul_backward(Gpu& gpu, X* dinp, int ldi, const X* dout, int ldo, const X* weight, size_t rows, int I, int O,
+                            bool accumulate) {
+    gemm<X, X>(gpu, dinp, ldi, dout, ldo, false, weight, I, false, rows, I, O, accumulate ? dinp : NULL, ldi);
+}
+
+// dweight (O,I) = dout^T inp in fp32, added to what it holds if gpu.accumulate. Gradients of biases are column sums that the
+// kernels that make dout leave behind.
+template <typename X>
+static void matmul_backward_weight(Gpu& gpu, float* dweight, const X* dout, int ldo, const X* inp, int ldi, size_t rows,
+                                   int I, int O) {
+    gemm<X, float>(gpu, dweight, I, dout, ldo, true, inp, ldi, false, O, I, rows, gpu.accumulate ? dweight : NULL, I);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Layers
+
+// out (rows,D) = scale * weight (vocab,D)[tokens]
+template <typename X, bool WIDE>
+__global__ void embedding_forward_kernel(X* out, const int* tokens, const X* weight, float scale, size_t rows, int D) {
+    for (size_t r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
+        float v[8];
+        load_row<WIDE>(v, weight + (size_t)tokens[r] * D, D);
+#pragma unroll
+        for (int e = 0; e < 8; e++) { v[e] *= scale; }
+        store_row<WIDE>(out + r * D, v, D);
+    }
+}
+template <typename X>
+static void embedding_forward(Gpu& gpu, X* out, const int* tokens, const X* weight, float scale, size_t rows, int D) {
+    RowGrid r = row_grid(&gpu, rows, D, 1);
+    auto kernel = wide(D) ? embedding_forward_kernel<X, true> : embedding_forward_kernel<X, false>;
+    kernel<<<r.grid, r.block, 0, gpu.stream>>>(out, tokens, weight, scale, rows, D);
+    LAUNCHED();
+}
+
+// Rows of dout that hold the same token are added by one block, in the order of their positions. order (rows): positions
+// sorted by token; begin (runs+1): where each distinct token's run starts in it.
+template <typename X, bool WIDE>
+__global__ void embedding_backward_kernel(float* dweight, const X* dout, const int* tokens, const int* order, const int* begin,
+                                          float scale, int D) {
+    int first = begin[blockIdx.x], last = begin[blockIdx.x + 1];
+    float sum[8] = {0}, v[4][8];
+    float* to = dweight + (size_t)tokens[order[first]] * D;
+    for (int i = first; i < last; i += 4) {
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            bool in = i + k < last;
+            load_row<WIDE>(v[k], dout + (size_t)order[in ? i + k : first] * D, in ? D : 0);
+        }
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+#pragma unroll
+            for (int e = 0; e < 8; e++) { sum[e] += v[k][e]; }
+        }
+    }
+    load_row<WIDE>(v[0], to, D);
+#pragma unroll
+    for (int e = 0; e < 8; e++) { v[0][e] += scale * sum[e]; }
+    store_row<WIDE>(to, v[0], D);
+}
+// Adds to dweight always: there may be the output layer's gradient already.
+template <typename X>
+static void embedding_backward(Gpu& gpu, float* dweight, const X* dout, const int* tokens, const int* order, const int* begin,
+                               int runs, float scale, int D) {
+    RowGrid r = row_grid(&gpu, runs, D, 1);
+    auto kernel = wide(D) ? embedding_backward_kernel<X, true> : embedding_backward_kernel<X, false>;
+    kernel<<<runs, r.block.x, 0, gpu.stream>>>(dweight, dout, tokens, order, begin, scale, D);
+    LAUNCHED();
+}
+
+// Timestep norm as a scan over time, see timestepnorm_forward of the CPU. Segments of 64 timesteps are reduced to their
+// statistics (first pass over the input), a warp per group scans those, and a second pass scans inside the segments and
+// writes the output: input twice, output once. A block has one segment and as many groups as its warps are wide: a warp
+// has 8 timesteps, and in it `lanes` threads have the F = D/G features of a group, 8 or 1 neighbours (VEC) each. If that
+// covers the group at once (SINGLE), a thread keeps its features in registers; else it reads them again.
+enum { STEPS = 8, WARPS = 8, SEGMENT = STEPS * WARPS };
+
+template <typename X, int VEC> struct Piece : Eight<X> {
+    __device__ void clear() { *(Eight<X>*)this = Eight<X>(); }
+};
+template <typename X> struct Piece<X, 1> {
+    X x;
+    __device__ void clear() { x = from_float<X>(0); }
+    __device__ void load(const X* p) { x = *p; }
+    __device__ void get(float* v) const { v[0] = to_float(x); }
+};
+
+// Where a thread of the timestep norm's kernels stands.
+struct NormPlace {
+    int warp, sub, team, g0, g, segment, steps, F, width; // g0: the block's first group; steps: of this warp, up to STEPS
+    size_t row, t0, at, line;                         // at: first element; line: index of (row, g, segment)
+    bool active;
+    __device__ NormPlace(int T, int D, int G, int lanes, int VEC) {
+        int lane = threadIdx.x % 32, teams = 32 / lanes, tiles = (G + teams - 1) / teams, count = (T + SEGMENT - 1) / SEGMENT;
+        size_t b = blockIdx.x / tiles;
+        warp = threadIdx.x / 32;
+        sub = lane % lanes * VEC;
+        team = lane / lanes;
+        g0 = blockIdx.x % tiles * teams;
+        g = g0 + team;
+        segment = b % count;
+        row = b / count;
+        t0 = (size_t)segment * SEGMENT + warp * STEPS;
+        steps = t0 < T ? (int)(T - t0 < STEPS ? T - t0 : STEPS) : 0;
+        active = g < G;
+        if (!active) { g = G - 1; steps = 0; }
+        F = D / G;
+        width = lanes * VEC;
+        at = (row * T + t0) * D + (size_t)g * F;
+        line = (row * G + g) * count + segment;
+    }
+};
+__device__ inline float team_sum(float v, int lanes) {
+    for (int o = lanes / 2; o; o /= 2) { v += __shfl_xor_sync(~0u, v, o); }
+    return v;
+}
+
+// Statistics of n timesteps and of k more become those of n + k (Chan). The same for floats inside a segment.
+template <typename R> __device__ inline void merge(R& n, R& mean, R& var, R k, R m, R v) {
+    if (k == 0) { return; }
+    R w = k / (n + k), d = m - mean;
+    n += k;
+    mean += d * w;
+    var += (v - var) * w + d * d * w * (1 - w);
+}
+
+// segments (B,G,segments) holds (count, mean, var): without APPLY of each segment, written; with APPLY of all before it.
+template <typename X, int VEC, bool SINGLE, bool APPLY>
+__global__ void __launch_bounds__(32 * WARPS) timestepnorm_forward_kernel(X* out, float* mean, float* rstd, float4* segments,
+        const X* inp, const float* w, const float* b, int T, int D, int G, int lanes, float eps) {
+    __shared__ float3 totals[WARPS][32];
+    NormPlace p(T, D, G, lanes, VEC);
+    Piece<X, VEC> kept[STEPS];
+    float m[STEPS], v[STEPS], a[VEC], n = 0, run_mean = 0, run_var = 0;
+    if (SINGLE) {
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            kept[i].clear();
+            if (i < p.steps && p.sub < p.F) { kept[i].load(inp + p.at + (size_t)i * D + p.sub); }
+        }
+    }
+    auto get = [&](int i, int f) { // features f.. of timestep i
+        if (SINGLE) { kept[i].get(a); return; }
+        Piece<X, VEC> piece;
+        piece.clear();
+        if (i < p.steps) { piece.load(inp + p.at + (size_t)i * D + f); }
+        piece.get(a);
+    };
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) { // mean and variance of each timestep alone
+        float s = 0;
+        for (int f = p.sub; f < p.F; f += p.width) {
+            get(i, f);
+#pragma unroll
+            for (int e = 0; e < VEC; e++) { s += a[e]; }
+            if (SINGLE) { break; }
+        }
+        m[i] = team_sum(s, lanes) / p.F;
+        s = 0;
+        for (int f = p.sub; f < p.F; f += p.width) {
+            get(i, f);
+#pragma unroll
+            for (int e = 0; e < VEC; e++) { s += (a[e] - m[i]) * (a[e] - m[i]); }
+            if (SINGLE) { break; }
+        }
+        v[i] = team_sum(s, lanes) / p.F;
+    }
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) { // of the warp's timesteps up to i
+        if (i < p.steps) { merge(n, run_mean, run_var, 1.0f, m[i], v[i]); }
+        m[i] = run_mean;
+        v[i] = run_var;
+    }
+    if (p.sub == 0) { totals[p.warp][p.team] = make_float3(n, run_mean, run_var); }
+    __syncthreads();
+    float4 past = make_float4(0, 0, 0, 0);
+    if (APPLY) { past = segments[p.line]; }
+    for (int k = 0; k < (APPLY ? p.warp : WARPS); k++) {
+        float3 s = totals[k][p.team];
+        merge(past.x, past.y, past.z, s.x, s.y, s.z);
+    }
+    if (!APPLY) {
+        if (p.warp == 0 && p.sub == 0 && p.active) { segments[p.line] = past; }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+        if (i >= p.steps) { break; }
+        float count = past.x, mu = past.y, var = past.z;
+        merge(count, mu, var, i + 1.0f, m[i], v[i]);
+        float r = 1 / sqrtf(var + eps);
+        for (int f = p.sub; f < p.F; f += p.width) {
+            get(i, f);
+#pragma unroll
+            for (int e = 0; e < VEC; e++) { a[e] = (a[e] - mu) * r * (w[p.g * p.F + f + e] + 1) + b[p.g * p.F + f + e]; }
+            X* to = out + p.at + (size_t)i * D + f;
+            if (VEC == 8) { store8(to, a); } else { *to = from_float<X>(a[0]); }
+            if (SINGLE) { break; }
+        }
+        if (p.sub == 0) {
+            size_t k = (p.row * T + p.t0 + i) * G + p.g;
+            mean[k] = mu;
+            rstd[k] = r;
+        }
+    }
+}
+
+// Statistics of segments become those of everything before each, in double. A warp has one (row, group); its threads take
+// neighbouring runs of segments, scan them by shuffles, and then walk through them.
+__global__ void timestepnorm_scan_kernel(float4* segments, NormState* end, const NormState* start, int count, size_t lines) {
+    size_t line = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
+    int lane = threadIdx.x % 32, each = (count + 31) / 32, first = lane * each, last = min(first + each, count);
+    if (line >= lines) { return; }
+    double n = 0, mean = 0, var = 0;
+    float4* s = segments + line * count;
+    if (lane == 0 && start) { n = start[line].count; mean = start[line].mean; var = start[line].var; }
+    for (int i = first; i < last; i++) { merge(n, mean, var, (double)s[i].x, (double)s[i].y, (double)s[i].z); }
+    for (int o = 1; o < 32; o *= 2) {
+        double n0 = __shfl_up_sync(~0u, n, o), mean0 = __shfl_up_sync(~0u, mean, o), var0 = __shfl_up_sync(~0u, var, o);
+        if (lane >= o) {
+            merge(n0, mean0, var0, n, mean, var);
+            n = n0; mean = mean0; var = var0;
+        }
+    }
+    double n1 = n, mean1 = mean, var1 = var;
+    n = __shfl_up_sync(~0u, n, 1); mean = __shfl_up_sync(~0u, mean, 1); var = __shfl_up_sync(~0u, var, 1);
+    if (lane == 0) {
+        n = mean = var = 0;
+        if (start) { n = start[line].count; mean = start[line].mean; var = start[line].var; }
+    }
+    __syncwarp(); // all have read start before end, which may be the same, is written
+    if (lane == 31 && end) { end[line].count = n1; end[line].mean = mean1; end[line].var = var1; }
+    for (int i = first; i < last; i++) {
+        float4 own = s[i];
+        s[i] = make_float4(n, mean, var, 0);
+        merge(n, mean, var, (double)own.x, (double)own.y, (double)own.z);
+    }
+}
+
+// Geometry of the timestep norm's kernels: threads of a group, blocks, segments of time.
+struct NormGrid { int lanes, count; bool wide, single; size_t blocks; };
+static NormGrid norm_grid(int B, int T, int D, int G) {
+    NormGrid r;
+    int F = D / G;
+    r.wide = wide(F);
+    r.lanes = 1;
+    while (r.lanes < 32 && r.lanes * (r.wide ? 8 : 1) < F) { r.lanes *= 2; }
+    r.single = r.wide && r.lanes * 8 >= F;
+    r.count = ceil_div(T, SEGMENT);
+    r.blocks = (size_t)B * r.count * ceil_div(G, 32 / r.lanes);
+    return r;
+}
+
+template <typename X>
+static void timestepnorm_forward(Gpu& gpu, X* out, float* mean, float* rstd, NormState* end, const NormState* start,
+                                 const X* inp, const float* w, const float* b, int B, int T, int D, int G, float eps) {
+    NormGrid r = norm_grid(B, T, D, G);
+    float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
+    auto pass = r.single ? timestepnorm_forward_kernel<X, 8, true, false>
+                : r.wide ? timestepnorm_forward_kernel<X, 8, false, false> : timestepnorm_forward_kernel<X, 1, false, false>;
+    auto apply = r.single ? timestepnorm_forward_kernel<X, 8, true, true>
+                 : r.wide ? timestepnorm_forward_kernel<X, 8, false, true> : timestepnorm_forward_kernel<X, 1, false, true>;
+    pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(out, mean, rstd, segments, inp, w, b, T, D, G, r.lanes, eps);
+    timestepnorm_scan_kernel<<<ceil_div((size_t)B * G, 4), 128, 0, gpu.stream>>>(segments, end, start, r.count, (size_t)B * G);
+    apply<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(out, mean, rstd, segments, inp, w, b, T, D, G, r.lanes, eps);
+    LAUNCHED();
+}
+
+// The output again, from the saved statistics.
+template <typename X, bool WIDE>
+__global__ void timestepnorm_again_kernel(X* out, const float* mean, const float* rstd, const X* inp, const float* w,
+                                          const float* b, size_t rows, int D, int G) {
+    float scale[8], shift[8], x[8];
+    load_row<WIDE>(scale, w, D);
+    load_row<WIDE>(shift, b, D);
+    for (size_t r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
+        load_row<WIDE>(x, inp + r * D, D);
+        int F = D / G;
+        if (WIDE) { // 8 features of one group
+            size_t k = r * G + min(column<WIDE>(0) / F, G - 1);
+            float mu = mean[k], s = rstd[k];
+#pragma unroll
+            for (int e = 0; e < 8; e++) { x[e] = (x[e] - mu) * s * (scale[e] + 1) + shift[e]; }
+        } else {
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                size_t k = r * G + min(column<WIDE>(e) / F, G - 1);
+                x[e] = (x[e] - mean[k]) * rstd[k] * (scale[e] + 1) + shift[e];
+            }
+        }
+        store_row<WIDE>(out + r * D, x, D);
+    }
+}
+template <typename X>
+static void timestepnorm_again(Gpu& gpu, X* out, const float* mean, const float* rstd, const X* inp, const float* w,
+                               const float* b, size_t rows, int D, int G) {
+    RowGrid r = row_grid(&gpu, rows, D, 1);
+    auto kernel = wide(D / G) ? timestepnorm_again_kernel<X, true> : timestepnorm_again_kernel<X, false>;
+    kernel<<<r.grid, r.block, 0, gpu.stream>>>(out, mean, rstd, inp, w, b, rows, D, G);
+    LAUNCHED();
+}
+
+// With u and v the terms of the CPU's sums U and V, which run from the end: a first pass over dout and inp leaves their
+// sums by segment and the partial sums of dw and db; these are scanned; a second pass adds up inside the segments and
+// writes dinp = dout (w+1) rstd + (U + 2 (inp - c) V)/F + add1 + add2. add1 and add2 may be NULL, and add1 may be dinp.
+template <typename X, int VEC, bool SINGLE, bool APPLY>
+__global__ void __launch_bounds__(32 * WARPS) timestepnorm_backward_kernel(X* dinp, float* partials, float4* segments,
+        const X* add1, const X* add2, const X* dout, const float* mean, const float* rstd, const NormState* start,
+        const X* inp, const float* w, int T, int D, int G, int lanes) {
+    __shared__ float2 totals[WARPS][32];
+    __shared__ float lines[2][APPLY ? 1 : WARPS][32 * VEC];
+    NormPlace p(T, D, G, lanes, VEC);
+    Piece<X, VEC> kept_x[STEPS], kept_dy[STEPS];
+    float x[VEC], dy[VEC], mu[STEPS], r[STEPS], u[STEPS], v[STEPS];
+    float n0 = start ? start[p.row * G + p.g].count : 0, c = mean[(p.row * T + T - 1) * G + p.g];
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+        size_t k = (p.row * T + p.t0 + i) * G + p.g;
+        mu[i] = i < p.steps ? mean[k] : 0;
+        r[i] = i < p.steps ? rstd[k] : 0;
+        if (!SINGLE) { continue; }
+        kept_x[i].clear();
+        kept_dy[i].clear();
+        if (i < p.steps && p.sub < p.F) {
+            kept_x[i].load(inp + p.at + (size_t)i * D + p.sub);
+            kept_dy[i].load(dout + p.at + (size_t)i * D + p.sub);
+        }
+    }
+    auto get = [&](int i, int f) {
+        if (SINGLE) { kept_x[i].get(x); kept_dy[i].get(dy); return; }
+        Piece<X, VEC> px, pdy;
+        px.clear();
+        pdy.clear();
+        if (i < p.steps) {
+            px.load(inp + p.at + (size_t)i * D + f);
+            pdy.load(dout + p.at + (size_t)i * D + f);
+        }
+        px.get(x);
+        pdy.get(dy);
+    };
+    const float* wg = w + p.g * p.F;
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+        float A = 0, E = 0;
+        for (int f = p.sub; f < p.F; f += p.width) {
+            get(i, f);
+#pragma unroll
+            for (int e = 0; e < VEC; e++) {
+                float d = dy[e] * (wg[f + e] + 1);
+                A += d * (x[e] - mu[i]);
+                E += d;
+            }
+            if (SINGLE) { break; }
+        }
+        float n = n0 + (float)(p.t0 + i + 1), da = -r[i] * team_sum(E, lanes);
+        float dv = -0.5f * r[i] * r[i] * r[i] * team_sum(A, lanes);
+        u[i] = (da - 2 * (mu[i] - c) * dv) / n;
+        v[i] = dv / n;
+    }
+#pragma unroll
+    for (int i = STEPS - 2; i >= 0; i--) {
+        u[i] += u[i + 1];
+        v[i] += v[i + 1];
+    }
+    if (p.sub == 0) { totals[p.warp][p.team] = make_float2(u[0], v[0]); }
+    __syncthreads();
+    float4 later = make_float4(0, 0, 0, 0);
+    if (APPLY) { later = segments[p.line]; }
+    for (int k = WARPS - 1; k > (APPLY ? p.warp : -1); k--) {
+        later.x += totals[k][p.team].x;
+        later.y += totals[k][p.team].y;
+    }
+    if (!APPLY) {
+        if (p.warp == 0 && p.sub == 0 && p.active) { segments[p.line] = later; }
+        int count = (T + SEGMENT - 1) / SEGMENT;
+        float* part = partials + ((size_t)p.row * count + p.segment) * 2 * D;
+        for (int f0 = 0; f0 < p.F; f0 += p.width) { // dw and db of one piece of each group
+            float dw[VEC] = {0}, db[VEC] = {0};
+            int f = f0 + p.sub;
+#pragma unroll
+            for (int i = 0; i < STEPS; i++) {
+                if (f >= p.F) { break; }
+                get(i, f);
+#pragma unroll
+                for (int e = 0; e < VEC; e++) {
+                    dw[e] += dy[e] * (x[e] - mu[i]) * r[i];
+                    db[e] += dy[e];
+                }
+            }
+#pragma unroll
+            for (int e = 0; e < VEC; e++) {
+                lines[0][p.warp][threadIdx.x % 32 * VEC + e] = dw[e];
+                lines[1][p.warp][threadIdx.x % 32 * VEC + e] = db[e];
+            }
+            __syncthreads();
+            for (int i = threadIdx.x; i < 2 * 32 * VEC; i += 32 * WARPS) {
+                int which = i / (32 * VEC), j = i % (32 * VEC), g = p.g0 + j / p.width, k = f0 + j % p.width;
+                if (g >= G || k >= p.F) { continue; }
+                float s = 0;
+#pragma unroll
+                for (int q = 0; q < WARPS; q++) { s += lines[which][q][j]; }
+                part[(size_t)which * D + (size_t)g * p.F + k] = s;
+            }
+            __syncthreads();
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+        if (i >= p.steps) { break; }
+        float U = (u[i] + later.x) / p.F, V = 2 * (v[i] + later.y) / p.F, a[VEC];
+        for (int f = p.sub; f < p.F; f += p.width) {
+            size_t at = p.at + (size_t)i * D + f;
+            Piece<X, VEC> piece;
+            get(i, f);
+#pragma unroll
+            for (int e = 0; e < VEC; e++) { dy[e] = dy[e] * (wg[f + e] + 1) * r[i] + U + (x[e] - c) * V; }
+            for (const X* add : {add1, add2}) {
+                if (!add) { continue; }
+                piece.load(add + at);
+                piece.get(a);
+#pragma unroll
+                for (int e = 0; e < VEC; e++) { dy[e] += a[e]; }
+            }
+            if (VEC == 8) { store8(dinp + at, dy); } else { dinp[at] = from_float<X>(dy[0]); }
+            if (SINGLE) { break; }
+        }
+    }
+}
+
+// Sums of segments become those of all later ones; dstart (B,G) receives the gradient of the carried-in statistics.
+__global__ void timestepnorm_scan_back_kernel(float4* segments, NormState* dstart, const NormState* start, const float* mean,
+                                              int count, int T, int G, size_t lines) {
+    size_t line = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
+    int lane = threadIdx.x % 32, each = (count + 31) / 32, last = count - lane * each, first = max(last - each, 0);
+    if (line >= lines) { return; }
+    double U = 0, V = 0; // lane 0 has the latest segments
+    float4* s = segments + line * count;
+    for (int i = last - 1; i >= first; i--) { U += s[i].x; V += s[i].y; }
+    for (int o = 1; o < 32; o *= 2) {
+        double U0 = __shfl_up_sync(~0u, U, o), V0 = __shfl_up_sync(~0u, V, o);
+        if (lane >= o) { U += U0; V += V0; }
+    }
+    if (lane == 31 && dstart && start) {
+        double n0 = start[line].count, c = mean[((line / G) * T + T - 1) * G + line % G];
+        dstart[line].mean += n0 * (U + 2 * (start[line].mean - c) * V);
+        dstart[line].var += n0 * V;
+    }
+    double U1 = __shfl_up_sync(~0u, U, 1), V1 = __shfl_up_sync(~0u, V, 1);
+    U = lane ? U1 : 0;
+    V = lane ? V1 : 0;
+    for (int i = last - 1; i >= first; i--) {
+        float4 own = s[i];
+        s[i] = make_float4(U, V, 0, 0);
+        U += own.x;
+        V += own.y;
+    }
+}
+
+template <typename X>
+static void timestepnorm_backward(Gpu& gpu, X* dinp, float* dw, float* db, NormState* dstart, const X* add1, const X* add2,
+                                  const X* dout, const float* mean, const float* rstd, const NormState* start, const X* inp,
+                                  const float* w, int B, int T, int D, int G) {
+    NormGrid r = norm_grid(B, T, D, G);
+    float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
+    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * B * r.count * 2 * D);
+    auto pass = r.single ? timestepnorm_backward_kernel<X, 8, true, false>
+                : r.wide ? timestepnorm_backward_kernel<X, 8, false, false> : timestepnorm_backward_kernel<X, 1, false, false>;
+    auto apply = r.single ? timestepnorm_backward_kernel<X, 8, true, true>
+                 : r.wide ? timestepnorm_backward_kernel<X, 8, false, true> : timestepnorm_backward_kernel<X, 1, false, true>;
+    pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start, inp, w, T, D, G, r.lanes);
+    timestepnorm_scan_back_kernel<<<ceil_div((size_t)B * G, 4), 128, 0, gpu.stream>>>(segments, dstart, start, mean, r.count, T, G, (size_t)B * G);
+    apply<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start, inp, w, T, D, G, r.lanes);
+    LAUNCHED();
+    reduce_columns(gpu, B * r.count, {{dw, db}, 2, D});
+}
+
+// CEMA. With c = p g and s = h/p: s_t = q s_{t-1} + x_t, y_t = Re(sum_k c s_t) + omega x_t; p and g stay out of the scan.
+// A feature's N oscillators are shared by LANES neighbouring threads, MODES each, in registers; a warp is a block and has
+// 32/LANES neighbouring features of one batch row. Time is cut into segments only if that leaves too few warps (a warp for
+// each of the card's schedulers is enough, since the MODES recurrences of a thread are independent): then the end states of
+// the segments are computed first, from zero, and handed on by q^length.
+enum { MODES = 8, AHEAD = 8 };
+static int cema_lanes(int N) { return N <= 2 * MODES ? 2 : CEMA_MAX_NDIM / MODES; }
+
+// coef (5,K,D), K = N rounded up to whole threads: p, q, c = p g (zero for k >= N). In double, rounded once.
+enum { COEF_P, COEF_Q_RE, COEF_Q_IM, COEF_C_RE, COEF_C_IM, NUM_COEF };
+__device__ inline double sigmoid_double(double x) { return 1 / (1 + exp(-x)); }
+__global__ void cema_coefficients_kernel(float* coef, const float* alpha, const float* delta, const float* theta,
+                                         const float* gamma, int D, int N, int K) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x, d = i % D, k = i / D;
+    if (k >= K) { return; }
+    double v[NUM_COEF] = {0};
+    if (k < N) {
+        size_t at = (size_t)d * N + k;
+        double p = sigmoid_double(alpha[at]), radius = 1 - p * sigmoid_double(delta[at]), sine, cosine;
+        sincospi(2.0 / N * (k + 1) * sigmoid_double(theta[d]), &sine, &cosine);
+        v[COEF_P] = p;
+        v[COEF_Q_RE] = radius * cosine;
+        v[COEF_Q_IM] = radius * sine;
+        v[COEF_C_RE] = p * gamma[2 * at] / sqrt((double)N);
+        v[COEF_C_IM] = p * gamma[2 * at + 1] / sqrt((double)N);
+    }
+    for (int j = 0; j < NUM_COEF; j++) { coef[((size_t)j * K + k) * D + d] = v[j]; }
+}
+
+// Segments of one launch: `count` of `length` timesteps (the last one may be shorter).
+struct CemaGrid { int lanes, K, count, length; dim3 grid; };
+static CemaGrid cema_grid(Gpu* gpu, int B, int T, int D, int N) {
+    CemaGrid r;
+    r.lanes = cema_lanes(N);
+    r.K = r.lanes * MODES;
+    int tiles = ceil_div(D, 32 / r.lanes), warps = 4 * gpu->card.multiProcessorCount;
+    r.count = (size_t)B * tiles * 10 >= (size_t)warps * 9 ? 1 : warps / (B * tiles);
+    if (r.count < 1) { r.count = 1; }
+    r.length = ceil_div(ceil_div(T, r.count), AHEAD) * AHEAD;
+    if (r.length < 64) { r.length = 64; }
+    r.count = ceil_div(T, r.length);
+    r.grid = dim3(tiles, B, r.count);
+    return r;
+}
+
+static const float* cema_coefficients(Gpu& gpu, const CemaGrid& r, const float* alpha, const float* delta, const float* theta,
+                                      const float* gamma, int D, int N) {
+    float* coef = (float*)gpu_scratch(&gpu, COEFFICIENTS, sizeof(float) * NUM_COEF * r.K * D);
+    cema_coefficients_kernel<<<ceil_div((size_t)r.K * D, 128), 128, 0, gpu.stream>>>(coef, alpha, delta, theta, gamma, D, N, r.K);
+    LAUNCHED();
+    return coef;
+}
+
+// Where a thread of CEMA's kernels stands.
+struct CemaPlace {
+    int d, k0, b, segment, t0, t1;
+    bool active;
+    size_t at, state;  // at: element (b,0,d) | state: of (segment,b,k0,d) among carries (segments,B,K,D)
+    __device__ CemaPlace(int lanes, int length, int T, int D) {
+        d = blockIdx.x * (32 / lanes) + threadIdx.x / lanes;
+        active = d < D;
+        if (!active) { d = D - 1; }
+        k0 = threadIdx.x % lanes * MODES;
+        b = blockIdx.y;
+        segment = blockIdx.z;
+        t0 = segment * length;
+        t1 = min(t0 + length, T);
+        at = (size_t)b * T * D + d;
+        state = (((size_t)segment * gridDim.y + b) * lanes * MODES + k0) * D + d;
+    }
+};
+// Sums over the LANES threads of a feature two numbers (of two timesteps); an even thread gets the first, an odd one the
+// second.
+template <int LANES> __device__ inline float pair_sum(float first, float second) {
+    bool odd = threadIdx.x & 1;
+    float s = (odd ? second : first) + __shfl_xor_sync(~0u, odd ? first : second, 1);
+#pragma unroll
+    for (int o = 2; o < LANES; o *= 2) { s += __shfl_xor_sync(~0u, s, o); }
+    return s;
+}
+
+// With ENDS, only the segments' end states from zero, to carries; else the output, from carries (NULL for zero) on. end
+// (B,D,N,2) receives h after the last timestep if not NULL.
+template <typename X, int LANES, bool ENDS>
+__global__ void __launch_bounds__(32) cema_forward_kernel(X* out, float* end, float2* carries, const X* inp, const float* coef,
+                                                          const float* omega, int length, int T, int D, int N) {
+    enum { K = LANES * MODES };
+    CemaPlace p(LANES, length, T, D);
+    float q_re[MODES], q_im[MODES], c_re[MODES], c_im[MODES], s_re[MODES], s_im[MODES], next[AHEAD], x[AHEAD], y[AHEAD];
+#pragma unroll
+    for (int k = 0; k < MODES; k++) {
+        size_t i = (size_t)(p.k0 + k) * D + p.d;
+        q_re[k] = coef[COEF_Q_RE * (size_t)K * D + i];
+        q_im[k] = coef[COEF_Q_IM * (size_t)K * D + i];
+        c_re[k] = coef[COEF_C_RE * (size_t)K * D + i];
+        c_im[k] = coef[COEF_C_IM * (size_t)K * D + i];
+        float2 s = make_float2(0, 0);
+        if (!ENDS && carries) { s = carries[p.state + (size_t)k * D]; }
+        s_re[k] = s.x;
+        s_im[k] = s.y;
+    }
+    float w = p.k0 == 0 && omega ? omega[p.d] : 0; // one thread adds omega x
+    const X* from = inp + p.at;
+    auto step = [&](float x) {
+        float y0 = w * x, y1 = 0;
+#pragma unroll
+        for (int k = 0; k < MODES; k++) {
+            float re = fmaf(q_re[k], s_re[k], fmaf(-q_im[k], s_im[k], x));
+            s_im[k] = fmaf(q_re[k], s_im[k], q_im[k] * s_re[k]);
+            s_re[k] = re;
+            if (!ENDS) {
+                y0 = fmaf(c_re[k], s_re[k], y0);
+                y1 = fmaf(-c_im[k], s_im[k], y1);
+            }
+        }
+        return y0 + y1;
+    };
+    int t = p.t0, whole = p.t0 + (p.t1 - p.t0) / AHEAD * AHEAD;
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) { next[i] = t + i < p.t1 ? to_float(from[(size_t)(t + i) * D]) : 0; }
+    for (; t < whole; t += AHEAD) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            x[i] = next[i];
+            next[i] = t + AHEAD + i < p.t1 ? to_float(from[(size_t)(t + AHEAD + i) * D]) : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) { y[i] = step(x[i]); }
+        if (ENDS) { continue; }
+#pragma unroll
+        for (int i = 0; i < AHEAD; i += 2) {
+            float sum = pair_sum<LANES>(y[i], y[i + 1]);
+            if (p.active && threadIdx.x % LANES < 2) { out[p.at + (size_t)(t + i + (threadIdx.x & 1)) * D] = from_float<X>(sum); }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) { // what is left over; t is the same for the whole warp
+        if (t + i >= p.t1) { break; }
+        float y = step(next[i]);
+        if (ENDS) { continue; }
+        y = pair_sum<LANES>(y, y);
+        if (p.active && threadIdx.x % LANES == 0) { out[p.at + (size_t)(t + i) * D] = from_float<X>(y); }
+    }
+    if (!p.active) { return; }
+#pragma unroll
+    for (int k = 0; k < MODES; k++) {
+        if (ENDS) { carries[p.state + (size_t)k * D] = make_float2(s_re[k], s_im[k]); }
+        else if (end && p.t1 == T && p.k0 + k < N) {
+            float scale = coef[COEF_P * (size_t)K * D + (size_t)(p.k0 + k) * D + p.d];
+            float* h = end + 2 * (((size_t)p.b * D + p.d) * N + p.k0 + k);
+            h[0] = scale * s_re[k];
+            h[1] = scale * s_im[k];
+        }
+    }
+}
+
+// End states of segments become what each segment starts from: s_in(j+1) = q^length s_in(j) + end(j), s_in(0) = h_0/p; with
+// `back`, for adjoints, the other way round with ~q and from zero. q^length is formed from the rounded q by squaring in
+// double: through logarithms it would lose its phase.
+__global__ void cema_carries_kernel(float2* carries, const float* start, const float* coef, int count, int length, bool back,
+                                    int B, int D, int N, int K) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, step = (size_t)B * K * D;
+    if (i >= step) { return; }
+    int d = i % D, k = i / D % K, b = i / D / K;
+    double re = 1, im = 0, s_re = 0, s_im = 0;
+    double q_re = coef[((size_t)COEF_Q_RE * K + k) * D + d], q_im = coef[((size_t)COEF_Q_IM * K + k) * D + d];
+    if (back) { q_im = -q_im; }
+    for (int n = length; n; n /= 2) {
+        if (n & 1) {
+            double t = re * q_re - im * q_im;
+            im = re * q_im + im * q_re;
+            re = t;
+        }
+        double t = q_re * q_re - q_im * q_im;
+        q_im = 2 * q_re * q_im;
+        q_re = t;
+    }
+    if (start && !back && k < N) {
+        const float* h = start + 2 * (((size_t)b * D + d) * N + k);
+        double p = coef[((size_t)COEF_P * K + k) * D + d];
+        s_re = h[0] / p;
+        s_im = h[1] / p;
+    }
+    for (int j = 0; j < count; j++) {
+        float2 *at = carries + (back ? count - 1 - j : j) * step + i, end = *at;
+        *at = make_float2(s_re, s_im);
+        double t = re * s_re - im * s_im + end.x;
+        s_im = re * s_im + im * s_re + end.y;
+        s_re = t;
+    }
+}
+
+// The states at the start of each segment, for the backward pass: floats a layer keeps.
+static size_t cema_carries_size(Gpu* gpu, int B, int T, int D, int N) {
+    CemaGrid r = cema_grid(gpu, B, T, D, N);
+    return (size_t)2 * r.count * B * r.K * D;
+}
+
+// carries: cema_carries_size floats, saved for the backward pass; used only where there are several segments or a start.
+template <typename X>
+static void cema_forward(Gpu& gpu, X* out, float* end, float* carries, const float* start, const X* inp, const float* alpha,
+                         const float* delta, const float* theta, const float* gamma, const float* omega,
+                         int B, int T, int D, int N) {
+    CemaGrid r = cema_grid(&gpu, B, T, D, N);
+    const float* coef = cema_coefficients(gpu, r, alpha, delta, theta, gamma, D, N);
+    float2* c = r.count > 1 || start ? (float2*)carries : NULL;
+    size_t states = (size_t)B * r.K * D;
+    auto ends = r.lanes == 2 ? cema_forward_kernel<X, 2, true> : cema_forward_kernel<X, 8, true>;
+    auto scan = r.lanes == 2 ? cema_forward_kernel<X, 2, false> : cema_forward_kernel<X, 8, false>;
+    if (c && r.count > 1) {
+        dim3 grid = r.grid;
+        grid.z--; // nobody asks where the last one ends
+        ends<<<grid, 32, 0, gpu.stream>>>(out, NULL, c, inp, coef, omega, r.length, T, D, N);
+    }
+    if (c) {
+        if (r.count == 1) { CUDA(cudaMemsetAsync(c, 0, states * sizeof(float2), gpu.stream)); }
+        cema_carries_kernel<<<ceil_div(states, 128), 128, 0, gpu.stream>>>(c, start, coef, r.count, r.length, false, B, D, N, r.K);
+    }
+    scan<<<r.grid, 32, 0, gpu.stream>>>(out, end, c, inp, coef, omega, r.length, T, D, N);
+    LAUNCHED();
+}
+
+// The CPU's reverse sweep, with a' started at zero in every segment and a carried on from the later ones: then
+// R = sum over segments of (sum_t x_t a'_t + ~s_in a'_0). With ENDS, only a at the first timestep of each segment, from
+// zero, to adjoints. Else dinp, and sums (segments,B,K,D,4): Q and R; first (segments,B,K,D): a at the first timestep;
+// domega by (segment, b). a'_{t-1} = ~q a'_t + a_t.
+template <typename X, int LANES, bool ENDS>
+__global__ void __launch_bounds__(32) cema_backward_kernel(X* dinp, float4* sums, float2* first, float* domega,
+        float2* adjoints, const float2* carries, const X* dout, const X* inp, const float* coef, const float* omega,
+        int length, int T, int D) {
+    enum { K = LANES * MODES };
+    CemaPlace p(LANES, length, T, D);
+    float q_re[MODES], q_im[MODES], c_re[MODES], c_im[MODES], a_re[MODES], a_im[MODES], b_re[MODES], b_im[MODES]; // b is a'
+    float Q_re[MODES], Q_im[MODES], R_re[MODES], R_im[MODES], dw = 0;
+    X next_x[AHEAD], next_dy[AHEAD];
+#pragma unroll
+    for (int k = 0; k < MODES; k++) {
+        size_t i = (size_t)(p.k0 + k) * D + p.d;
+        q_re[k] = coef[COEF_Q_RE * (size_t)K * D + i];
+        q_im[k] = coef[COEF_Q_IM * (size_t)K * D + i];
+        c_re[k] = coef[COEF_C_RE * (size_t)K * D + i];
+        c_im[k] = coef[COEF_C_IM * (size_t)K * D + i];
+        float2 a = make_float2(0, 0);
+        if (!ENDS && adjoints) { a = adjoints[p.state + (size_t)k * D]; }
+        a_re[k] = a.x;
+        a_im[k] = a.y;
+        b_re[k] = b_im[k] = Q_re[k] = Q_im[k] = R_re[k] = R_im[k] = 0;
+    }
+    float w = p.k0 == 0 ? omega[p.d] : 0;
+    auto step = [&](float x, float dy) {
+        float dx0 = w * dy, dx1 = 0;
+        dw = fmaf(x, dy, dw);
+#pragma unroll
+        for (int k = 0; k < MODES; k++) {
+            float re = fmaf(q_re[k], a_re[k], fmaf(q_im[k], a_im[k], dy));
+            a_im[k] = fmaf(q_re[k], a_im[k], -q_im[k] * a_re[k]);
+            a_re[k] = re;
+            if (ENDS) { continue; }
+            Q_re[k] = fmaf(x, a_re[k], Q_re[k]);
+            Q_im[k] = fmaf(x, a_im[k], Q_im[k]);
+            R_re[k] = fmaf(x, b_re[k], R_re[k]);
+            R_im[k] = fmaf(x, b_im[k], R_im[k]);
+            float re1 = fmaf(q_re[k], b_re[k], fmaf(q_im[k], b_im[k], a_re[k]));
+            b_im[k] = fmaf(q_re[k], b_im[k], fmaf(-q_im[k], b_re[k], a_im[k]));
+            b_re[k] = re1;
+            dx0 = fmaf(c_re[k], a_re[k], dx0);
+            dx1 = fmaf(c_im[k], a_im[k], dx1);
+        }
+        return dx0 + dx1;
+    };
+    auto fetch = [&](int t) { // the AHEAD timesteps before t
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            bool in = t - 1 - i >= p.t0;
+            size_t at = p.at + (size_t)(in ? t - 1 - i : p.t0) * D;
+            next_dy[i] = dout[at];
+            if (!ENDS) { next_x[i] = inp[at]; }
+        }
+    };
+    int t = p.t1;
+    fetch(t);
+    for (; t - AHEAD >= p.t0; t -= AHEAD) {
+        float x[AHEAD], dy[AHEAD], dx[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) { dy[i] = to_float(next_dy[i]); x[i] = ENDS ? 0 : to_float(next_x[i]); }
+        fetch(t - AHEAD);
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) { dx[i] = step(x[i], dy[i]); }
+        if (ENDS) { continue; }
+#pragma unroll
+        for (int i = 0; i < AHEAD; i += 2) {
+            float sum = pair_sum<LANES>(dx[i], dx[i + 1]);
+            if (p.active && threadIdx.x % LANES < 2) { dinp[p.at + (size_t)(t - 1 - i - (threadIdx.x & 1)) * D] = from_float<X>(sum); }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) { // what is left over
+        if (t - 1 - i < p.t0) { break; }
+        float dx = step(ENDS ? 0 : to_float(next_x[i]), to_float(next_dy[i]));
+        if (ENDS) { continue; }
+        dx = pair_sum<LANES>(dx, dx);
+        if (p.active && threadIdx.x % LANES == 0) { dinp[p.at + (size_t)(t - 1 - i) * D] = from_float<X>(dx); }
+    }
+    if (!p.active) { return; }
+    if (!ENDS && p.k0 == 0) { domega[((size_t)p.segment * gridDim.y + p.b) * D + p.d] = dw; }
+#pragma unroll
+    for (int k = 0; k < MODES; k++) {
+        size_t i = p.state + (size_t)k * D;
+        if (ENDS) { adjoints[i] = make_float2(a_re[k], a_im[k]); continue; }
+        if (carries) {
+            float2 s = carries[i];
+            R_re[k] += s.x * b_re[k] + s.y * b_im[k];
+            R_im[k] += s.x * b_im[k] - s.y * b_re[k];
+        }
+        sums[i] = make_float4(Q_re[k], Q_im[k], R_re[k], R_im[k]);
+        first[i] = make_float2(a_re[k], a_im[k]);
+    }
+}
+
+// From the sums to gradients of parameters, as at the end of the CPU's cema_backward. Threads x are the modes of a feature.
+__global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega, float* dstart,
+                                      const float4* sums, const float2* first, const float* dw, const float* start,
+                                      const float* coef, const float* alpha, const float* delta, const float* theta,
+                                      const float* gamma, int count, bool accumulate, int B, int D, int N, int K) {
+    __shared__ double turns[256];
+    int k = threadIdx.x, d = blockIdx.x * blockDim.y + threadIdx.y;
+    double dangle = 0, s_theta = d < D ? sigmoid_double(theta[d]) : 0;
+    if (d < D && k < N) {
+        size_t i = (size_t)d * N + k, step = (size_t)B * K * D;
+        double q_re = coef[((size_t)COEF_Q_RE * K + k) * D + d], q_im = coef[((size_t)COEF_Q_IM * K + k) * D + d];
+        double p = sigmoid_double(alpha[i]), g_re = gamma[2 * i] / sqrt((double)N), g_im = gamma[2 * i + 1] / sqrt((double)N);
+        double dp = 0, dq_re = 0, dq_im = 0, dg_re = 0, dg_im = 0;
+        for (int b = 0; b < B; b++) {
+            double Q_re = 0, Q_im = 0, R_re = 0, R_im = 0;
+            size_t at = ((size_t)b * K + k) * D + d;
+            for (int j = 0; j < count; j++) {
+                float4 s = sums[j * step + at];
+                Q_re += s.x; Q_im += s.y; R_re += s.z; R_im += s.w;
+            }
+            dp += g_re * Q_re + g_im * Q_im;
+            dq_re += p * (g_re * R_re + g_im * R_im);
+            dq_im += p * (g_re * R_im - g_im * R_re);
+            dg_re += p * Q_re;
+            dg_im += p * Q_im;
+            if (start) {
+                size_t at_h = 2 * (((size_t)b * D + d) * N + k);
+                float2 a = first[at];
+                double qa_re = q_re * a.x + q_im * a.y, qa_im = q_re * a.y - q_im * a.x;
+                dg_re += start[at_h] * qa_re + start[at_h + 1] * qa_im;
+                dg_im += start[at_h] * qa_im - start[at_h + 1] * qa_re;
+                if (dstart) {
+                    dstart[at_h] += g_re * qa_re + g_im * qa_im;
+                    dstart[at_h + 1] += g_re * qa_im - g_im * qa_re;
+                }
+            }
+        }
+        double s_delta = sigmoid_double(delta[i]), sine, cosine;
+        sincospi(2.0 / N * (k + 1) * s_theta, &sine, &cosine);
+        double dradius = cosine * dq_re + sine * dq_im;
+        dangle = (k + 1) * (q_re * dq_im - q_im * dq_re);
+        dgamma[2 * i] = (accumulate ? dgamma[2 * i] : 0) + dg_re / sqrt((double)N);
+        dgamma[2 * i + 1] = (accumulate ? dgamma[2 * i + 1] : 0) + dg_im / sqrt((double)N);
+        dalpha[i] = (accumulate ? dalpha[i] : 0) + p * (1 - p) * (dp - s_delta * dradius);
+        ddelta[i] = (accumulate ? ddelta[i] : 0) - p * s_delta * (1 - s_delta) * dradius;
+    }
+    turns[threadIdx.y * K + k] = dangle;
+    __syncthreads();
+    if (k || d >= D) { return; }
+    double dturn = 0, w = 0;
+    for (int j = 0; j < N; j++) { dturn += turns[threadIdx.y * K + j]; }
+    for (int j = 0; j < count * B; j++) { w += dw[(size_t)j * D + d]; }
+    dtheta[d] = (accumulate ? dtheta[d] : 0) + 2 * M_PI / N * s_theta * (1 - s_theta) * dturn;
+    domega[d] = (accumulate ? domega[d] : 0) + w;
+}
+
+template <typename X>
+static void cema_backward(Gpu& gpu, X* dinp, float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega,
+                          float* dstart, const X* dout, const float* carries, const float* start, const X* inp,
+                          const float* alpha, const float* delta, const float* theta, const float* gamma, const float* omega,
+                          int B, int T, int D, int N) {
+    CemaGrid r = cema_grid(&gpu, B, T, D, N);
+    const float* coef = cema_coefficients(gpu, r, alpha, delta, theta, gamma, D, N);
+    size_t states = (size_t)B * r.K * D, all = states * r.count;
+    float4* sums = (float4*)gpu_scratch(&gpu, CARRIES, all * (sizeof(float4) + 2 * sizeof(float2)) + sizeof(float) * r.count * B * D);
+    float2 *first = (float2*)(sums + all), *a = first + all;
+    float* dw = (float*)(a + all);
+    const float2* c = r.count > 1 || start ? (const float2*)carries : NULL;
+    auto ends = r.lanes == 2 ? cema_backward_kernel<X, 2, true> : cema_backward_kernel<X, 8, true>;
+    auto sweep = r.lanes == 2 ? cema_backward_kernel<X, 2, false> : cema_backward_kernel<X, 8, false>;
+    if (r.count > 1) {
+        ends<<<r.grid, 32, 0, gpu.stream>>>(dinp, sums, first, dw, a, c, dout, inp, coef, omega, r.length, T, D);
+        cema_carries_kernel<<<ceil_div(states, 128), 128, 0, gpu.stream>>>(a, NULL, coef, r.count, r.length, true, B, D, N, r.K);
+    }
+    sweep<<<r.grid, 32, 0, gpu.stream>>>(dinp, sums, first, dw, r.count > 1 ? a : NULL, c, dout, inp, coef, omega, r.length, T, D);
+    cema_gradients_kernel<<<ceil_div(D, 256 / r.K), dim3(r.K, 256 / r.K), 0, gpu.stream>>>(dalpha, ddelta, dtheta, dgamma, domega,
+        dstart, sums, first, dw, start, coef, alpha, delta, theta, gamma, r.count, gpu.accumulate, B, D, N, r.K);
+    LAUNCHED();
+}
+
+// RMS norm of rows, see the CPU's; w NULL for no scale. Rows of out lie ldo apart.
+template <typename X, bool WIDE>
+__global__ void rmsnorm_forward_kernel(X* out, int ldo, float* rstd, const X* inp, const float* w, size_t rows, int D, float eps) {
+    float scale[8], x[8], s[1];
+    int turn = 0;
+    load_row<WIDE>(scale, w, D);
+    for (size_t r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
+        size_t r = r0 + threadIdx.y;
+        load_row<WIDE>(x, inp + r * D, r < rows ? D : 0);
+        s[0] = 0;
+#pragma unroll
+        for (int e = 0; e < 8; e++) { s[0] += x[e] * x[e]; }
+        row_sum(s, turn);
+        float k = 1 / sqrtf(s[0] / D + eps);
+#pragma unroll
+        for (int e = 0; e < 8; e++) { x[e] *= k * (scale[e] + 1); }
+        store_row<WIDE>(out + r * ldo, x, r < rows ? D : 0);
+        if (threadIdx.x == 0 && r < rows) { rstd[r] = k; }
+    }
+}
+template <typename X>
+static void rmsnorm_forward(Gpu& gpu, X* out, int ldo, float* rstd, const X* inp, const float* w, size_t rows, int D, float eps) {
+    RowGrid r = row_grid(&gpu, rows, D, 1);
+    auto kernel = wide(D, ldo) ? rmsnorm_forward_kernel<X, true> : rmsnorm_forward_kernel<X, false>;
+    kernel<<<r.grid, r.block, 0, gpu.stream>>>(out, ldo, rstd, inp, w, rows, D, eps);
+    LAUNCHED();
+}
+
+// Rows of dout and of again lie ld apart; again receives the forward pass's output.
+template <typename X, bool WIDE>
+__global__ void rmsnorm_backward_kernel(X* dinp, float* partials, X* again, const X* dout, int ld, const float* rstd, const X* inp,
+                                        const float* w, size_t rows, int D) {
+    float scale[8], dw[8] = {0}, x[8], dy[8], s[1];
+    int turn = 0;
+    load_row<WIDE>(scale, w, D);
+    for (size_t r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
+        size_t r = r0 + threadIdx.y;
+        int columns = r < rows ? D : 0;
+        load_row<WIDE>(x, inp + r * D, columns);
+        load_row<WIDE>(dy, dout + r * ld, columns);
+        float k = r < rows ? rstd[r] : 0;
+        s[0] = 0;
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            x[e] *= k;
+            dw[e] += dy[e] * x[e];
+            dy[e] *= scale[e] + 1;
+            s[0] += dy[e] * x[e];
+        }
+        row_sum(s, turn);
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            dy[e] = k * (dy[e] - x[e] * (s[0] / D));
+            x[e] *= scale[e] + 1;
+        }
+        store_row<WIDE>(dinp + r * D, dy, columns);
+        store_row<WIDE>(again + r * ld, x, columns);
+    }
+    store_row<WIDE>(partial_row(partials, 1, D, 0), dw, D);
+}
+template <typename X>
+static void rmsnorm_backward(Gpu& gpu, X* dinp, float* dw, X* again, const X* dout, int ld, const float* rstd, const X* inp,
+                             const float* w, size_t rows, int D) {
+    RowGrid r = row_grid(&gpu, rows, D, 1);
+    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * D);
+    auto kernel = wide(D, ld) ? rmsnorm_backward_kernel<X, true> : rmsnorm_backward_kernel<X, false>;
+    kernel<<<r.grid, r.block, 0, gpu.stream>>>(dinp, partials, again, dout, ld, rstd, inp, w, rows, D);
+    LAUNCHED();
+    reduce_columns(gpu, r.parts, {{dw}, 1, D});
+}
+
+template <typename X, bool WIDE>
+__global__ void layernorm_forward_kernel(X* out, float* mean, float* rstd, const X* inp, const float* w, const float* b,
+                                         size_t rows, int D, float eps) {
+    float scale[8], shift[8], x[8], s[1];
+    int turn = 0;
+    load_row<WIDE>(scale, w, D);
+    load_row<WIDE>(shift, b, D);
+    for (size_t r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
+        size_t r = r0 + threadIdx.y;
+        load_row<WIDE>(x, inp + r * D, r < rows ? D : 0);
+        s[0] = 0;
+#pragma unroll
+        for (int e = 0; e < 8; e++) { s[0] += x[e]; }
+        row_sum(s, turn);
+        float m = s[0] / D;
+        s[0] = 0;
+#pragma unroll
+        for (int e = 0; e < 8; e++) { s[0] += column<WIDE>(e) < D ? (x[e] - m) * (x[e] - m) : 0; }
+        row_sum(s, turn);
+        float k = 1 / sqrtf(s[0] / D + eps);
+#pragma unroll
+        for (int e = 0; e < 8; e++) { x[e] = (x[e] - m) * k * (scale[e] + 1) + shift[e]; }
+        store_row<WIDE>(out + r * D, x, r < rows ? D : 0);
+        if (threadIdx.x == 0 && r < rows) { mean[r] = m; rstd[r] = k; }
+    }
+}
+template <typename X>
+static void layernorm_forward(Gpu& gpu, X* out, float* mean, float* rstd, const X* inp, const float* w, const float* b,
+                              size_t rows, int D, float eps) {
+    RowGrid r = row_grid(&gpu, rows, D, 1);
+    auto kernel = wide(D) ? layernorm_forward_kernel<X, true> : layernorm_forward_kernel<X, false>;
+    kernel<<<r.grid, r.block, 0, gpu.stream>>>(out, mean, rstd, inp, w, b, rows, D, eps);
+    LAUNCHED();
+}
+
+// again receives the forward pass's output, dinp_sum the column sums of dinp: the gradient of wh1's bias.
+template <typename X, bool WIDE>
+__global__ void layernorm_backward_kernel(X* dinp, float* partials, X* again, const X* dout, const float* mean, const float* rstd,
+                                          const X* inp, const float* w, const float* b, size_t rows, int D) {
+    float scale[8], shift[8], dw[8] = {0}, db[8] = {0}, dx[8] = {0}, x[8], dy[8], s[2];
+    int turn = 0;
+    load_row<WIDE>(scale, w, D);
+    load_row<WIDE>(shift, b, D);
+    for (size_t r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
+        size_t r = r0 + threadIdx.y;
+        int columns = r < rows ? D : 0;
+        load_row<WIDE>(x, inp + r * D, columns);
+        load_row<WIDE>(dy, dout + r * D, columns);
+        float m = columns ? mean[r] : 0, k = columns ? rstd[r] : 0;
+        s[0] = s[1] = 0;
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            x[e] = (x[e] - m) * k;
+            dw[e] += dy[e] * x[e];
+            db[e] += dy[e];
+            dy[e] *= scale[e] + 1;
+            s[0] += dy[e];
+            s[1] += dy[e] * x[e];
+        }
+        row_sum(s, turn);
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            dy[e] = k * (dy[e] - s[0] / D - x[e] * (s[1] / D));
+            dx[e] += dy[e];
+            x[e] = x[e] * (scale[e] + 1) + shift[e];
+        }
+        store_row<WIDE>(dinp + r * D, dy, columns);
+        store_row<WIDE>(again + r * D, x, columns);
+    }
+    store_row<WIDE>(partial_row(partials, 3, D, 0), dw, D);
+    store_row<WIDE>(partial_row(partials, 3, D, 1), db, D);
+    store_row<WIDE>(partial_row(partials, 3, D, 2), dx, D);
+}
+template <typename X>
+static void layernorm_backward(Gpu& gpu, X* dinp, float* dw, float* db, float* dinp_sum, X* again, const X* dout, const float* mean,
+                               const float* rstd, const X* inp, const float* w, const float* b, size_t rows, int D) {
+    RowGrid r = row_grid(&gpu, rows, D, 1);
+    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * 3 * D);
+    auto kernel = wide(D) ? layernorm_backward_kernel<X, true> : layernorm_backward_kernel<X, false>;
+    kernel<<<r.grid, r.block, 0, gpu.stream>>>(dinp, partials, again, dout, mean, rstd, inp, w, b, rows, D);
+    LAUNCHED();
+    reduce_columns(gpu, r.parts, {{dw, db, dinp_sum}, 3, D});
+}
+
+// The first element of (timestep r, this block's head) in a head-major tensor (B,H,K,d) whose timesteps start at pos.
+__device__ inline size_t head_major(unsigned r, int T, int K, int pos, int d) {
+    return (((size_t)(r / T) * gridDim.y + blockIdx.y) * K + pos + r % T) * d;
+}
+
+// Queries and keys of one head from the shared representation: RMS norm of the head (eq. 6), affine maps, rotary embedding,
+// in one pass. z (B,T,Z) with rows ldz apart; q (B,H,T,Z/H); k (B,H,K,Z/H), written from timestep at_k on. znorm
+// (B,T,H,Z/H) and its rstd are only written if not NULL, for tests.
+template <typename X, bool WIDE>
+__global__ void qk_forward_kernel(X* q, X* k, X* znorm, float* znorm_rstd, const X* z, int ldz, const float* gamma,
+                                  const float* beta, const float* rotations, unsigned rows, int T, int K, int pos, int at_k,
+                                  int c, int Z, int zd, float eps) {
+    float ga[2][8], be[2][8], x[8], turn8[8], y[8], s[1], scale = 1 / sqrtf(zd);
+    int turn = 0, h = blockIdx.y;
+    for (int i = 0; i < 2; i++) {
+        load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd);
+        load_row<WIDE>(be[i], beta + i * Z + h * zd, zd);
+    }
+    for (unsigned r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
+        unsigned r = r0 + threadIdx.y;
+        int columns = r < rows ? zd : 0;
+        load_row<WIDE>(x, z + (size_t)r * ldz + h * zd, columns);
+        load_row<WIDE>(turn8, rotations + (size_t)((pos + r % T) % c) * zd, columns);
+        s[0] = 0;
+#pragma unroll
+        for (int e = 0; e < 8; e++) { s[0] += x[e] * x[e]; }
+        row_sum(s, turn);
+        float rstd = 1 / sqrtf(s[0] / zd + eps);
+#pragma unroll
+        for (int e = 0; e < 8; e++) { x[e] *= rstd; }
+        if (znorm) {
+            store_row<WIDE>(znorm + (size_t)r * Z + h * zd, x, columns);
+            if (threadIdx.x == 0 && columns) { znorm_rstd[(size_t)r * gridDim.y + h] = rstd; }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+#pragma unroll
+            for (int e = 0; e < 8; e += 2) {
+                float re = x[e] * ((ga[i][e] + 1) * scale) + be[i][e], im = x[e + 1] * ((ga[i][e + 1] + 1) * scale) + be[i][e + 1];
+                y[e] = re * turn8[e] - im * turn8[e + 1];
+                y[e + 1] = re * turn8[e + 1] + im * turn8[e];
+            }
+            store_row<WIDE>(i ? k + head_major(r, T, K, at_k, zd) : q + head_major(r, T, T, 0, zd), y, columns);
+        }
+    }
+}
+template <typename X>
+static void qk_forward(Gpu& gpu, X* q, X* k, X* znorm, float* znorm_rstd, const X* z, int ldz, const float* gamma, const float* beta,
+                       const float* rotations, int B, int T, int K, int pos, int at_k, int c, int Z, int H, float eps) {
+    RowGrid r = row_grid(&gpu, (size_t)B * T, Z / H, H);
+    auto kernel = wide(Z / H, ldz) ? qk_forward_kernel<X, true> : qk_forward_kernel<X, false>;
+    kernel<<<r.grid, r.block, 0, gpu.stream>>>(q, k, znorm, znorm_rstd, z, ldz, gamma, beta, rotations, B * T, T, K, pos, at_k, c,
+                                               Z, Z / H, eps);
+    LAUNCHED();
+}
+
+// dz (B,T,Z) with rows ldz apart, from dq and dk (B,H,T,Z/H); dz_sum (Z): the gradient of wz's bias. dznorm may be NULL.
+template <typename X, bool WIDE>
+__global__ void qk_backward_kernel(X* dz, float* partials, X* dznorm, const X* dq, const X* dk, const X* z, int ldz,
+                                   const float* gamma, const float* rotations, unsigned rows, int T, int c, int Z, int zd, float eps) {
+    float ga[2][8], sums[5][8] = {{0}}, x[8], turn8[8], d[8], dx[8], s[1], scale = 1 / sqrtf(zd);
+    int turn = 0, h = blockIdx.y;
+    for (int i = 0; i < 2; i++) { load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd); }
+    for (unsigned r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
+        unsigned r = r0 + threadIdx.y;
+        int columns = r < rows ? zd : 0;
+        load_row<WIDE>(x, z + (size_t)r * ldz + h * zd, columns);
+        load_row<WIDE>(turn8, rotations + (size_t)(r % T % c) * zd, columns);
+        s[0] = 0;
+#pragma unroll
+        for (int e = 0; e < 8; e++) { s[0] += x[e] * x[e]; dx[e] = 0; }
+        row_sum(s, turn);
+        float rstd = 1 / sqrtf(s[0] / zd + eps);
+#pragma unroll
+        for (int e = 0; e < 8; e++) { x[e] *= rstd; }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            load_row<WIDE>(d, (i ? dk : dq) + head_major(r, T, T, 0, zd), columns);
+#pragma unroll
+            for (int e = 0; e < 8; e++) { // turned back by the same angle
+                float v = e & 1 ? d[e] * turn8[e - 1] - d[e - 1] * turn8[e] : d[e] * turn8[e] + d[e + 1 & 7] * turn8[e + 1 & 7];
+                sums[i][e] += v * x[e] * scale;
+                sums[2 + i][e] += v;
+                dx[e] += v * ((ga[i][e] + 1) * scale);
+            }
+        }
+        if (dznorm) { store_row<WIDE>(dznorm + (size_t)r * Z + h * zd, dx, columns); }
+        s[0] = 0;
+#pragma unroll
+        for (int e = 0; e < 8; e++) { s[0] += dx[e] * x[e]; }
+        row_sum(s, turn);
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            dx[e] = rstd * (dx[e] - x[e] * (s[0] / zd));
+            sums[4][e] += columns ? dx[e] : 0;
+        }
+        store_row<WIDE>(dz + (size_t)r * ldz + h * zd, dx, columns);
+    }
+#pragma unroll
+    for (int i = 0; i < 5; i++) { store_row<WIDE>(partial_row(partials, 5, Z, i) + h * zd, sums[i], zd); }
+}
+template <typename X>
+static void qk_backward(Gpu& gpu, X* dz, float* dgamma, float* dbeta, float* dz_sum, X* dznorm, const X* dq, const X* dk, const X* z,
+                        int ldz, const float* gamma, const float* rotations, int B, int T, int c, int Z, int H, float eps) {
+    RowGrid r = row_grid(&gpu, (size_t)B * T, Z / H, H);
+    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * 5 * Z);
+    auto kernel = wide(Z / H, ldz) ? qk_backward_kernel<X, true> : qk_backward_kernel<X, false>;
+    kernel<<<r.grid, r.block, 0, gpu.stream>>>(dz, partials, dznorm, dq, dk, z, ldz, gamma, rotations, B * T, T, c, Z, Z / H, eps);
+    LAUNCHED();
+    reduce_columns(gpu, r.parts, {{dgamma, dgamma + Z, dbeta, dbeta + Z, dz_sum}, 5, Z});
+}
+
+// exp and the sigmoid as exactly as X deserves: the fast exp is off by 1e-7 |x|.
+template <typename X> __device__ inline float exp_of(float x) { return std::is_same<X, float>::value ? expf(x) : __expf(x); }
+template <typename X> __device__ inline float sigmoid_of(float x) { return 1 / (1 + exp_of<X>(-x)); }
+
+// Values: v (B,H,K,V/H), from timestep at_k on, = silu(inp) (B,T,V).
+template <typename X, bool WIDE>
+__global__ void value_forward_kernel(X* v, const X* inp, unsigned rows, int T, int K, int at_k, int V, int vd) {
+    for (unsigned r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
+        float x[8];
+        load_row<WIDE>(x, inp + (size_t)r * V + blockIdx.y * vd, vd);
+#pragma unroll
+        for (int e = 0; e < 8; e++) { x[e] *= sigmoid_of<X>(x[e]); }
+        store_row<WIDE>(v + head_major(r, T, K, at_k, vd), x, vd);
+    }
+}
+template <typename X>
+static void value_forward(Gpu& gpu, X* v, const X* inp, int B, int T, int K, int at_k, int V, int H) {
+    RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H);
+    auto kernel = wide(V / H) ? value_forward_kernel<X, true> : value_forward_kernel<X, false>;
+    kernel<<<r.grid, r.block, 0, gpu.stream>>>(v, inp, B * T, T, K, at_k, V, V / H);
+    LAUNCHED();
+}
+
+// dinp = dv silu'(inp); dinp_sum (V): the gradient of wv's bias.
+template <typename X, bool WIDE>
+__global__ void value_backward_kernel(X* dinp, float* partials, const X* dv, const X* inp, unsigned rows, int T, int V, int vd) {
+    float sum[8] = {0}, x[8], d[8];
+    for (unsigned r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
+        size_t at = (size_t)r * V + blockIdx.y * vd;
+        load_row<WIDE>(x, inp + at, vd);
+        load_row<WIDE>(d, dv + head_major(r, T, T, 0, vd), vd);
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            float s = sigmoid_of<X>(x[e]);
+            d[e] *= s * (1 + x[e] * (1 - s));
+            sum[e] += d[e];
+        }
+        store_row<WIDE>(dinp + at, d, vd);
+    }
+    store_row<WIDE>(partial_row(partials, 1, V, 0) + blockIdx.y * vd, sum, vd);
+}
+template <typename X>
+static void value_backward(Gpu& gpu, X* dinp, float* dinp_sum, const X* dv, const X* inp, int B, int T, int V, int H) {
+    RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H);
+    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * V);
+    auto kernel = wide(V / H) ? value_backward_kernel<X, true> : value_backward_kernel<X, false>;
+    kernel<<<r.grid, r.block, 0, gpu.stream>>>(dinp, partials, dv, inp, B * T, T, V, V / H);
+    LAUNCHED();
+    reduce_columns(gpu, r.parts, {{dinp_sum}, 1, V});
+}
+
+// The gate: gated (B,T,V), rows ldg apart, = attention (B,H,T,V/H) * silu(inp) (B,T,V), rows ldi apart.
+template <typename X, bool WIDE>
+__global__ void gate_forward_kernel(X* gated, int ldg, const X* attention, const X* inp, int ldi, unsigned rows, int T, int vd) {
+    for (unsigned r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
+        float x[8], o[8];
+        load_row<WIDE>(x, inp + (size_t)r * ldi + blockIdx.y * vd, vd);
+        load_row<WIDE>(o, attention + head_major(r, T, T, 0, vd), vd);
+#pragma unroll
+        for (int e = 0; e < 8; e++) { x[e] *= sigmoid_of<X>(x[e]) * o[e]; }
+        store_row<WIDE>(gated + (size_t)r * ldg + blockIdx.y * vd, x, vd);
+    }
+}
+template <typename X>
+static void gate_forward(Gpu& gpu, X* gated, int ldg, const X* attention, const X* inp, int ldi, int B, int T, int V, int H) {
+    RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H);
+    auto kernel = wide(V / H, ldg, ldi) ? gate_forward_kernel<X, true> : gate_forward_kernel<X, false>;
+    kernel<<<r.grid, r.block, 0, gpu.stream>>>(gated, ldg, attention, inp, ldi, B * T, T, V / H);
+    LAUNCHED();
+}
+
+// Also: again, the forward pass's output; dot (B,H,T) = sum of dattention * attention over a head, which the backward pass
+// of the softmax needs; dinp_sum (V): the gradient of wr's bias.
+template <typename X, bool WIDE>
+__global__ void gate_backward_kernel(X* dattention, X* dinp, float* partials, float* dot, X* again, const X* dgated, int ldg,
+                                     const X* attention, const X* inp, int ldi, unsigned rows, int T, int V, int vd) {
+    float sum[8] = {0}, x[8], o[8], d[8], y[8], s[1];
+    int turn = 0;
+    for (unsigned r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
+        unsigned r = r0 + threadIdx.y;
+        int columns = r < rows ? vd : 0;
+        size_t at = head_major(r, T, T, 0, vd), at_g = (size_t)r * ldg + blockIdx.y * vd, at_i = (size_t)r * ldi + blockIdx.y * vd;
+        load_row<WIDE>(x, inp + at_i, columns);
+        load_row<WIDE>(o, attention + at, columns);
+        load_row<WIDE>(d, dgated + at_g, columns);
+        s[0] = 0;
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            float g = sigmoid_of<X>(x[e]), silu = x[e] * g;
+            y[e] = o[e] * silu;
+            s[0] += d[e] * y[e];
+            x[e] = d[e] * o[e] * (g * (1 + x[e] * (1 - g)));
+            sum[e] += x[e];
+            d[e] *= silu;
+        }
+        row_sum(s, turn);
+        store_row<WIDE>(dattention + at, d, columns);
+        store_row<WIDE>(dinp + at_i, x, columns);
+        store_row<WIDE>(again + at_g, y, columns);
+        if (threadIdx.x == 0 && columns) { dot[at / vd] = s[0]; }
+    }
+    store_row<WIDE>(partial_row(partials, 1, V, 0) + blockIdx.y * vd, sum, vd);
+}
+template <typename X>
+static void gate_backward(Gpu& gpu, X* dattention, X* dinp, float* dinp_sum, float* dot, X* again, const X* dgated, int ldg,
+                          const X* attention, const X* inp, int ldi, int B, int T, int V, int H) {
+    RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H);
+    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * V);
+    auto kernel = wide(V / H, ldg, ldi) ? gate_backward_kernel<X, true> : gate_backward_kernel<X, false>;
+    kernel<<<r.grid, r.block, 0, gpu.stream>>>(dattention, dinp, partials, dot, again, dgated, ldg, attention, inp, ldi, B * T, T, V, V / H);
+    LAUNCHED();
+    reduce_columns(gpu, r.parts, {{dinp_sum}, 1, V});
+}
+
+// out (rows,F) = silu(inp) * mul; mul NULL stands for ones. Rows of inp and mul, and of their gradients, lie ld apart.
+template <typename X, bool WIDE, bool MUL>
+__global__ void silu_forward_kernel(X* out, const X* inp, const X* mul, int ld, unsigned rows, int F) {
+    enum { E = WIDE ? 8 : 1 };
+    int f = (blockIdx.x * blockDim.x + threadIdx.x) * E;
+    if (f >= F) { return; }
+    for (unsigned r = blockIdx.y; r < rows; r += gridDim.y) {
+        Piece<X, E> a, b;
+        float x[E], y[E];
+        a.load(inp + (size_t)r * ld + f);
+        if (MUL) { b.load(mul + (size_t)r * ld + f); b.get(y); }
+        a.get(x);
+#pragma unroll
+        for (int e = 0; e < E; e++) { x[e] *= sigmoid_of<X>(x[e]) * (MUL ? y[e] : 1); }
+        X* to = out + (size_t)r * F + f;
+        if (WIDE) { store8(to, x); } else { *to = from_float<X>(x[0]); }
+    }
+}
+static dim3 flat_grid(size_t rows, int columns) { return dim3(ceil_div(columns, 256), min_size(rows, 65535)); }
+
+template <typename X>
+static void silu_forward(Gpu& gpu, X* out, const X* inp, const X* mul, int ld, size_t rows, int F) {
+    bool w = wide(F, ld);
+    auto kernel = w ? mul ? silu_forward_kernel<X, true, true> : silu_forward_kernel<X, true, false>
+                    : mul ? silu_forward_kernel<X, false, true> : silu_forward_kernel<X, false, false>;
+    kernel<<<flat_grid(rows, w ? F / 8 : F), 256, 0, gpu.stream>>>(out, inp, mul, ld, rows, F);
+    LAUNCHED();
+}
+
+// again receives the forward pass's output; it may be where dout is.
+template <typename X, bool WIDE, bool MUL>
+__global__ void silu_backward_kernel(X* dinp, X* dmul, X* again, const X* dout, const X* inp, const X* mul, int ld, unsigned rows, int F) {
+    enum { E = WIDE ? 8 : 1 };
+    int f = (blockIdx.x * blockDim.x + threadIdx.x) * E;
+    if (f >= F) { return; }
+    for (unsigned r = blockIdx.y; r < rows; r += gridDim.y) {
+        Piece<X, E> a, b, c;
+        float x[E], y[E], d[E], o[E];
+        size_t at = (size_t)r * ld + f, at_out = (size_t)r * F + f;
+        a.load(inp + at);
+        c.load(dout + at_out);
+        if (MUL) { b.load(mul + at); b.get(y); }
+        a.get(x);
+        c.get(d);
+#pragma unroll
+        for (int e = 0; e < E; e++) {
+            float s = sigmoid_of<X>(x[e]), silu = x[e] * s, m = MUL ? y[e] : 1;
+            o[e] = silu * m;
+            x[e] = d[e] * m * (s * (1 + x[e] * (1 - s)));
+            y[e] = d[e] * silu;
+        }
+        if (WIDE) {
+            store8(dinp + at, x);
+            if (MUL) { store8(dmul + at, y); }
+            store8(again + at_out, o);
+        } else {
+            dinp[at] = from_float<X>(x[0]);
+            if (MUL) { dmul[at] = from_float<X>(y[0]); }
+            again[at_out] = from_float<X>(o[0]);
+        }
+    }
+}
+template <typename X>
+static void silu_backward(Gpu& gpu, X* dinp, X* dmul, X* again, const X* dout, const X* inp, const X* mul, int ld, size_t rows, int F) {
+    bool w = wide(F, ld);
+    auto kernel = w ? mul ? silu_backward_kernel<X, true, true> : silu_backward_kernel<X, true, false>
+                    : mul ? silu_backward_kernel<X, false, true> : silu_backward_kernel<X, false, false>;
+    kernel<<<flat_grid(rows, w ? F / 8 : F), 256, 0, gpu.stream>>>(dinp, dmul, again, dout, inp, mul, ld, rows, F);
+    LAUNCHED();
+}
+
+// out (rows,D) = inp * w + add (may be out); and dinp = dout * w with dw the column sums of dout * inp. With rescale_nffn.
+template <typename X, bool WIDE>
+__global__ void rescale_kernel(X* out, float* partials, const X* inp, const X* other, const float* w, size_t rows, int D) {
+    float scale[8], sum[8] = {0}, x[8], y[8];
+    load_row<WIDE>(scale, w, D);
+    for (size_t r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
+        load_row<WIDE>(x, inp + r * D, D);
+        load_row<WIDE>(y, other + r * D, D);
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            sum[e] += x[e] * y[e];
+            x[e] = x[e] * scale[e] + (partials ? 0 : y[e]);
+        }
+        store_row<WIDE>(out + r * D, x, D);
+    }
+    if (partials) { store_row<WIDE>(partial_row(partials, 1, D, 0), sum, D); }
+}
+template <typename X>
+static void rescale_forward(Gpu& gpu, X* out, const X* inp, const X* add, const float* w, size_t rows, int D) {
+    RowGrid r = row_grid(&gpu, rows, D, 1);
+    auto kernel = wide(D) ? rescale_kernel<X, true> : rescale_kernel<X, false>;
+    kernel<<<r.grid, r.block, 0, gpu.stream>>>(out, NULL, inp, add, w, rows, D);
+    LAUNCHED();
+}
+template <typename X>
+static void rescale_backward(Gpu& gpu, X* dinp, float* dw, const X* dout, const X* inp, const float* w, size_t rows, int D) {
+    RowGrid r = row_grid(&gpu, rows, D, 1);
+    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * D);
+    auto kernel = wide(D) ? rescale_kernel<X, true> : rescale_kernel<X, false>;
+    kernel<<<r.grid, r.block, 0, gpu.stream>>>(dinp, partials, dout, inp, w, rows, D);
+    LAUNCHED();
+    reduce_columns(gpu, r.parts, {{dw}, 1, D});
+}
+
+// Chunk attention. A pair is one head of one chunk (of one batch row). For blocks of BLOCK queries of all pairs at once, one
+// product makes the scores against the keys up to the block's last one (those right of it are never computed), a kernel
+// turns them into probabilities in place, and a second product makes the output: a block's scores stay in the L2 cache.
+// S (pairs, rows, ld): scores of queries first.. of each pair against keys 0..; query i sees keys up to `seen` + i. lse: of
+// query i of a pair at pair * stride + first + i.
+enum { BLOCK = 512, SCORES_BYTES = 1 << 27 };
+template <typename X, bool WIDE>
+__global__ void __launch_bounds__(256) softmax_forward_kernel(X* S, int ld, size_t step, float* lse, size_t stride, int rows, int keys,
+                                                              int seen) {
+    enum { E = WIDE ? 8 : 1, KEPT = 8 }; // a warp has a row, a thread keeps KEPT pieces of it in registers
+    int i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32, n = seen + i + 1;
+    if (i >= rows) { return; }
+    X* s = S + blockIdx.y * step + (size_t)i * ld;
+    Piece<X, E> kept[KEPT];
+    float x[E], top = -INFINITY, sum = 0;
+    for (int j0 = lane * E, m = 0; j0 < n; j0 += 32 * E * KEPT, m++) { // running maximum and sum, piece by piece
+#pragma unroll
+        for (int k = 0; k < KEPT; k++) {
+            int j = j0 + k * 32 * E;
+            if (j >= n) { break; }
+            kept[k].load(s + j);
+        }
+        float before = top;
+#pragma unroll
+        for (int k = 0; k < KEPT; k++) {
+            int j = j0 + k * 32 * E;
+            if (j >= n) { break; }
+            kept[k].get(x);
+#pragma unroll
+            for (int e = 0; e < E; e++) { if (j + e < n) { top = fmaxf(top, x[e]); } }
+        }
+        sum *= before == top ? 1 : exp_of<X>(before - top);
+#pragma unroll
+        for (int k = 0; k < KEPT; k++) {
+            int j = j0 + k * 32 * E;
+            if (j >= n) { break; }
+            kept[k].get(x);
+#pragma unroll
+            for (int e = 0; e < E; e++) { sum += j + e < n ? exp_of<X>(x[e] - top) : 0; }
+        }
+    }
+    float all = top;
+#pragma unroll
+    for (int o = 16; o; o /= 2) { all = fmaxf(all, __shfl_xor_sync(~0u, all, o)); }
+    sum *= top == -INFINITY ? 0 : exp_of<X>(top - all);
+#pragma unroll
+    for (int o = 16; o; o /= 2) { sum += __shfl_xor_sync(~0u, sum, o); }
+    bool whole = n <= 32 * E * KEPT; // is all of the row in registers?
+    for (int j0 = lane * E; j0 < keys; j0 += 32 * E * KEPT) {
+#pragma unroll
+        for (int k = 0; k < KEPT; k++) {
+            int j = j0 + k * 32 * E;
+            if (j >= keys) { break; }
+            if (j < n) {
+                if (!whole) { kept[k].load(s + j); }
+                kept[k].get(x);
+            }
+#pragma unroll
+            for (int e = 0; e < E; e++) { x[e] = j + e < n ? exp_of<X>(x[e] - all) / sum : 0; }
+            if (WIDE) { store8(s + j, x); } else { s[j] = from_float<X>(x[0]); }
+        }
+    }
+    if (lane == 0) { lse[blockIdx.y * stride + i] = all + logf(sum); }
+}
+
+// In place: S becomes P = exp(S - lse) and dP becomes dS = P (dP - dot). Columns up to the end of the row's block.
+template <typename X, bool WIDE>
+__global__ void __launch_bounds__(256) softmax_backward_kernel(X* S, X* dP, int ld, size_t step, const float* lse, const float* dot,
+                                                               size_t stride, int rows) {
+    enum { E = WIDE ? 8 : 1 };
+    int i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (i >= rows) { return; }
+    size_t at = blockIdx.y * step + (size_t)i * ld;
+    int keys = min((i / BLOCK + 1) * BLOCK, rows);
+    float norm = lse[blockIdx.y * stride + i], d = dot[blockIdx.y * stride + i];
+#pragma unroll 4
+    for (int j = lane * E; j < keys; j += 32 * E) {
+        Piece<X, E> a, b;
+        float x[E], y[E];
+        a.load(S + at + j);
+        b.load(dP + at + j);
+        a.get(x);
+        b.get(y);
+#pragma unroll
+        for (int e = 0; e < E; e++) {
+            x[e] = j + e <= i ? exp_of<X>(x[e] - norm) : 0;
+            y[e] = j + e <= i ? x[e] * (y[e] - d) : 0;
+        }
+        if (WIDE) {
+            store8(S + at + j, x);
+            store8(dP + at + j, y);
+        } else {
+            S[at + j] = from_float<X>(x[0]);
+            dP[at + j] = from_float<X>(y[0]);
+        }
+    }
+}
+
+// Which chunks one round of products covers: `pairs` of them, `rows` queries each, `step_q` timesteps apart among queries
+// and `step_k` among keys, from timestep `first` on. If c divides T, all of them at once; else chunk by chunk.
+struct Spans { int count, pairs, rows; size_t step_q, step_k; };
+static Spans attention_spans(int B, int T, int K, int c, int H) {
+    if (T % c == 0 && K == T) { return {1, B * H * (T / c), c, (size_t)c, (size_t)c}; }
+    return {(int)ceil_div(T, c), B * H, min_int(c, T), (size_t)T, (size_t)K};
+}
+// Pairs whose scores fit the scratch memory, at least one.
+template <typename X> static int pairs_at_once(int pairs, size_t elements) {
+    size_t n = SCORES_BYTES / (elements * sizeof(X));
+    return n < 1 ? 1 : min_size(n, pairs);
+}
+
+// out (B,H,T,V/H), q (B,H,T,Z/H), k (B,H,K,Z/H), v (B,H,K,V/H), lse (B,H,T)
+template <typename X>
+static void attention_forward(Gpu& gpu, X* out, float* lse, const X* q, const X* k, const X* v, int B, int T, int K, int pos, int c,
+                              int H, int Z, int V) {
+    int zd = Z / H, vd = V / H;
+    Spans a = attention_spans(B, T, K, c, H);
+    for (int n = 0, first = 0; n < a.count; n++, first += c) {
+        int rows = min_int(a.rows, T - first), block = min_int(rows, BLOCK), ld = ceil_div(pos + rows, 8) * 8;
+        int most = pairs_at_once<X>(a.pairs, (size_t)block * ld);
+        X* S = (X*)gpu_scratch(&gpu, SCORES, sizeof(X) * most * block * ld);
+        for (int p = 0; p < a.pairs; p += most) {
+            int batch = min_int(most, a.pairs - p);
+            for (int i = 0; i < rows; i += BLOCK) {
+                int m = min_int(BLOCK, rows - i), keys = pos + i + m;
+                size_t at_q = p * a.step_q + first + i, at_k = p * a.step_k + first, step = (size_t)m * ld;
+                gemm<X, X>(gpu, S, ld, q + at_q * zd, zd, false, k + at_k * zd, zd, true, m, keys, zd, NULL, 0, NULL,
+                           batch, a.step_q * zd, a.step_k * zd, step);
+                auto kernel = wide(keys) ? softmax_forward_kernel<X, true> : softmax_forward_kernel<X, false>;
+                kernel<<<dim3(ceil_div(m, 8), batch), 256, 0, gpu.stream>>>(S, ld, step, lse + at_q, a.step_q, m, keys, pos + i);
+                LAUNCHED();
+                gemm<X, X>(gpu, out + at_q * vd, vd, S, ld, false, v + at_k * vd, vd, false, m, vd, keys, NULL, 0, NULL,
+                           batch, step, a.step_k * vd, a.step_q * vd);
+            }
+        }
+    }
+}
+
+// Scores and dP = dout v^T by blocks of rows, then dq by rows, dk and dv by columns: so every sum is one product, in fp32.
+// dot (B,H,T): row sums of dout * out.
+template <typename X>
+static void attention_backward(Gpu& gpu, X* dq, X* dk, X* dv, const X* dout, const float* dot, const float* lse, const X* q,
+                               const X* k, const X* v, int B, int T, int c, int H, int Z, int V) {
+    int zd = Z / H, vd = V / H;
+    Spans a = attention_spans(B, T, T, c, H);
+    for (int n = 0, first = 0; n < a.count; n++, first += c) {
+        int rows = min_int(a.rows, T - first), ld = ceil_div(rows, 8) * 8;
+        size_t step = (size_t)rows * ld, step_q = a.step_q * zd, step_v = a.step_q * vd;
+        int most = pairs_at_once<X>(a.pairs, step);
+        X *S = (X*)gpu_scratch(&gpu, SCORES, sizeof(X) * most * step * 2), *dS = S + most * step;
+        for (int p = 0; p < a.pairs; p += most) {
+            int batch = min_int(most, a.pairs - p);
+            size_t at = p * a.step_q + first;
+            const X *qp = q + at * zd, *kp = k + at * zd, *vp = v + at * vd, *dp = dout + at * vd;
+            for (int i = 0; i < rows; i += BLOCK) {
+                int m = min_int(BLOCK, rows - i);
+                gemm<X, X>(gpu, S + (size_t)i * ld, ld, qp + (size_t)i * zd, zd, false, kp, zd, true, m, i + m, zd, NULL, 0, NULL,
+                           batch, step_q, step_q, step);
+                gemm<X, X>(gpu, dS + (size_t)i * ld, ld, dp + (size_t)i * vd, vd, false, vp, vd, true, m, i + m, vd, NULL, 0, NULL,
+                           batch, step_v, step_v, step);
+            }
+            auto kernel = wide(rows) ? softmax_backward_kernel<X, true> : softmax_backward_kernel<X, false>;
+            kernel<<<dim3(ceil_div(rows, 8), batch), 256, 0, gpu.stream>>>(S, dS, ld, step, lse + at, dot + at, a.step_q, rows);
+            LAUNCHED();
+            for (int i = 0; i < rows; i += BLOCK) {
+                int m = min_int(BLOCK, rows - i);
+                const X *Sc = S + (size_t)i * ld + i, *dSc = dS + (size_t)i * ld + i; // queries from i on, keys of this block
+                gemm<X, X>(gpu, dq + (at + i) * zd, zd, dS + (size_t)i * ld, ld, false, kp, zd, false, m, zd, i + m, NULL, 0, NULL,
+                           batch, step, step_q, step_q);
+                gemm<X, X>(gpu, dk + (at + i) * zd, zd, dSc, ld, true, qp + (size_t)i * zd, zd, false, m, zd, rows - i, NULL, 0, NULL,
+                           batch, step, step_q, step_q);
+                gemm<X, X>(gpu, dv + (at + i) * vd, vd, Sc, ld, true, dp + (size_t)i * vd, vd, false, m, vd, rows - i, NULL, 0, NULL,
+                           batch, step, step_v, step_v);
+            }
+        }
+    }
+}
+
+// Cross-entropy, a block per row. Losses, and with `gradient` logits become dlogits in place: a row is read from memory
+// once and, the second time, from the cache.
+template <typename X, bool WIDE>
+__global__ void __launch_bounds__(1024) crossentropy_kernel(float* losses, X* logits, const int* targets, float dloss, bool gradient,
+                                                            int vocab) {
+    enum { E = WIDE ? 8 : 1 };
+    __shared__ float tops[32], sums[32];
+    X* row = logits + (size_t)blockIdx.x * vocab;
+    int target = targets[blockIdx.x], lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float x[E], top = -INFINITY, sum = 0, at_target = target == IGNORE ? 0 : to_float(row[target]);
+    for (int i = threadIdx.x * E; target != IGNORE && i < vocab; i += blockDim.x * E) {
+        Piece<X, E> piece;
+        piece.load(row + i);
+        piece.get(x);
+        float most = top;
+#pragma unroll
+        for (int e = 0; e < E; e++) { most = fmaxf(most, x[e]); }
+        sum *= exp_of<X>(top - most);
+        top = most;
+#pragma unroll
+        for (int e = 0; e < E; e++) { sum += exp_of<X>(x[e] - top); }
+    }
+    float all = top;
+#pragma unroll
+    for (int o = 16; o; o /= 2) { all = fmaxf(all, __shfl_xor_sync(~0u, all, o)); }
+    if (lane == 0) { tops[warp] = all; }
+    __syncthreads(); // also: all have read the target's logit before it is overwritten
+    all = lane < blockDim.x / 32 ? tops[lane] : -INFINITY;
+#pragma unroll
+    for (int o = 16; o; o /= 2) { all = fmaxf(all, __shfl_xor_sync(~0u, all, o)); }
+    sum = top == -INFINITY ? 0 : sum * exp_of<X>(top - all);
+#pragma unroll
+    for (int o = 16; o; o /= 2) { sum += __shfl_xor_sync(~0u, sum, o); }
+    if (lane == 0) { sums[warp] = sum; }
+    __syncthreads();
+    sum = lane < blockDim.x / 32 ? sums[lane] : 0;
+#pragma unroll
+    for (int o = 16; o; o /= 2) { sum += __shfl_xor_sync(~0u, sum, o); }
+    if (threadIdx.x == 0) { losses[blockIdx.x] = target == IGNORE ? 0 : logf(sum) + (all - at_target); }
+    if (!gradient) { return; }
+    float scale = dloss / sum;
+    for (int i = threadIdx.x * E; i < vocab; i += blockDim.x * E) {
+        Piece<X, E> piece;
+        piece.load(row + i);
+        piece.get(x);
+#pragma unroll
+        for (int e = 0; e < E; e++) {
+            x[e] = target == IGNORE ? 0 : exp_of<X>(x[e] - all) * scale - (i + e == target ? dloss : 0);
+        }
+        if (WIDE) { store8(row + i, x); } else { row[i] = from_float<X>(x[0]); }
+    }
+}
+template <typename X>
+static void crossentropy(Gpu& gpu, float* losses, X* logits, const int* targets, float dloss, bool gradient, size_t rows, int vocab) {
+    auto kernel = wide(vocab) ? crossentropy_kernel<X, true> : crossentropy_kernel<X, false>;
+    int threads = min_size(1024, ceil_div(ceil_div(vocab, 8), 32) * 32);
+    kernel<<<rows, threads, 0, gpu.stream>>>(losses, logits, targets, dloss, gradient, vocab);
+    LAUNCHED();
+}
+template <typename X>
+static void crossentropy_forward(Gpu& gpu, float* losses, X* logits, const int* targets, size_t rows, int vocab) {
+    crossentropy(gpu, losses, logits, targets, 0, false, rows, vocab);
+}
+template <typename X>
+static void crossentropy_backward(Gpu& gpu, X* logits, float* losses, const int* targets, float dloss, size_t rows, int vocab) {
+    crossentropy(gpu, losses, logits, targets, dloss, true, rows, vocab);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The model: the CPU's, with memory laid out for the GPU
+
+#define ROW_INDEX_P(field, ...) P_##field,
+#define ROW_INDEX_A(field, ...) A_##field,
+enum { PARAMETERS(ROW_INDEX_P) };
+enum { ACTIVATIONS(ROW_INDEX_A) };
+
+// Statistics and losses are floats, all other activations of type X.
+constexpr bool act_is_float(int i) {
+    return i == A_timenorm_mean || i == A_timenorm_rstd || i == A_rmsnorm_rstd || i == A_znorm_rstd || i == A_attention_lse
+           || i == A_norm_mean || i == A_norm_rstd || i == A_final_mean || i == A_final_rstd || i == A_losses;
+}
+static bool act_is_head_major(int i) { return i == A_q || i == A_k || i == A_v || i == A_attention || i == A_attention_lse; }
+// Cheap to compute again in the backward pass: not kept for every layer.
+static bool act_is_cheap(int i) {
+    return i == A_timenorm || i == A_rmsnorm || i == A_q || i == A_k || i == A_v || i == A_gated || i == A_norm || i == A_hidden;
+}
+// Rows of the tables that stand side by side, as one product makes or takes both.
+static int act_joined_to(int i) { return i == A_gated ? A_rmsnorm : i == A_wr ? A_wz : i == A_fc3 ? A_fc1 : -1; }
+static int param_joined_to(int i) { return i == P_wr ? P_wz : i == P_wr_b ? P_wz_b : i == P_fc3 ? P_fc1 : i == P_wh2 ? P_wh1 : -1; }
+
+#define FIELD_OF_X(field, ...) X* field;
+#define FIELD_OF_ACT(field, ...) std::conditional_t<act_is_float(A_##field), float, X>* field;
+template <typename X> struct ParamsOf { PARAMETERS(FIELD_OF_X) };
+template <typename X> struct ActsOf { ACTIVATIONS(FIELD_OF_ACT) };
+
+// A tensor in device memory: elements from the start of the block to layer 0's, between layers, and between rows (wh1|wh2).
+struct ParamPlace { size_t offset, step, rows, columns, pitch; };
+
+template <typename X> struct ModelOf {
+    Config config;
+    Spec specs[NUM_PARAMS];
+    ParamPlace places[NUM_PARAMS];
+    size_t num_parameters, size;   // size: of a block below, with padding (always zero)
+    float *params, *grads, *adam_m, *adam_v;
+    X* weights;                    // params rounded to X; for X = float the same memory
+    float* rotations;              // (c,Z/H/2,2)
+    double* sums;                  // partial sums of the gradient's norm, and the norm
+};
+
+// Lays out the tensors: embedding, layer after layer, the rest; each on a multiple of 64 elements but the joined ones, which
+// follow their partner. wh1 and wh2 share rows.
+static size_t params_place(ParamPlace* places, const Spec* specs, const Config* c) {
+    size_t at = 0, layer = 0, rows = specs[P_wh1].dims[0], pitch = specs[P_wh1].dims[1] + specs[P_wh2].dims[1];
+    bool layers_done = false;
+    for (int i = 0; i < NUM_PARAMS; i++) {
+        bool per_layer = strstr(specs[i].name, "%d");
+        if (!per_layer || layers_done) {
+            if (i > P_timenorm_w && !layers_done) { at += (c->num_layers - 1) * layer; layers_done = true; }
+            places[i] = {at, 0, 1, specs[i].size, specs[i].size};
+            at += ceil_div(specs[i].size, 64) * 64;
+            continue;
+        }
+        size_t first = at;
+        if (param_joined_to(i) >= 0) { continue; } // placed with its partner
+        places[i] = {at, 0, 1, specs[i].size, specs[i].size};
+        if (i == P_wh1) {
+            places[P_wh1] = {at, 0, rows, specs[P_wh1].dims[1], pitch};
+            places[P_wh2] = {at + specs[P_wh1].dims[1], 0, rows, specs[P_wh2].dims[1], pitch};
+            at += rows * pitch;
+        } else {
+            at += specs[i].size;
+            for (int k = 0; k < NUM_PARAMS; k++) {
+                if (param_joined_to(k) != i) { continue; }
+                places[k] = {at, 0, 1, specs[k].size, specs[k].size};
+                at += specs[k].size;
+            }
+        }
+        at = ceil_div(at, 64) * 64;
+        layer += at - first;
+    }
+    for (int i = 0; i < NUM_PARAMS; i++) { if (strstr(specs[i].name, "%d")) { places[i].step = layer; } }
+    return at;
+}
+
+// Pointers to layer l's tensors in a block.
+template <typename P, typename Y> static P params_layer(const ParamPlace* places, Y* block, int l) {
+    P p;
+    for (int i = 0; i < NUM_PARAMS; i++) { ((Y**)&p)[i] = block + places[i].offset + l * places[i].step; }
+    return p;
+}
+
+template <typename X> static size_t model_bytes(const Config* c, bool training) {
+    Spec specs[NUM_PARAMS];
+    ParamPlace places[NUM_PARAMS];
+    param_specs(specs, c);
+    size_t each = (training ? 4 : 1) * sizeof(float) + (std::is_same<X, float>::value ? 0 : sizeof(X));
+    return params_place(places, specs, c) * each + sizeof(float) * c->chunk_size * (c->z_dim / c->num_heads);
+}
+
+enum { NORM_BLOCKS = 1024 };
+template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Config* c, bool training) {
+    Model host;
+    Config small = *c;
+    config_check(c);
+    memset(m, 0, sizeof(*m));
+    m->config = *c;
+    param_specs(m->specs, c);
+    m->num_parameters = specs_size(m->specs, NUM_PARAMS);
+    m->size = params_place(m->places, m->specs, c);
+    float** blocks[4] = {&m->params, &m->grads, &m->adam_m, &m->adam_v};
+    for (int i = 0; i < (training ? 4 : 1); i++) { *blocks[i] = (float*)gpu_alloc(&gpu, m->size * sizeof(float)); }
+    m->weights = std::is_same<X, float>::value ? (X*)m->params : (X*)gpu_alloc(&gpu, m->size * sizeof(X));
+    m->sums = (double*)gpu_alloc(&gpu, (NORM_BLOCKS + 1) * sizeof(double));
+    small.num_layers = small.vocab_size = small.model_dim = small.norm_num_groups = small.value_dim = small.ffn_hidden_dim = 2;
+    small.value_dim = small.num_heads;
+    model_alloc(&host, &small, false); // for its table of rotations
+    size_t bytes = sizeof(float) * c->chunk_size * (c->z_dim / c->num_heads);
+    m->rotations = (float*)gpu_alloc(&gpu, bytes);
+    CUDA(cudaMemcpy(m->rotations, host.rotations, bytes, cudaMemcpyHostToDevice));
+    model_free(&host);
+}
+
+template <typename X> static void model_free(Gpu& gpu, ModelOf<X>* m) {
+    gpu_sync(&gpu);
+    if ((void*)m->weights != m->params) { cudaFree(m->weights); }
+    void* blocks[6] = {m->params, m->grads, m->adam_m, m->adam_v, m->rotations, m->sums};
+    for (int i = 0; i < 6; i++) { cudaFree(blocks[i]); }
+}
+
+__global__ void round_kernel(bf16* out, const float* inp, size_t n) {
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
+        out[i] = __float2bfloat16_rn(inp[i]);
+    }
+}
+// After the parameters have changed otherwise than by model_update.
+template <typename X> static void model_round(Gpu& gpu, ModelOf<X>* m) {
+    if (std::is_same<X, float>::value) { return; }
+    round_kernel<<<NORM_BLOCKS, 256, 0, gpu.stream>>>((bf16*)m->weights, m->params, m->size);
+    LAUNCHED();
+}
+
+// Copies between a block on the device (params, grads, adam_m or adam_v) and one of a Model of the CPU.
+template <typename X> static void model_copy(Gpu& gpu, const ModelOf<X>* m, float* block, Params host, bool to_host) {
+    gpu_sync(&gpu);
+    for (int i = 0; i < NUM_PARAMS; i++) {
+        const ParamPlace* p = &m->places[i];
+        for (int l = 0; m->specs[i].size && l < m->specs[i].slots; l++) {
+            float *there = block + p->offset + l * p->step, *here = ((float**)&host)[i] + l * m->specs[i].size;
+            size_t width = p->columns * sizeof(float), pitch = p->pitch * sizeof(float);
+            if (to_host) { CUDA(cudaMemcpy2D(here, width, there, pitch, width, p->rows, cudaMemcpyDeviceToHost)); }
+            else { CUDA(cudaMemcpy2D(there, pitch, here, width, width, p->rows, cudaMemcpyHostToDevice)); }
+        }
+    }
+}
+
+// A tensor of activations on the device: bytes from the start of the block and between layers (0: they share one), elements
+// between timesteps. size 0: absent.
+struct ActPlace { size_t offset, step, size, pitch; };
+enum { KEEP_CHEAPLY = KEEP_ALL + 1 }; // like KEEP_ALL, but what is cheap is computed again; KEEP_ALL is for tests
+
+template <typename X> struct PassOf {
+    int B, T, keep, keep_grads;
+    Spec specs[NUM_ACTS];              // shapes of a layer's activations
+    ActPlace places[NUM_ACTS], dplaces[NUM_ACTS];
+    char *acts, *grads;                // the blocks
+    size_t acts_size, grads_size;
+    float* carries;                    // CEMA's states between segments, by layer
+    size_t carries_step;
+    int *host, *tokens, *targets, *order, *begin; // host: pinned, of the 4 others' sizes; order, begin: see embedding_backward
+    int runs;
+    cudaEvent_t copied;
+};
+
+// Lays out activations (or their gradients) and returns their size in bytes.
+template <typename X>
+static size_t acts_place(ActPlace* places, const Spec* specs, const Config* c, size_t BT, int keep, bool grads) {
+    Spec blocks[NUM_ACTS];
+    size_t at = 0;
+    act_specs(blocks, c, BT, KEEP_BLOCKS);
+    memset(places, 0, sizeof(ActPlace) * NUM_ACTS);
+    for (int i = 0; i < NUM_ACTS; i++) {
+        bool per_layer = strstr(specs[i].name, "%d") || specs[i].slots > 1, is_output = blocks[i].slots > 1;
+        bool own = per_layer && (is_output ? keep != KEEP_NONE : keep == KEEP_ALL || (keep == KEEP_CHEAPLY && !act_is_cheap(i)));
+        if (!specs[i].size || act_joined_to(i) >= 0) { continue; }
+        if ((i == A_znorm || i == A_znorm_rstd) && keep != KEEP_ALL) { continue; }
+        if (grads && ((act_is_float(i) && i != A_attention_lse) || i == A_logits)) { continue; } // lse's place: see attention_backward
+        if (grads && i == A_embed && keep != KEEP_ALL) { continue; } // it is .out's, below
+        size_t pitch = specs[i].size / BT, bytes = act_is_float(i) ? sizeof(float) : sizeof(X);
+        for (int k = 0; k < NUM_ACTS; k++) { if (act_joined_to(k) == i) { pitch += specs[k].size / BT; } }
+        size_t slot = ceil_div(BT * pitch * bytes, 256) * 256;
+        places[i] = {at, own ? slot : 0, specs[i].size, pitch};
+        for (int k = 0; k < NUM_ACTS; k++) { // the partner's columns follow
+            if (act_joined_to(k) == i) { places[k] = {at + specs[i].size / BT * bytes, places[i].step, specs[k].size, pitch}; }
+        }
+        at += slot * (own ? c->num_layers : 1);
+    }
+    if (grads && keep != KEEP_ALL) { places[A_embed] = places[A_out]; }
+    return at;
+}
+
+template <typename X> static size_t pass_bytes(Gpu& gpu, const Config* c, int B, int T, int keep, int keep_grads) {
+    Spec specs[NUM_ACTS];
+    ActPlace places[NUM_ACTS];
+    size_t BT = (size_t)B * T, bytes;
+    act_specs(specs, c, BT, KEEP_ALL);
+    bytes = acts_place<X>(places, specs, c, BT, keep, false) + (keep != KEEP_NONE ? acts_place<X>(places, specs, c, BT, keep_grads, true) : 0);
+    return bytes + sizeof(float) * cema_carries_size(&gpu, B, T, c->model_dim, c->cema_ndim) * (keep == KEEP_NONE ? 1 : c->num_layers);
+}
+
+template <typename X> static void pass_alloc(Gpu& gpu, PassOf<X>* s, const Config* c, int B, int T, int keep, int keep_grads) {
+    size_t BT = (size_t)B * T;
+    if (BT > INT_MAX / 2) { die("%d x %d tokens in one pass are too many for the GPU program", B, T); }
+    memset(s, 0, sizeof(*s));
+    s->B = B;
+    s->T = T;
+    s->keep = keep;
+    s->keep_grads = keep_grads;
+    act_specs(s->specs, c, BT, KEEP_ALL);
+    s->acts_size = acts_place<X>(s->places, s->specs, c, BT, keep, false);
+    s->acts = (char*)gpu_alloc(&gpu, s->acts_size);
+    if (keep != KEEP_NONE) {
+        s->grads_size = acts_place<X>(s->dplaces, s->specs, c, BT, keep_grads, true);
+        s->grads = (char*)gpu_alloc(&gpu, s->grads_size);
+    }
+    s->carries_step = keep == KEEP_NONE ? 0 : cema_carries_size(&gpu, B, T, c->model_dim, c->cema_ndim);
+    s->carries = (float*)gpu_alloc(&gpu, sizeof(float) * cema_carries_size(&gpu, B, T, c->model_dim, c->cema_ndim)
+                                         * (keep == KEEP_NONE ? 1 : c->num_layers));
+    s->tokens = (int*)gpu_alloc(&gpu, sizeof(int) * (4 * BT + 1));
+    s->targets = s->tokens + BT;
+    s->order = s->targets + BT;
+    s->begin = s->order + BT;
+    CUDA(cudaMallocHost((void**)&s->host, sizeof(int) * (4 * BT + 1)));
+    CUDA(cudaEventCreateWithFlags(&s->copied, cudaEventDisableTiming));
+}
+
+template <typename X> static void pass_free(Gpu& gpu, PassOf<X>* s) {
+    gpu_sync(&gpu);
+    cudaFree(s->acts);
+    cudaFree(s->grads);
+    cudaFree(s->carries);
+    cudaFree(s->tokens);
+    cudaFreeHost(s->host);
+    cudaEventDestroy(s->copied);
+}
+
+template <typename X> static ActsOf<X> acts_layer(const ActPlace* places, char* block, int l) {
+    ActsOf<X> a;
+    for (int i = 0; i < NUM_ACTS; i++) { ((char**)&a)[i] = places[i].size ? block + places[i].offset + l * places[i].step : NULL; }
+    return a;
+}
+
+// The output of layer l - 1, or of the embedding.
+template <typename X> static X* block_input(const ActPlace* places, char* block, int l) {
+    return l ? acts_layer<X>(places, block, l - 1).out : acts_layer<X>(places, block, 0).embed;
+}
+
+// Activation i of layer l, or with grads its gradient, in the CPU's layout: (B,T,...) floats. False if it is not there.
+template <typename X> static bool pass_fetch(Gpu& gpu, const PassOf<X>* s, const Config* c, int i, int l, bool grads, float* out) {
+    const ActPlace* p = grads ? &s->dplaces[i] : &s->places[i];
+    if (!p->size) { return false; }
+    const size_t* dims = s->specs[i].dims;
+    size_t BT = (size_t)s->B * s->T, n = dims[0] * (dims[1] ? dims[1] : 1), bytes = act_is_float(i) ? sizeof(float) : sizeof(X);
+    int H = act_is_head_major(i) ? c->num_heads : 1;
+    char* raw = (char*)xcalloc(BT * n, bytes);
+    gpu_sync(&gpu);
+    CUDA(cudaMemcpy2D(raw, n * bytes, (grads ? s->grads : s->acts) + p->offset + l * p->step, p->pitch * bytes, n * bytes, BT,
+                      cudaMemcpyDeviceToHost));
+    for (size_t k = 0; k < BT * n; k++) {
+        size_t d = n / H, b = k / (s->T * n), t = k / n % s->T, h = k % n / d, from = ((b * H + h) * s->T + t) * d + k % d;
+        if (act_is_float(i) || sizeof(X) == 4) { out[k] = ((const float*)raw)[from]; }
+        else {
+            uint32_t bits = (uint32_t)((const uint16_t*)raw)[from] << 16;
+            memcpy(&out[k], &bits, 4);
+        }
+    }
+    free(raw);
+    return true;
+}
+
+template <typename X> struct StateOf {
+    int B, pos;
+    NormState* norm; // (L+1,B,G)
+    float* h;        // (L,B,D,N,2)
+    X *k, *v;        // (L,B,H,c,Z/H), (L,B,H,c,V/H); NULL if calls end where chunks do
+};
+
+template <typename X> static size_t state_bytes(const Config* c, int B, bool cache) {
+    return (size_t)B * (sizeof(NormState) * (c->num_layers + 1) * c->norm_num_groups + sizeof(float) * c->num_layers * c->model_dim
+                        * c->cema_ndim * 2 + (cache ? sizeof(X) * c->num_layers * c->chunk_size * (c->z_dim + c->value_dim) : 0));
+}
+template <typename X> static void state_alloc(Gpu& gpu, StateOf<X>* s, const Config* c, int B, bool cache) {
+    size_t layers = c->num_layers, chunk = (size_t)B * c->chunk_size;
+    memset(s, 0, sizeof(*s));
+    s->B = B;
+    s->norm = (NormState*)gpu_alloc(&gpu, (layers + 1) * B * c->norm_num_groups * sizeof(NormState));
+    s->h = (float*)gpu_alloc(&gpu, layers * B * c->model_dim * c->cema_ndim * 2 * sizeof(float));
+    if (cache) {
+        s->k = (X*)gpu_alloc(&gpu, layers * chunk * c->z_dim * sizeof(X));
+        s->v = (X*)gpu_alloc(&gpu, layers * chunk * c->value_dim * sizeof(X));
+    }
+}
+template <typename X> static void state_free(Gpu& gpu, StateOf<X>* s) {
+    gpu_sync(&gpu);
+    void* blocks[4] = {s->norm, s->h, s->k, s->v};
+    for (int i = 0; i < 4; i++) { cudaFree(blocks[i]); }
+}
+template <typename X> static void state_reset(Gpu& gpu, StateOf<X>* s, const Config* c) {
+    CUDA(cudaMemsetAsync(s->norm, 0, sizeof(NormState) * (c->num_layers + 1) * s->B * c->norm_num_groups, gpu.stream));
+    CUDA(cudaMemsetAsync(s->h, 0, sizeof(float) * c->num_layers * s->B * c->model_dim * c->cema_ndim * 2, gpu.stream));
+    s->pos = 0;
+}
+// Copies norms and h between a State of the CPU and one of the GPU.
+template <typename X> static void state_copy(Gpu& gpu, StateOf<X>* s, State* host, const Config* c, bool to_host) {
+    size_t norm = sizeof(NormState) * (c->num_layers + 1) * s->B * c->norm_num_groups;
+    size_t h = sizeof(float) * c->num_layers * s->B * c->model_dim * c->cema_ndim * 2;
+    gpu_sync(&gpu);
+    CUDA(cudaMemcpy(to_host ? (void*)host->norm : s->norm, to_host ? s->norm : host->norm, norm, cudaMemcpyDefault));
+    CUDA(cudaMemcpy(to_host ? (void*)host->h : s->h, to_host ? s->h : host->h, h, cudaMemcpyDefault));
+    if (to_host) { host->pos = s->pos; } else { s->pos = host->pos; }
+}
+template <typename X> static StateOf<X> state_layer(const StateOf<X>* s, const Config* c, int l) {
+    StateOf<X> r = {0, 0, NULL, NULL, NULL, NULL};
+    if (!s) { return r; }
+    size_t chunk = (size_t)s->B * c->chunk_size;
+    r = *s;
+    r.norm += (size_t)l * s->B * c->norm_num_groups;
+    r.h += (size_t)l * s->B * c->model_dim * c->cema_ndim * 2;
+    if (s->k && l < c->num_layers) {
+        r.k += l * chunk * c->z_dim;
+        r.v += l * chunk * c->value_dim;
+    }
+    return r;
+}
+
+// The CPU's random numbers and its model_init, an element a thread. (Its logarithms and cosines may differ in the last bit.)
+__device__ inline double uniform_device(uint64_t seed, uint64_t stream, uint64_t index) {
+    uint64_t x = seed;
+    const uint64_t add[3] = {0x9E3779B97F4A7C15u, stream, index};
+    for (int i = 0; i < 3; i++) {
+        x += add[i] * 0x9E3779B97F4A7C15u + 0x9E3779B97F4A7C15u;
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+        x ^= x >> 31;
+    }
+    return (x >> 11) * 0x1p-53;
+}
+__device__ inline double normal_device(uint64_t seed, uint64_t stream, uint64_t index) {
+    double u = 1 - uniform_device(seed, stream, 2 * index), v = uniform_device(seed, stream, 2 * index + 1);
+    return sqrt(-2 * log(u)) * cospi(2 * v);
+}
+__global__ void init_kernel(float* w, int init, ParamPlace place, size_t fan_in, int D, int layer, uint64_t seed, uint64_t stream) {
+    size_t n = place.rows * place.columns;
+    for (size_t j = blockIdx.x * (size_t)blockDim.x + threadIdx.x; j < n; j += (size_t)gridDim.x * blockDim.x) {
+        double z = normal_device(seed, stream, j), limit = init == INIT_EMBED ? 3 : init == INIT_OMEGA ? 4 : INFINITY;
+        for (uint64_t again = 1; fabs(z) > limit; again++) { z = normal_device(seed, stream + (again << 48), j); }
+        z *= init == INIT_EMBED ? 1 / sqrt((double)D) : init == INIT_LINEAR ? 1 / sqrt(3.0 * fan_in) : init == INIT_NORMAL ? 0.2
+             : init == INIT_GAMMA ? (j % 2 ? 0.0 : 1.0) : init == INIT_OMEGA ? 0.25 : 0.0;
+        w[j / place.columns * place.pitch + j % place.columns] = init == INIT_RESCALE ? 0.1 * pow(0.5, layer) : z;
+    }
+}
+template <typename X> static void model_init(Gpu& gpu, ModelOf<X>* m, int seed) {
+    int D = m->config.model_dim;
+    float* theta = (float*)xcalloc(D, sizeof(float));
+    for (int i = 0; i < NUM_PARAMS; i++) {
+        for (int l = 0; m->specs[i].size && l < m->specs[i].slots; l++) {
+            const ParamPlace* p = &m->places[i];
+            float* w = m->params + p->offset + l * p->step;
+            uint64_t stream = (uint64_t)i << 32 | l;
+            if (m->specs[i].init != INIT_THETA) {
+                init_kernel<<<min_size(8192, ceil_div(m->specs[i].size, 256)), 256, 0, gpu.stream>>>(
+                    w, m->specs[i].init, *p, m->specs[i].dims[1], D, l, seed, stream);
+                LAUNCHED();
+                continue;
+            }
+            for (int j = 0; j < D; j++) { theta[j] = j + 1; } // sigmoid(theta) = D^(-i/D), i in random order
+            for (int j = D - 1; j >= 0; j--) {
+                int other = random_bits(seed, stream, j) % (j + 1);
+                double turn = exp(-theta[other] * log(D) / D);
+                theta[other] = theta[j];
+                theta[j] = log(turn / (1.0 - turn));
+            }
+            gpu_sync(&gpu);
+            CUDA(cudaMemcpy(w, theta, D * sizeof(float), cudaMemcpyHostToDevice));
+        }
+    }
+    free(theta);
+    model_round(gpu, m);
+}
+
+// Sizes that every function of the model needs.
+#define SIZES(c) \
+    int D = c->model_dim, H = c->num_heads, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim, G = c->norm_num_groups; \
+    int N = c->cema_ndim, FF = c->swiglu ? 2 * F : F, ZR = Z + V, MU = D + V; /* rows of fc1|fc3, wz|wr and m|u */ \
+    float eps = c->norm_eps; \
+    (void)H, (void)F, (void)G, (void)N, (void)FF, (void)ZR, (void)MU, (void)eps
+
+// One block, Figure 3 of the paper: x (B,T,D) to out (B,T,D). start and end: see State; either may be NULL.
+template <typename X>
+static void block_forward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l, const StateOf<X>* start, const StateOf<X>* end) {
+    const Config* c = &m->config;
+    SIZES(c);
+    int B = s->B, T = s->T, pos = start ? start->pos : 0;
+    size_t rows = (size_t)B * T;
+    const X* x = block_input<X>(s->places, s->acts, l);
+    ParamsOf<X> p = params_layer<ParamsOf<X>>(m->places, m->weights, l);
+    Params w = params_layer<Params>(m->places, m->params, l); // in fp32
+    ActsOf<X> a = acts_layer<X>(s->places, s->acts, l);
+    StateOf<X> in = state_layer(start, c, l), next = state_layer(end, c, l);
+
+    // Long memory: n = timestep_norm(x), e = cema(n), m = rms_norm(e).
+    timestepnorm_forward(gpu, a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, in.norm, x, w.timenorm_w, w.timenorm_b, B, T, D, G, eps);
+    cema_forward(gpu, a.cema, next.h, s->carries + l * s->carries_step, in.h, a.timenorm, w.cema_alpha, w.cema_delta, w.cema_theta,
+                 w.cema_gamma, w.cema_omega, B, T, D, N);
+    rmsnorm_forward(gpu, a.rmsnorm, MU, a.rmsnorm_rstd, a.cema, w.rmsnorm_w, rows, D, eps);
+
+    // Short memory: attention inside the chunk, to the cache where there is one. z and the gate's r come from one product.
+    int keys = next.k ? c->chunk_size : T, at_k = next.k ? pos : 0;
+    X *k = next.k ? next.k : a.k, *v = next.k ? next.v : a.v;
+    matmul_forward<X>(gpu, a.wz, ZR, a.rmsnorm, MU, p.wz, p.wz_b, NULL, 0, rows, D, ZR);
+    qk_forward<X>(gpu, a.q, k, a.znorm, a.znorm_rstd, a.wz, ZR, w.gamma, w.beta, m->rotations, B, T, keys, pos, at_k, c->chunk_size, Z, H, eps);
+    matmul_forward<X>(gpu, a.wv, V, a.timenorm, D, p.wv, p.wv_b, NULL, 0, rows, D, V);
+    value_forward(gpu, v, a.wv, B, T, keys, at_k, V, H);
+    attention_forward(gpu, a.attention, a.attention_lse, a.q, k, v, B, T, keys, at_k, c->chunk_size, H, Z, V);
+
+    // The gate, and the first hop: y = [m | o*r] [Wh1 | Wh2]^T + bh1 + x.
+    gate_forward(gpu, a.gated, MU, a.attention, a.wr, ZR, B, T, V, H);
+    matmul_forward<X>(gpu, a.mega, D, a.rmsnorm, MU, p.wh1, p.wh1_b, x, D, rows, MU, D);
+
+    // Feed-forward, and the second hop: out = ffn(layer_norm(y)) + x.
+    layernorm_forward(gpu, a.norm, a.norm_mean, a.norm_rstd, a.mega, w.norm_w, w.norm_b, rows, D, eps);
+    matmul_forward<X>(gpu, a.fc1, FF, a.norm, D, p.fc1, NULL, NULL, 0, rows, D, FF);
+    silu_forward(gpu, a.hidden, a.fc1, a.fc3, FF, rows, F);
+    if (!c->rescale_nffn) { matmul_forward<X>(gpu, a.out, D, a.hidden, F, p.fc2, NULL, x, D, rows, F, D); return; }
+    matmul_forward<X>(gpu, a.fc2, D, a.hidden, F, p.fc2, NULL, NULL, 0, rows, F, D);
+    rescale_forward(gpu, a.out, a.fc2, x, w.rescale, rows, D);
+}
+
+// From dout to dx. What block_forward did not keep is made again by the backward kernels that read its inputs anyway; so
+// gradients of weights come after those.
+template <typename X>
+static void block_backward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l, const StateOf<X>* start, const StateOf<X>* dstart) {
+    const Config* c = &m->config;
+    SIZES(c);
+    int B = s->B, T = s->T, C = c->chunk_size;
+    size_t rows = (size_t)B * T;
+    const X* x = block_input<X>(s->places, s->acts, l);
+    X* dx = block_input<X>(s->dplaces, s->grads, l);
+    ParamsOf<X> p = params_layer<ParamsOf<X>>(m->places, m->weights, l);
+    Params w = params_layer<Params>(m->places, m->params, l), g = params_layer<Params>(m->places, m->grads, l);
+    ActsOf<X> a = acts_layer<X>(s->places, s->acts, l), d = acts_layer<X>(s->dplaces, s->grads, l);
+    StateOf<X> in = state_layer(start, c, l), din = state_layer(dstart, c, l);
+
+    const X* dffn = d.out;
+    if (c->rescale_nffn) {
+        rescale_backward(gpu, d.fc2, g.rescale, d.out, a.fc2, w.rescale, rows, D);
+        dffn = d.fc2;
+    }
+    matmul_backward(gpu, d.hidden, F, dffn, D, p.fc2, rows, F, D, false);
+    silu_backward(gpu, d.fc1, d.fc3, a.hidden, d.hidden, a.fc1, a.fc3, FF, rows, F);
+    matmul_backward_weight(gpu, g.fc2, dffn, D, a.hidden, F, rows, F, D);
+    matmul_backward(gpu, d.norm, D, d.fc1, FF, p.fc1, rows, D, FF, false);
+    layernorm_backward(gpu, d.mega, g.norm_w, g.norm_b, g.wh1_b, a.norm, d.norm, a.norm_mean, a.norm_rstd, a.mega, w.norm_w, w.norm_b, rows, D);
+    matmul_backward_weight(gpu, g.fc1, d.fc1, FF, a.norm, D, rows, D, FF);
+
+    matmul_backward(gpu, d.rmsnorm, MU, d.mega, D, p.wh1, rows, MU, D, false); // dm | d(o*r)
+    gate_backward(gpu, d.attention, d.wr, g.wr_b, d.attention_lse, a.gated, d.gated, MU, a.attention, a.wr, ZR, B, T, V, H);
+    qk_forward<X>(gpu, a.q, a.k, NULL, NULL, a.wz, ZR, w.gamma, w.beta, m->rotations, B, T, T, 0, 0, C, Z, H, eps);
+    value_forward(gpu, a.v, a.wv, B, T, T, 0, V, H);
+    attention_backward(gpu, d.q, d.k, d.v, d.attention, d.attention_lse, a.attention_lse, a.q, a.k, a.v, B, T, C, H, Z, V);
+    qk_backward(gpu, d.wz, g.gamma, g.beta, g.wz_b, d.znorm, d.q, d.k, a.wz, ZR, w.gamma, m->rotations, B, T, C, Z, H, eps);
+    matmul_backward(gpu, d.rmsnorm, MU, d.wz, ZR, p.wz, rows, D, ZR, true);
+    rmsnorm_backward(gpu, d.cema, g.rmsnorm_w, a.rmsnorm, d.rmsnorm, MU, a.rmsnorm_rstd, a.cema, w.rmsnorm_w, rows, D);
+    matmul_backward_weight(gpu, g.wh1, d.mega, D, a.rmsnorm, MU, rows, MU, D);
+    matmul_backward_weight(gpu, g.wz, d.wz, ZR, a.rmsnorm, MU, rows, D, ZR);
+
+    value_backward(gpu, d.wv, g.wv_b, d.v, a.wv, B, T, V, H);
+    timestepnorm_again(gpu, a.timenorm, a.timenorm_mean, a.timenorm_rstd, x, w.timenorm_w, w.timenorm_b, rows, D, G);
+    cema_backward(gpu, d.timenorm, g.cema_alpha, g.cema_delta, g.cema_theta, g.cema_gamma, g.cema_omega, din.h, d.cema,
+                  s->carries + l * s->carries_step, in.h, a.timenorm, w.cema_alpha, w.cema_delta, w.cema_theta, w.cema_gamma,
+                  w.cema_omega, B, T, D, N);
+    matmul_backward(gpu, d.timenorm, D, d.wv, V, p.wv, rows, D, V, true);
+    matmul_backward_weight(gpu, g.wv, d.wv, V, a.timenorm, D, rows, D, V);
+
+    // x has three readers: the second hop, the first hop and the timestep norm. (dx may be d.out itself.)
+    timestepnorm_backward<X>(gpu, dx, g.timenorm_w, g.timenorm_b, din.norm, d.out, d.mega, d.timenorm, a.timenorm_mean, a.timenorm_rstd,
+                             in.norm, x, w.timenorm_w, B, T, D, G);
+}
+
+// Copies n ints to the device from pinned memory, which is free again when the last copies are done.
+template <typename X> static void pass_upload(Gpu& gpu, const PassOf<X>* s, int* to, size_t n) {
+    CUDA(cudaMemcpyAsync(to, s->host + (to - s->tokens), n * sizeof(int), cudaMemcpyHostToDevice, gpu.stream));
+    CUDA(cudaEventRecord(s->copied, gpu.stream));
+}
+
+// tokens (B,T), on the host, to logits (B,T,vocab) on the device; see the CPU's. Returns at once, the GPU goes on working.
+template <typename X>
+static void model_forward(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* tokens, const StateOf<X>* start, StateOf<X>* end) {
+    const Config* c = &m->config;
+    int B = s->B, T = s->T, D = c->model_dim, L = c->num_layers, vocab = c->vocab_size;
+    size_t rows = (size_t)B * T;
+    ParamsOf<X> p = params_layer<ParamsOf<X>>(m->places, m->weights, 0);
+    Params w = params_layer<Params>(m->places, m->params, 0);
+    ActsOf<X> a = acts_layer<X>(s->places, s->acts, 0);
+    CUDA(cudaEventSynchronize(s->copied));
+    memcpy(s->host, tokens, rows * sizeof(int));
+    pass_upload(gpu, s, s->tokens, rows);
+    embedding_forward(gpu, a.embed, s->tokens, p.embed, embedding_scale(c), rows, D);
+    for (int l = 0; l < L; l++) { block_forward(gpu, m, s, l, start, end); }
+    timestepnorm_forward(gpu, a.final, a.final_mean, a.final_rstd, state_layer(end, c, L).norm, state_layer(start, c, L).norm,
+                         block_input<X>(s->places, s->acts, L), w.final_w, w.final_b, B, T, D, c->norm_num_groups, c->norm_eps);
+    matmul_forward<X>(gpu, a.logits, vocab, a.final, D, c->share_emb ? p.embed : p.output, NULL, NULL, 0, rows, D, vocab);
+    if (end) { end->pos = ((start ? start->pos : 0) + T) % c->chunk_size; }
+}
+
+// Losses of the last forward pass, on the device, and with dloss != 0 their gradients: logits become dlogits.
+template <typename X>
+static void model_losses(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* targets, float dloss) {
+    ActsOf<X> a = acts_layer<X>(s->places, s->acts, 0);
+    size_t rows = (size_t)s->B * s->T;
+    CUDA(cudaEventSynchronize(s->copied));
+    memcpy(s->host + (s->targets - s->tokens), targets, rows * sizeof(int));
+    pass_upload(gpu, s, s->targets, rows);
+    crossentropy(gpu, a.losses, a.logits, s->targets, dloss, dloss != 0, rows, m->config.vocab_size);
+}
+
+__global__ void sum_kernel(double* out, const float* inp, size_t n) { // one block
+    __shared__ double sums[256];
+    double s = 0;
+    for (size_t i = threadIdx.x; i < n; i += 256) { s += inp[i]; }
+    sums[threadIdx.x] = s;
+    __syncthreads();
+    for (int o = 128; o; o /= 2) {
+        if (threadIdx.x < o) { sums[threadIdx.x] += sums[threadIdx.x + o]; }
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) { *out = sums[0]; }
+}
+
+// Sum of the losses in nats, see the CPU's; waits for the GPU. With dloss != 0 the backward pass has begun.
+template <typename X>
+static double model_loss(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* targets, size_t* scored, float dloss = 0) {
+    size_t rows = (size_t)s->B * s->T;
+    double sum;
+    model_losses(gpu, m, s, targets, dloss);
+    for (size_t r = 0; r < rows; r++) { *scored += targets[r] != IGNORE; }
+    sum_kernel<<<1, 256, 0, gpu.stream>>>(m->sums, acts_layer<X>(s->places, s->acts, 0).losses, rows);
+    LAUNCHED();
+    CUDA(cudaMemcpyAsync(&sum, m->sums, sizeof(sum), cudaMemcpyDeviceToHost, gpu.stream));
+    gpu_sync(&gpu);
+    return sum;
+}
+
+// Adds to the gradients, or with gpu.accumulate off assigns them, from dlogits, which model_loss has left in logits.
+template <typename X>
+static void model_backward(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* tokens, const StateOf<X>* start, const StateOf<X>* dstart) {
+    const Config* c = &m->config;
+    int B = s->B, T = s->T, D = c->model_dim, L = c->num_layers, vocab = c->vocab_size;
+    size_t rows = (size_t)B * T;
+    ParamsOf<X> p = params_layer<ParamsOf<X>>(m->places, m->weights, 0);
+    Params w = params_layer<Params>(m->places, m->params, 0), g = params_layer<Params>(m->places, m->grads, 0);
+    ActsOf<X> a = acts_layer<X>(s->places, s->acts, 0), d = acts_layer<X>(s->dplaces, s->grads, 0);
+
+    // Positions sorted by token, for the embedding at the end; the GPU is still busy with the forward pass.
+    CUDA(cudaEventSynchronize(s->copied));
+    int *order = s->host + (s->order - s->tokens), *begin = s->host + (s->begin - s->tokens);
+    int* count = (int*)xcalloc(vocab + 1, sizeof(int));
+    for (size_t r = 0; r < rows; r++) { count[tokens[r] + 1]++; }
+    s->runs = 0;
+    for (int v = 0; v < vocab; v++) {
+        if (count[v + 1]) { begin[s->runs++] = count[v]; }
+        count[v + 1] += count[v];
+    }
+    begin[s->runs] = rows;
+    for (size_t r = 0; r < rows; r++) { order[count[tokens[r]]++] = r; }
+    free(count);
+    pass_upload(gpu, s, s->order, 2 * rows + 1);
+
+    matmul_backward(gpu, d.final, D, a.logits, vocab, c->share_emb ? p.embed : p.output, rows, D, vocab, false);
+    matmul_backward_weight(gpu, c->share_emb ? g.embed : g.output, a.logits, vocab, a.final, D, rows, D, vocab);
+    timestepnorm_backward<X>(gpu, block_input<X>(s->dplaces, s->grads, L), g.final_w, g.final_b, state_layer(dstart, c, L).norm, NULL, NULL,
+                             d.final, a.final_mean, a.final_rstd, state_layer(start, c, L).norm, block_input<X>(s->places, s->acts, L),
+                             w.final_w, B, T, D, c->norm_num_groups);
+    for (int l = L - 1; l >= 0; l--) { // with --recompute, only the last layer's activations are still there
+        if (s->keep == KEEP_BLOCKS && l < L - 1) { block_forward<X>(gpu, m, s, l, start, NULL); }
+        block_backward(gpu, m, s, l, start, dstart);
+    }
+    if (!c->share_emb && !gpu.accumulate) { CUDA(cudaMemsetAsync(g.embed, 0, (size_t)vocab * D * sizeof(float), gpu.stream)); }
+    embedding_backward(gpu, g.embed, d.embed, s->tokens, s->order, s->begin, s->runs, embedding_scale(c), D);
+}
+
+__global__ void norm_kernel(double* sums, const float4* g, size_t n) {
+    __shared__ double part[256];
+    double s = 0;
+    for (size_t i = blockIdx.x * (size_t)256 + threadIdx.x; i < n; i += (size_t)gridDim.x * 256) {
+        float4 v = g[i];
+        s += (double)v.x * v.x + (double)v.y * v.y + ((double)v.z * v.z + (double)v.w * v.w);
+    }
+    part[threadIdx.x] = s;
+    __syncthreads();
+    for (int o = 128; o; o /= 2) {
+        if (threadIdx.x < o) { part[threadIdx.x] += part[threadIdx.x + o]; }
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) { sums[blockIdx.x] = part[0]; }
+}
+// Global L2 norm of the gradient; waits for the GPU.
+template <typename X> static double model_grad_norm(Gpu& gpu, const ModelOf<X>* m) {
+    double sums[NORM_BLOCKS], sum = 0;
+    norm_kernel<<<NORM_BLOCKS, 256, 0, gpu.stream>>>(m->sums, (const float4*)m->grads, m->size / 4);
+    LAUNCHED();
+    CUDA(cudaMemcpyAsync(sums, m->sums, sizeof(sums), cudaMemcpyDeviceToHost, gpu.stream));
+    gpu_sync(&gpu);
+    for (int i = 0; i < NORM_BLOCKS; i++) { sum += sums[i]; }
+    return sqrt(sum);
+}
+
+// AdamW, see the CPU's; the new weights are rounded to X in the same pass.
+template <typename X>
+__global__ void update_kernel(float4* w, X* rounded, const float4* g, float4* m1, float4* m2, size_t n, float keep, float size,
+                              float correction, float beta1, float beta2, float beta1c, float beta2c, float eps, float scale) {
+    size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
+    if (i >= n) { return; }
+    float4 wv = w[i], gv = g[i], mv = m1[i], vv = m2[i];
+    float *ws = (float*)&wv, *gs = (float*)&gv, *ms = (float*)&mv, *vs = (float*)&vv;
+    X out[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        float grad = gs[k] * scale;
+        ms[k] = beta1 * ms[k] + beta1c * grad;
+        vs[k] = beta2 * vs[k] + beta2c * grad * grad;
+        ws[k] = ws[k] * keep - size * ms[k] / (sqrtf(vs[k]) * correction + eps);
+        out[k] = from_float<X>(ws[k]);
+    }
+    w[i] = wv;
+    m1[i] = mv;
+    m2[i] = vv;
+    if (sizeof(X) == 2) { *(uint2*)(rounded + 4 * i) = *(uint2*)out; }
+}
+template <typename X> static void model_update(Gpu& gpu, ModelOf<X>* m, const Options* o, double lr, int step, double grad_scale) {
+    float keep = 1.0 - lr * o->weight_decay, size = lr / (1.0 - pow(o->beta1, step)), correction = 1.0 / sqrt(1.0 - pow(o->beta2, step));
+    update_kernel<X><<<ceil_div(m->size / 4, 256), 256, 0, gpu.stream>>>((float4*)m->params, m->weights, (const float4*)m->grads,
+        (float4*)m->adam_m, (float4*)m->adam_v, m->size / 4, keep, size, correction, o->beta1, o->beta2, 1.0 - o->beta1,
+        1.0 - o->beta2, o->adam_eps, grad_scale);
+    LAUNCHED();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Streaming: evaluation and generation in constant memory
+
+template <typename X> struct StreamOf {
+    PassOf<X> pass;
+    StateOf<X> state;
+    int capacity;
+    int* tokens;   // of a chunk and one more, on the host
+    float* logits; // of the last timestep of each batch row, on the host
+};
+
+template <typename X> static void stream_alloc(Gpu& gpu, StreamOf<X>* s, const Config* c, int B) {
+    s->capacity = c->chunk_size;
+    pass_alloc(gpu, &s->pass, c, B, s->capacity, KEEP_NONE, KEEP_NONE);
+    state_alloc(gpu, &s->state, c, B, true);
+    s->tokens = (int*)xcalloc((size_t)B * (s->capacity + 1), sizeof(int));
+    s->logits = (float*)xcalloc((size_t)B * c->vocab_size, sizeof(float));
+}
+
+template <typename X> static void stream_free(Gpu& gpu, StreamOf<X>* s) {
+    pass_free(gpu, &s->pass);
+    state_free(gpu, &s->state);
+    free(s->tokens);
+    free(s->logits);
+}
+
+// Runs as many of the n tokens (of each batch row) as the current chunk has room for; returns how many.
+template <typename X> static int stream_forward(Gpu& gpu, const ModelOf<X>* m, StreamOf<X>* s, const int* tokens, size_t n) {
+    s->pass.T = min_size(n, m->config.chunk_size - s->state.pos);
+    model_forward(gpu, m, &s->pass, tokens, &s->state, &s->state);
+    return s->pass.T;
+}
+
+// The last timestep's logits of every batch row, on the host.
+template <typename X> static const float* stream_logits(Gpu& gpu, const ModelOf<X>* m, StreamOf<X>* s) {
+    size_t vocab = m->config.vocab_size, T = s->pass.T, B = s->pass.B;
+    const X* logits = acts_layer<X>(s->pass.places, s->pass.acts, 0).logits + (T - 1) * vocab;
+    CUDA(cudaMemcpy2DAsync(s->logits, vocab * sizeof(X), logits, T * vocab * sizeof(X), vocab * sizeof(X), B, cudaMemcpyDeviceToHost, gpu.stream));
+    gpu_sync(&gpu);
+    for (size_t i = B * vocab; sizeof(X) == 2 && i-- > 0;) { // from bf16 to float in place, from the end
+        uint32_t bits = (uint32_t)((const uint16_t*)s->logits)[i] << 16;
+        memcpy(s->logits + i, &bits, sizeof(float));
+    }
+    return s->logits;
+}
+
+// Mean loss in nats over the tokens of d in order, state carried; each but the first is scored once.
+template <typename X> static double evaluate(Gpu& gpu, const ModelOf<X>* m, StreamOf<X>* s, const Dataset* d, size_t* scored) {
+    double sum = 0;
+    state_reset(gpu, &s->state, &m->config);
+    *scored = 0;
+    for (size_t at = 0; at + 1 < d->size; at += s->pass.T) {
+        size_t n = min_size(d->size - 1 - at, s->capacity);
+        dataset_read(d, at, n + 1, s->tokens, m->config.vocab_size);
+        stream_forward(gpu, m, s, s->tokens, n);
+        sum += model_loss(gpu, m, &s->pass, s->tokens + 1, scored);
+    }
+    return sum / *scored;
+}
+
+// Prints n tokens that follow the prompt (a newline if it is empty): bytes, or numbers where tokens are not bytes.
+template <typename X> static void generate(Gpu& gpu, const ModelOf<X>* m, StreamOf<X>* s, const Options* o, int n, uint64_t stream) {
+    const char* prompt = *o->prompt ? o->prompt : "\n";
+    int vocab = m->config.vocab_size;
+    state_reset(gpu, &s->state, &m->config);
+    while (*prompt) {
+        int length = 0;
+        for (; length < s->capacity && prompt[length]; length++) {
+            s->tokens[length] = (unsigned char)prompt[length];
+            if (s->tokens[length] >= vocab) { die("--prompt: byte %d is not below vocab_size %d", s->tokens[length], vocab); }
+        }
+        prompt += stream_forward(gpu, m, s, s->tokens, length);
+    }
+    for (int i = 0; i < n; i++) {
+        int token = sample(stream_logits(gpu, m, s), vocab, o, random_uniform(o->seed, ((uint64_t)2 << 56) + stream, i));
+        if (vocab <= 256) { putchar(token); } else { printf("%d ", token); }
+        fflush(stdout);
+        if (i + 1 < n) { stream_forward(gpu, m, s, &token, 1); }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Training
+
+// What training will take, in bytes: weights, gradients, both moments; activations and their gradients; the stream; scratch.
+template <typename X> static size_t memory_needed(Gpu& gpu, const Options* o, bool training) {
+    const Config* c = &o->model;
+    size_t D = c->model_dim, rows = (size_t)o->batch * o->seq, widest = c->value_dim > (int)D ? c->value_dim : D;
+    size_t chunk = min_int(c->chunk_size, o->seq), scratch = (size_t)1 << 27;
+    size_t total = model_bytes<X>(c, training) + pass_bytes<X>(gpu, c, 1, c->chunk_size, KEEP_NONE, KEEP_NONE) + state_bytes<X>(c, 1, true);
+    if (training) {
+        total += pass_bytes<X>(gpu, c, o->batch, o->seq, o->recompute ? KEEP_BLOCKS : KEEP_CHEAPLY, KEEP_NONE);
+        scratch = sizeof(X) * 2 * chunk * chunk;
+        if (scratch < 2 * (size_t)SCORES_BYTES) { scratch = 2 * (size_t)SCORES_BYTES; }
+    }
+    return total + scratch + WORKSPACE + rows * D / 8 + 4 * 132 * 8 * 5 * widest;
+}
+
+// Refuses what does not fit the card, with the numbers and what would fit.
+template <typename X> static void memory_check(Gpu& gpu, const Options* o) {
+    size_t free, total, needed = memory_needed<X>(gpu, o, true);
+    CUDA(cudaMemGetInfo(&free, &total));
+    if (needed <= free) { return; }
+    Options less = *o;
+    char advice[256] = "";
+    less.recompute = 1;
+    if (!o->recompute && memory_needed<X>(gpu, &less, true) <= free) { snprintf(advice, sizeof(advice), "; --recompute 1 would fit"); }
+    less.recompute = o->recompute;
+    while (less.batch > 1 && memory_needed<X>(gpu, &less, true) > free) { less.batch--; }
+    if (memory_needed<X>(gpu, &less, true) <= free) { snprintf(advice + strlen(advice), sizeof(advice) - strlen(advice), "; --batch %d would fit", less.batch); }
+    less = *o;
+    less.batch = 1;
+    while (less.seq > 1 && memory_needed<X>(gpu, &less, true) > free) { less.seq /= 2; }
+    if (!*advice && memory_needed<X>(gpu, &less, true) <= free) { snprintf(advice, sizeof(advice), "; --batch 1 --seq %d would fit", less.seq); }
+    die("training needs %.1f MB of GPU memory, %.1f MB of %.1f MB are free%s", needed / 1e6, free / 1e6, total / 1e6,
+        *advice ? advice : "; no batch of this model fits");
+}
+
+// FLOPs of a training step per token: 6 for every weight in matrix products, and attention's.
+static double flops_per_token(const Config* c) {
+    double D = c->model_dim, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim, L = c->num_layers;
+    return 6 * (L * (D * V * 3 + D * Z + D * D + D * F * (c->swiglu ? 3 : 2)) + D * c->vocab_size) + 3 * L * c->chunk_size * (Z + V);
+}
+// The dense bf16 rate of cards that are known, in FLOP/s; 0 for others.
+static double peak_flops(const Gpu* gpu) {
+    const struct { const char* name; double peak; } cards[] = {{"H100", 989e12}, {"H200", 989e12}, {"A100", 312e12}, {"GH200", 989e12}};
+    for (size_t i = 0; i < sizeof(cards) / sizeof(cards[0]); i++) { if (strstr(gpu->card.name, cards[i].name)) { return cards[i].peak; } }
+    return 0;
+}
+
+// A Model of the CPU with the weights and moments of the GPU's, for checkpoints: no gradients.
+template <typename X> static void model_save(Gpu& gpu, const ModelOf<X>* m, const Options* o, int step) {
+    Model host;
+    model_alloc(&host, &m->config, false);
+    specs_place(&host.adam_m, (float*)xcalloc(m->num_parameters, sizeof(float)), host.specs, NUM_PARAMS);
+    specs_place(&host.adam_v, (float*)xcalloc(m->num_parameters, sizeof(float)), host.specs, NUM_PARAMS);
+    model_copy(gpu, m, m->params, host.params, true);
+    model_copy(gpu, m, m->adam_m, host.adam_m, true);
+    model_copy(gpu, m, m->adam_v, host.adam_v, true);
+    checkpoint_save(&host, o, step);
+    model_free(&host);
+}
+
+template <typename X> static void train(Gpu& gpu, ModelOf<X>* m, const Options* o, int first_step, const Dataset* data, const Dataset* held_out) {
+    const Config* c = &m->config;
+    int B = o->batch, T = o->seq;
+    size_t rows = (size_t)B * T, scored;
+    int *tokens = (int*)xcalloc(rows * o->accum, sizeof(int)), *targets = (int*)xcalloc(rows * o->accum, sizeof(int));
+    PassOf<X> pass;
+    StreamOf<X> stream;
+    pass_alloc(gpu, &pass, c, B, T, o->recompute ? KEEP_BLOCKS : KEEP_CHEAPLY, KEEP_NONE);
+    stream_alloc(gpu, &stream, c, 1);
+    double* losses = (double*)gpu_alloc(&gpu, o->accum * sizeof(double));
+    double* sums = (double*)xcalloc(o->accum, sizeof(double));
+    FILE* log = *o->out ? log_open(o, first_step) : NULL;
+    struct sigaction action;
+    memset(&action, 0, sizeof(action));
+    action.sa_handler = on_signal;
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    auto sample_step = [&](int step) {
+        for (size_t r = 0; r < (size_t)B * o->accum; r++) {
+            dataset_sample(data, o->seed, step, r, T, c->vocab_size, tokens + r * T, targets + r * T);
+        }
+    };
+
+    double started = seconds(), peak = std::is_same<X, bf16>::value ? peak_flops(&gpu) : 0;
+    sample_step(first_step);
+    for (int step = first_step; step < o->steps; step++) {
+        double step_started = seconds(), loss = 0, lr = learning_rate(o, step), dloss = 1.0 / ((double)rows * o->accum);
+        for (int micro = 0; micro < o->accum; micro++) {
+            gpu.accumulate = micro > 0;
+            model_forward<X>(gpu, m, &pass, tokens + micro * rows, NULL, NULL);
+            model_losses(gpu, m, &pass, targets + micro * rows, dloss);
+            sum_kernel<<<1, 256, 0, gpu.stream>>>(losses + micro, acts_layer<X>(pass.places, pass.acts, 0).losses, rows);
+            model_backward<X>(gpu, m, &pass, tokens + micro * rows, NULL, NULL);
+        }
+        if (step + 1 < o->steps) { sample_step(step + 1); } // while the GPU works
+        double norm = model_grad_norm(gpu, m);
+        CUDA(cudaMemcpy(sums, losses, o->accum * sizeof(double), cudaMemcpyDeviceToHost));
+        for (int micro = 0; micro < o->accum; micro++) { loss += sums[micro] * dloss; }
+        int done = step + 1;
+        if (!isfinite(loss) || !isfinite(norm)) {
+            die("step %d: loss %g, gradient norm %g: training stops before the weights change; checkpoints stay as they are",
+                done, loss, norm);
+        }
+        model_update(gpu, m, o, lr, done, clip_scale(norm, o->clip));
+        gpu_sync(&gpu);
+        double now = seconds(), ms = 1e3 * (now - step_started), rate = rows * o->accum / (now - step_started);
+        double left = (now - started) / (done - first_step) * (o->steps - done);
+        printf("step %*d/%d | loss %.4f | norm %.3f | lr %.2e | %.0f tok/s | %.1f ms", snprintf(NULL, 0, "%d", o->steps), done, o->steps,
+               loss, norm, lr, rate, ms);
+        if (peak) { printf(" | %.1f%% of peak", 100 * rate * flops_per_token(c) / peak); }
+        printf(" | %d:%02d left\n", (int)left / 60, (int)left % 60);
+
+        bool last = done == o->steps || stop_asked;
+        double val = NAN;
+        if (held_out->size > 1 && (done == o->steps || (o->val_every && done % o->val_every == 0))) {
+            val = evaluate(gpu, m, &stream, held_out, &scored);
+            printf("step %d: val loss %.4f\n", done, val);
+        }
+        if (log) {
+            fprintf(log, "%d\t%.0f\t%.9g\t%.9g\t%.9g\t%.1f\t%.3f\t", done, (double)done * rows * o->accum, loss, norm, lr, rate, ms);
+            fprintf(log, isnan(val) ? "\n" : "%.9g\n", val);
+            if (fflush(log)) { die("cannot write %s/log.tsv: %s", o->out, strerror(errno)); }
+        }
+        if (o->sample_every && (done % o->sample_every == 0 || done == o->steps)) {
+            printf("---- sample ----\n");
+            generate(gpu, m, &stream, o, 400, done);
+            printf("\n----------------\n");
+        }
+        if (*o->out && (last || (o->checkpoint_every && done % o->checkpoint_every == 0))) { model_save(gpu, m, o, done); }
+        fflush(stdout);
+        if (stop_asked) {
+            printf("stopped by a signal after step %d%s\n", done, *o->out ? "; go on with --resume" : ": no --out, so nothing was saved");
+            break;
+        }
+    }
+    if (log) { fclose(log); }
+    pass_free(gpu, &pass);
+    stream_free(gpu, &stream);
+    cudaFree(losses);
+    free(sums);
+    free(tokens);
+    free(targets);
+}
+
+#ifndef TESTING
+// The CPU's main, on the GPU. st: open with --load and --resume.
+template <typename X> static int run(Gpu& gpu, Options* o, SafeTensors* st) {
+    bool loaded = *o->load || *o->resume, training = !o->generate && !*o->eval;
+    FILE* info = o->generate ? stderr : stdout;
+    Spec specs[NUM_PARAMS];
+    param_specs(specs, &o->model);
+    options_print(o, info);
+    fprintf(info, "gpu: %s, precision %s\n", gpu.card.name, std::is_same<X, float>::value ? "fp32" : "bf16");
+    fprintf(info, "num_parameters: %zu\n", specs_size(specs, NUM_PARAMS));
+    if (training) { fprintf(info, "memory: %.1f MB\n", memory_needed<X>(gpu, o, true) / 1e6); }
+    if (o->dry_run) { return 0; }
+
+    Dataset data = {NULL, 0, 0}, held_out = {NULL, 0, 0};
+    int step = 0;
+    if (*o->eval) { dataset_open(&data, NULL, "--eval", o->eval); }
+    if (training) {
+        dataset_open(&data, *o->val ? NULL : &held_out, "--train", o->train);
+        if (*o->val) { dataset_open(&held_out, NULL, "--val", o->val); }
+        printf("tokens: %zu to train on, %zu held out\n", data.size, held_out.size);
+        if (data.size <= (size_t)o->seq) { die("--train %s: %zu tokens are not enough for --seq %d and one more", o->train, data.size, o->seq); }
+        if (*o->out && !*o->resume) {
+            char pattern[PATH_MAX + 32];
+            glob_t found;
+            snprintf(pattern, sizeof(pattern), "%s/step_*.safetensors", o->out);
+            if (!glob(pattern, 0, NULL, &found)) { die("--out %s holds checkpoints: --resume it, or name another folder", o->out); }
+        }
+        if (*o->out && mkdir(o->out, 0777) && errno != EEXIST) { die("--out %s: %s", o->out, strerror(errno)); }
+        memory_check<X>(gpu, o);
+    }
+    ModelOf<X> model;
+    model_alloc(gpu, &model, &o->model, training);
+    if (loaded) {
+        Model host;
+        model_alloc(&host, &o->model, false);
+        model_load(&host, st);
+        model_copy(gpu, &model, model.params, host.params, false);
+        const char* prefixes[2] = {"adam_m.", "adam_v."};
+        for (int i = 0; *o->resume && training && i < 2; i++) {
+            params_load(&host, host.params, st, prefixes[i]);
+            model_copy(gpu, &model, i ? model.adam_v : model.adam_m, host.params, false);
+        }
+        if (*o->resume && training) { step = atoi(safetensors_meta(st, "step")); }
+        fprintf(info, "weights: %s\n", st->path);
+        model_free(&host);
+        safetensors_close(st);
+        model_round(gpu, &model);
+    } else { model_init(gpu, &model, o->seed); }
+    if (training) { train(gpu, &model, o, step, &data, &held_out); }
+    else {
+        StreamOf<X> stream;
+        size_t scored;
+        stream_alloc(gpu, &stream, &o->model, 1);
+        if (o->generate) { generate(gpu, &model, &stream, o, o->generate, 0); }
+        else {
+            if (data.size < 2) { die("--eval %s: at least 2 tokens are needed", o->eval); }
+            double loss = evaluate(gpu, &model, &stream, &data, &scored);
+            printf("eval: tokens %zu nats/token %.6f perplexity %.4f", scored, loss, exp(loss));
+            if (data.segments[0].width == 1) { printf(" bits/byte %.4f\n", loss / log(2)); } else { printf(" bits/byte unknown\n"); }
+        }
+        stream_free(gpu, &stream);
+    }
+    model_free(gpu, &model);
+    return 0;
+}
+
+int main(int argc, char** argv) {
+    Options o;
+    SafeTensors st;
+    Gpu gpu;
+    bool fp32 = false;
+    for (int a = 1; a + 1 < argc; a++) { // not in the table of options yet
+        if (strcmp(argv[a], "--precision")) { continue; }
+        if (strcmp(argv[a + 1], "bf16") && strcmp(argv[a + 1], "fp32")) { die("--precision %s: expected bf16 or fp32", argv[a + 1]); }
+        fp32 = !strcmp(argv[a + 1], "fp32");
+        memmove(argv + a, argv + a + 2, (argc - a - 2) * sizeof(char*));
+        argc -= 2;
+        break;
+    }
+    options_parse(&o, argc, argv, &st);
+    gpu_open(&gpu);
+    int status = fp32 ? run<float>(gpu, &o, &st) : run<bf16>(gpu, &o, &st);
+    gpu_close(&gpu);
+    return status;
+}
+#endif
