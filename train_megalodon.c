@@ -47,6 +47,7 @@ what the code does, because that is what checkpoints mean, and says so.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -72,11 +73,18 @@ __attribute__((noreturn, format(printf, 1, 2))) void die(const char* format, ...
     exit(1);
 }
 
+enum { HUGE_PAGE = 1 << 21 };
+
 // Zeroed memory for n elements of `size` bytes, aligned to cache lines.
 void* xcalloc(size_t n, size_t size) {
     void* p = NULL;
     if (size && n > SIZE_MAX / 2 / size) { die("out of memory: %zu x %zu bytes asked for", n, size); }
-    if (posix_memalign(&p, 64, n * size + 1)) { die("out of memory: %.1f MB asked for", n * size / 1e6); }
+    if (posix_memalign(&p, n * size < HUGE_PAGE ? 64 : HUGE_PAGE, n * size + 1)) {
+        die("out of memory: %.1f MB asked for", n * size / 1e6);
+    }
+#ifdef MADV_HUGEPAGE
+    if (n * size >= HUGE_PAGE) { madvise(p, n * size, MADV_HUGEPAGE); } // fewer page faults and address translations
+#endif
     return memset(p, 0, n * size);
 }
 
@@ -361,9 +369,9 @@ double random_normal(uint64_t seed, uint64_t stream, uint64_t index) { // Box-Mu
 // ---------------------------------------------------------------------------------------------------------------------
 // Matrix products
 
-// The register tile (rows x columns of C) and the depth of a packed panel: 12 x 32 sums fill 24 of AVX-512's registers,
-// and a panel of 256 x 32 operands (32 KB) stays in the first cache while the tiles of a column pass over it.
-enum { TILE_M = 12, TILE_N = 32, PANEL_K = 256, BLOCK_M = 8 };
+// The register tile (rows x columns of C): 12 x 32 sums fill 24 of AVX-512's registers. A panel of 512 x 32 operands (64 KB)
+// stays in the second cache, with the 16 strips of A that pass over it.
+enum { TILE_M = 12, TILE_N = 32, PANEL_K = 512, BLOCK_M = 16 };
 
 // acc = A B for one tile: A[i][k] is a[i*a_i + k*a_k], B is packed as b (K,TILE_N). Kept out of line: alone, both gcc and
 // clang hold the sums in vector registers.
@@ -403,12 +411,12 @@ float* gemm_scratch(size_t n) {
     return scratch;
 }
 
-// C (M,N) = A (M,K) B (K,N), plus C if accumulate, plus bias (N) on every row if not NULL. Row i of C starts at c + i*ldc;
-// A[i][k] is a[i*a_i + k*a_k] and B[k][j] is b[k*b_k + j*b_j], so every transposition is a choice of strides. B is packed;
+// C (M,N) = A (M,K) B (K,N) + add (M,N; may be C itself) + bias (N) on every row; both may be NULL. Row i of C and of add
+// starts at i*ldc; A[i][k] is a[i*a_i + k*a_k] and B[k][j] is b[k*b_k + j*b_j], so every transposition is a choice of strides. B is packed;
 // A only where its rows are not contiguous or run out. Each element is summed in the order of k by one thread. Called from
 // a parallel region it runs on the calling thread alone.
 void gemm(float* c, size_t ldc, const float* a, size_t a_i, size_t a_k, const float* b, size_t b_k, size_t b_j,
-          int M, int N, int K, bool accumulate, const float* bias) {
+          int M, int N, int K, const float* add, const float* bias) {
     int strips_m = (M + TILE_M - 1) / TILE_M, strips_n = (N + TILE_N - 1) / TILE_N, depth = min_int(K, PANEL_K);
     int direct = a_k == 1 ? M / TILE_M : 0; // strips of A that are read where they are
     float* packed_b = gemm_scratch(((size_t)(strips_m - direct) * TILE_M + (size_t)strips_n * TILE_N) * depth);
@@ -433,14 +441,17 @@ void gemm(float* c, size_t ldc, const float* a, size_t a_i, size_t a_k, const fl
                     int i0 = sm * TILE_M, j0 = sn * TILE_N, rows = min_int(TILE_M, M - i0), columns = min_int(TILE_N, N - j0);
                     const float* panel_b = packed_b + (size_t)sn * TILE_N * kn;
                     float acc[TILE_M][TILE_N];
+                    for (int i = 0; i < rows; i++) { // C is fetched while the tile is computed
+                        __builtin_prefetch(c + (i0 + i) * ldc + j0, 1);
+                        __builtin_prefetch(c + (i0 + i) * ldc + j0 + columns - 1, 1);
+                    }
                     if (sm < direct) { gemm_tile(acc, a + i0 * a_i + k0, a_i, 1, panel_b, kn); }
                     else { gemm_tile(acc, packed_a + (size_t)(sm - direct) * TILE_M * kn, 1, TILE_M, panel_b, kn); }
                     for (int i = 0; i < rows; i++) {
-                        float* row = c + (i0 + i) * ldc + j0;
-                        bool add = accumulate || k0 > 0;
-                        for (int j = 0; j < columns; j++) {
-                            row[j] = (add ? row[j] : 0.0f) + (bias && k0 == 0 ? bias[j0 + j] : 0.0f) + acc[i][j];
-                        }
+                        const float* base = k0 > 0 ? c : add;
+                        size_t at = (i0 + i) * ldc + j0;
+                        for (int j = 0; k0 == 0 && bias && j < columns; j++) { acc[i][j] += bias[j0 + j]; }
+                        for (int j = 0; j < columns; j++) { c[at + j] = base ? acc[i][j] + base[at + j] : acc[i][j]; }
                     }
                 }
             }
@@ -448,17 +459,17 @@ void gemm(float* c, size_t ldc, const float* a, size_t a_i, size_t a_k, const fl
     }
 }
 
-// out (rows,O) = inp (rows,I) weight (O,I)^T + bias (O), added to what out holds if accumulate. bias may be NULL.
-void matmul_forward(float* out, const float* inp, const float* weight, const float* bias,
-                           size_t rows, int I, int O, bool accumulate) {
-    gemm(out, O, inp, I, 1, weight, 1, I, rows, O, I, accumulate, bias);
+// out (rows,O) = inp (rows,I) weight (O,I)^T + bias (O) + add (rows,O); bias and add may be NULL, add may be out.
+void matmul_forward(float* out, const float* inp, const float* weight, const float* bias, const float* add,
+                    size_t rows, int I, int O) {
+    gemm(out, O, inp, I, 1, weight, 1, I, rows, O, I, add, bias);
 }
 
-// dinp is assigned, or added to if accumulate. dbias may be NULL.
-void matmul_backward(float* dinp, float* dweight, float* dbias, const float* dout, const float* inp,
-                            const float* weight, size_t rows, int I, int O, bool accumulate) {
-    gemm(dinp, I, dout, O, 1, weight, I, 1, rows, I, O, accumulate, NULL); // dinp = dout weight
-    gemm(dweight, I, dout, 1, O, inp, I, 1, O, I, rows, true, NULL);       // dweight += dout^T inp
+// dinp = dout weight + add; add (rows,I) may be NULL or dinp. dbias may be NULL.
+void matmul_backward(float* dinp, float* dweight, float* dbias, const float* dout, const float* inp, const float* weight,
+                     const float* add, size_t rows, int I, int O) {
+    gemm(dinp, I, dout, O, 1, weight, I, 1, rows, I, O, add, NULL);
+    gemm(dweight, I, dout, 1, O, inp, I, 1, O, I, rows, dweight, NULL); // dweight += dout^T inp
     if (!dbias) { return; }
     OMP(omp parallel for schedule(static))
     for (int o0 = 0; o0 < O; o0 += 16) {
@@ -523,6 +534,7 @@ void timestepnorm_forward(float* out, float* mean, float* rstd, NormState* end, 
                 s.count += 1;
                 s.mean += delta / s.count;
                 float mu = s.mean, r = 1.0 / sqrt(m2 / s.count + eps);
+                OMP(omp simd)
                 for (int i = 0; i < F; i++) { out[k * F + i] = (x[i] - mu) * r * (wg[i] + 1.0f) + bg[i]; }
                 mean[k] = mu;
                 rstd[k] = r;
@@ -564,6 +576,7 @@ void timestepnorm_backward(float* dinp, float* dw, float* db, NormState* dstart,
                 U += (da - 2 * (mu - c) * dv) / n;
                 V += dv / n;
                 float u = (U - 2 * c * V) / F, v = 2 * V / F;
+                OMP(omp simd)
                 for (int i = 0; i < F; i++) {
                     dinp[k * F + i] += dy[i] * (wg[i] + 1.0f) * r + (u + v * x[i]);
                     dw[g * F + i] += dy[i] * (x[i] - mu) * r;
@@ -582,8 +595,8 @@ void timestepnorm_backward(float* dinp, float* dw, float* db, NormState* dstart,
 //     p = sigmoid(alpha)   q = (1 - p sigmoid(delta)) exp(i 2 pi k/N sigmoid(theta))   g = (gamma_re + i gamma_im)/sqrt(N)
 //     h_t = q h_{t-1} + p x_t       y_t = Re(sum_k g h_t) + omega x_t
 // (Eq. 2 rotates the input too and has no omega; the released code is as here.) The features of a strip stand side by
-// side in vector lanes, each with its own N states; lanes past the last feature hold zeros.
-enum { LANES = 16 };
+// side in vector lanes, each with its own N states; lanes past the last feature hold zeros. States stay in registers for TIMES timesteps.
+enum { LANES = 16, TIMES = 16 };
 typedef struct { float re[LANES], im[LANES]; } ComplexLanes;
 typedef struct { float p[LANES]; ComplexLanes q, g; } CemaMode; // the k-th oscillators of a strip
 typedef struct { double re, im; } Complex;
@@ -629,21 +642,28 @@ void cema_forward(float* out, float* end, const float* start, const float* inp, 
                 h[i % N].re[i / N] = start[state + 2 * i];
                 h[i % N].im[i / N] = start[state + 2 * i + 1];
             }
-            for (int t = 0; t < T; t++) {
-                size_t at = ((size_t)b * T + t) * D + d0;
-                float x[LANES] = {0}, y[LANES] = {0};
-                memcpy(x, inp + at, lanes * sizeof(float));
+            for (int t0 = 0; t0 < T; t0 += TIMES) {
+                float x[TIMES][LANES] = {{0}}, y[TIMES][LANES] = {{0}};
+                int times = min_int(TIMES, T - t0);
+                size_t at = ((size_t)b * T + t0) * D + d0;
+                for (int t = 0; t < times; t++) { memcpy(x[t], inp + at + (size_t)t * D, lanes * sizeof(float)); }
                 for (int k = 0; k < N; k++) {
-                    const CemaMode* m = &modes[k];
-                    for (int j = 0; j < LANES; j++) {
-                        float re = m->q.re[j] * h[k].re[j] - m->q.im[j] * h[k].im[j] + m->p[j] * x[j];
-                        float im = m->q.re[j] * h[k].im[j] + m->q.im[j] * h[k].re[j];
-                        h[k].re[j] = re;
-                        h[k].im[j] = im;
-                        y[j] += m->g.re[j] * re - m->g.im[j] * im;
+                    CemaMode m = modes[k];
+                    ComplexLanes s = h[k];
+                    for (int t = 0; t < times; t++) {
+                        for (int j = 0; j < LANES; j++) {
+                            float re = m.q.re[j] * s.re[j] - m.q.im[j] * s.im[j] + m.p[j] * x[t][j];
+                            float im = m.q.re[j] * s.im[j] + m.q.im[j] * s.re[j];
+                            s.re[j] = re;
+                            s.im[j] = im;
+                            y[t][j] += m.g.re[j] * re - m.g.im[j] * im;
+                        }
                     }
+                    h[k] = s;
                 }
-                for (int j = 0; j < lanes; j++) { out[at + j] = y[j] + omega[d0 + j] * x[j]; }
+                for (int t = 0; t < times; t++) {
+                    for (int j = 0; j < lanes; j++) { out[at + (size_t)t * D + j] = y[t][j] + omega[d0 + j] * x[t][j]; }
+                }
             }
             for (int i = 0; end && i < lanes * N; i++) {
                 end[state + 2 * i] = h[i % N].re[i / N];
@@ -663,7 +683,6 @@ void cema_forward(float* out, float* end, const float* start, const float* inp, 
 void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega, float* dstart,
                    const float* dout, const float* start, const float* inp, const float* alpha, const float* delta,
                    const float* theta, const float* gamma, const float* omega, int B, int T, int D, int N) {
-    enum { FLUSH = 128 }; // Q and R: sums in floats go to doubles every FLUSH timesteps
     OMP(omp parallel for schedule(static))
     for (int d0 = 0; d0 < D; d0 += LANES) {
         int lanes = min_int(LANES, D - d0);
@@ -672,46 +691,51 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
         double dp[CEMA_MAX_NDIM][LANES] = {{0}};
         Complex dq[CEMA_MAX_NDIM][LANES] = {{{0, 0}}};
         for (int b = 0; b < B; b++) {
-            struct { ComplexLanes a, a1, Q, R; } s[CEMA_MAX_NDIM]; // a1 is a'; side by side, or they evict each other
-            Complex Q[CEMA_MAX_NDIM][LANES] = {{{0, 0}}}, R[CEMA_MAX_NDIM][LANES] = {{{0, 0}}};
+            struct { ComplexLanes a, a1; Complex Q[LANES], R[LANES]; } s[CEMA_MAX_NDIM]; // a1 is a'
             memset(s, 0, sizeof(s));
             double dw[LANES] = {0};
-            for (int t = T - 1; t >= 0; t--) {
-                size_t at = ((size_t)b * T + t) * D + d0;
-                float x[LANES] = {0}, dy[LANES] = {0}, dx[LANES] = {0};
-                memcpy(x, inp + at, lanes * sizeof(float));
-                memcpy(dy, dout + at, lanes * sizeof(float));
+            for (int t0 = (T - 1) / TIMES * TIMES; t0 >= 0; t0 -= TIMES) {
+                float x[TIMES][LANES] = {{0}}, dy[TIMES][LANES] = {{0}}, dx[TIMES][LANES] = {{0}};
+                int times = min_int(TIMES, T - t0);
+                size_t at = ((size_t)b * T + t0) * D + d0;
+                for (int t = 0; t < times; t++) {
+                    memcpy(x[t], inp + at + (size_t)t * D, lanes * sizeof(float));
+                    memcpy(dy[t], dout + at + (size_t)t * D, lanes * sizeof(float));
+                }
                 for (int k = 0; k < N; k++) {
-                    const CemaMode* m = &modes[k];
-                    ComplexLanes *a = &s[k].a, *a1 = &s[k].a1;
+                    CemaMode m = modes[k];
+                    ComplexLanes a = s[k].a, a1 = s[k].a1, Qt = {{0}, {0}}, Rt = {{0}, {0}};
+                    for (int t = times - 1; t >= 0; t--) {
+                        for (int j = 0; j < LANES; j++) {
+                            float re1 = m.q.re[j] * a1.re[j] + m.q.im[j] * a1.im[j] + a.re[j]; // a'_t from a'_{t+1}, a_{t+1}
+                            float im1 = m.q.re[j] * a1.im[j] - m.q.im[j] * a1.re[j] + a.im[j];
+                            float re = m.q.re[j] * a.re[j] + m.q.im[j] * a.im[j] + dy[t][j];   // a_t from a_{t+1}
+                            float im = m.q.re[j] * a.im[j] - m.q.im[j] * a.re[j];
+                            a1.re[j] = re1;
+                            a1.im[j] = im1;
+                            a.re[j] = re;
+                            a.im[j] = im;
+                            Qt.re[j] += x[t][j] * re;
+                            Qt.im[j] += x[t][j] * im;
+                            Rt.re[j] += x[t][j] * re1;
+                            Rt.im[j] += x[t][j] * im1;
+                            dx[t][j] += m.p[j] * (m.g.re[j] * re + m.g.im[j] * im);
+                        }
+                    }
+                    s[k].a = a;
+                    s[k].a1 = a1;
                     for (int j = 0; j < LANES; j++) {
-                        float re1 = m->q.re[j] * a1->re[j] + m->q.im[j] * a1->im[j] + a->re[j]; // a'_t from a'_{t+1}, a_{t+1}
-                        float im1 = m->q.re[j] * a1->im[j] - m->q.im[j] * a1->re[j] + a->im[j];
-                        float re = m->q.re[j] * a->re[j] + m->q.im[j] * a->im[j] + dy[j];       // a_t from a_{t+1}
-                        float im = m->q.re[j] * a->im[j] - m->q.im[j] * a->re[j];
-                        a1->re[j] = re1;
-                        a1->im[j] = im1;
-                        a->re[j] = re;
-                        a->im[j] = im;
-                        s[k].Q.re[j] += x[j] * re;
-                        s[k].Q.im[j] += x[j] * im;
-                        s[k].R.re[j] += x[j] * re1;
-                        s[k].R.im[j] += x[j] * im1;
-                        dx[j] += m->p[j] * (m->g.re[j] * re + m->g.im[j] * im);
+                        s[k].Q[j].re += Qt.re[j];
+                        s[k].Q[j].im += Qt.im[j];
+                        s[k].R[j].re += Rt.re[j];
+                        s[k].R[j].im += Rt.im[j];
                     }
                 }
-                for (int j = 0; j < lanes; j++) {
-                    dinp[at + j] = dx[j] + omega[d0 + j] * dy[j];
-                    dw[j] += dy[j] * x[j];
-                }
-                for (int k = 0; t % FLUSH == 0 && k < N; k++) {
-                    for (int j = 0; j < LANES; j++) {
-                        Q[k][j].re += s[k].Q.re[j];
-                        Q[k][j].im += s[k].Q.im[j];
-                        R[k][j].re += s[k].R.re[j];
-                        R[k][j].im += s[k].R.im[j];
+                for (int t = 0; t < times; t++) {
+                    for (int j = 0; j < lanes; j++) {
+                        dinp[at + (size_t)t * D + j] = dx[t][j] + omega[d0 + j] * dy[t][j];
+                        dw[j] += dy[t][j] * x[t][j];
                     }
-                    memset(&s[k].Q, 0, 2 * sizeof(ComplexLanes));
                 }
             }
             for (int i = 0; i < lanes * N; i++) {
@@ -722,10 +746,10 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
                 if (start) { h0.re = start[h]; h0.im = start[h + 1]; }
                 Complex qa = conj_mul(q, a), qa1 = conj_mul(q, lane(&s[k].a1, j)), a1_0 = {a.re + qa1.re, a.im + qa1.im}; // a'_0
                 Complex hqa = conj_mul(h0, qa), ha = conj_mul(h0, a1_0), dh0 = conj_mul(g, qa);
-                Complex r = {p * R[k][j].re + ha.re, p * R[k][j].im + ha.im}, gr = conj_mul(g, r); // dq = ~g r
-                dgamma[w] += (p * Q[k][j].re + hqa.re) / sqrt(N);
-                dgamma[w + 1] += (p * Q[k][j].im + hqa.im) / sqrt(N);
-                dp[k][j] += conj_mul(g, Q[k][j]).re;
+                Complex r = {p * s[k].R[j].re + ha.re, p * s[k].R[j].im + ha.im}, gr = conj_mul(g, r); // dq = ~g r
+                dgamma[w] += (p * s[k].Q[j].re + hqa.re) / sqrt(N);
+                dgamma[w + 1] += (p * s[k].Q[j].im + hqa.im) / sqrt(N);
+                dp[k][j] += conj_mul(g, s[k].Q[j]).re;
                 dq[k][j].re += gr.re;
                 dq[k][j].im += gr.im;
                 if (dstart) { dstart[h] += dh0.re; dstart[h + 1] += dh0.im; }
@@ -842,11 +866,10 @@ void qk_forward(float* q, float* k, const float* znorm, const float* gamma, cons
         for (int s = 0; s < 2; s++) {
             const float *x = znorm + r * Z, *ga = gamma + s * Z, *be = beta + s * Z;
             float* out = (s ? k : q) + r * Z;
-            for (int i = 0; i < Z; i += 2) {
+            for (int i = 0, j = 0; i < Z; i += 2, j = j + 2 < zd ? j + 2 : 0) {
                 float re = x[i] * (ga[i] + 1.0f) * scale + be[i], im = x[i + 1] * (ga[i + 1] + 1.0f) * scale + be[i + 1];
-                float cosine = turn[i % zd], sine = turn[i % zd + 1];
-                out[i] = re * cosine - im * sine;
-                out[i + 1] = re * sine + im * cosine;
+                out[i] = re * turn[j] - im * turn[j + 1];
+                out[i + 1] = re * turn[j + 1] + im * turn[j];
             }
         }
     }
@@ -899,17 +922,21 @@ static inline float exp_fast(float x) {
 
 // out = silu(inp) * mul, elementwise over n numbers; mul NULL stands for ones. silu(a) = a sigmoid(a), eq. 16 and 18.
 void silu_forward(float* out, const float* inp, const float* mul, size_t n) {
-    OMP(omp parallel for schedule(static))
+    OMP(omp parallel for simd schedule(static))
     for (size_t i = 0; i < n; i++) { out[i] = inp[i] / (1.0f + exp_fast(-inp[i])) * (mul ? mul[i] : 1.0f); }
 }
 
 // silu'(a) = s (1 + a (1 - s)) with s = sigmoid(a). dmul is assigned like dinp, and NULL where mul is.
 void silu_backward(float* dinp, float* dmul, const float* dout, const float* inp, const float* mul, size_t n) {
-    OMP(omp parallel for schedule(static))
+    OMP(omp parallel for simd schedule(static))
     for (size_t i = 0; i < n; i++) {
         float s = 1.0f / (1.0f + exp_fast(-inp[i]));
-        if (dmul) { dmul[i] = dout[i] * inp[i] * s; }
-        dinp[i] = dout[i] * (mul ? mul[i] : 1.0f) * s * (1.0f + inp[i] * (1.0f - s));
+        dinp[i] = dout[i] * s * (1.0f + inp[i] * (1.0f - s));
+    }
+    OMP(omp parallel for simd schedule(static))
+    for (size_t i = 0; i < (mul ? n : 0); i++) {
+        dinp[i] *= mul[i];
+        dmul[i] = dout[i] * inp[i] / (1.0f + exp_fast(-inp[i]));
     }
 }
 
@@ -919,12 +946,12 @@ void silu_backward(float* dinp, float* dmul, const float* dout, const float* inp
 // sequence pos = 0 and K = T. When streaming, K = c, k and v hold the current chunk from its start, and the queries stand
 // at pos, pos+1, ... in it (pos + T <= c). Queries go in blocks of ROWS, so no c x c matrix is ever there; the scores
 // right of a block's last query are not computed.
-enum { ROWS = 64 };
+enum { ROWS = 96 };
 
 // Scores of the queries of one block against the keys from the start of their chunk: row i of S (rows, keys) sees the
 // first keys - rows + i + 1.
 void attention_scores(float* S, const float* q, const float* k, int rows, int keys, int Z, int zd) {
-    gemm(S, keys, q, Z, 1, k, 1, Z, rows, keys, zd, false, NULL);
+    gemm(S, keys, q, Z, 1, k, 1, Z, rows, keys, zd, NULL, NULL);
 }
 
 void attention_forward(float* out, float* lse, const float* q, const float* k, const float* v,
@@ -952,7 +979,7 @@ void attention_forward(float* out, float* lse, const float* q, const float* k, c
                         for (int j = 0; j < keys; j++) { s[j] = j < n ? s[j] / sum : 0.0f; }
                         lse[(at + i) * H + h] = top + logf(sum);
                     }
-                    gemm(out + at * V + h * vd, V, S, keys, 1, v + at_k * V + h * vd, V, 1, rows, vd, keys, false, NULL);
+                    gemm(out + at * V + h * vd, V, S, keys, 1, v + at_k * V + h * vd, V, 1, rows, vd, keys, NULL, NULL);
                 }
             }
         }
@@ -983,7 +1010,7 @@ void attention_backward(float* dq, float* dk, float* dv, const float* dout, cons
                         const float *qb = q + at * Z + h * zd, *db = dout + at * V + h * vd;
                         float* dS = P + (size_t)rows * keys;
                         attention_scores(P, qb, kc, rows, keys, Z, zd);
-                        gemm(dS, keys, db, V, 1, vc, 1, V, rows, keys, vd, false, NULL);
+                        gemm(dS, keys, db, V, 1, vc, 1, V, rows, keys, vd, NULL, NULL);
                         for (int i = 0; i < rows; i++) {
                             float *p = P + (size_t)i * keys, *ds = dS + (size_t)i * keys, norm = lse[(at + i) * H + h];
                             int n = keys - rows + i + 1;
@@ -993,9 +1020,9 @@ void attention_backward(float* dq, float* dk, float* dv, const float* dout, cons
                             for (int j = 0; j < n; j++) { ds[j] = p[j] * (ds[j] - dot); }
                             for (int j = n; j < keys; j++) { p[j] = ds[j] = 0; }
                         }
-                        gemm(dq + at * Z + h * zd, Z, dS, keys, 1, kc, Z, 1, rows, zd, keys, false, NULL);
-                        gemm(dkc, Z, dS, 1, keys, qb, Z, 1, keys, zd, rows, added, NULL);
-                        gemm(dvc, V, P, 1, keys, db, V, 1, keys, vd, rows, added, NULL);
+                        gemm(dq + at * Z + h * zd, Z, dS, keys, 1, kc, Z, 1, rows, zd, keys, NULL, NULL);
+                        gemm(dkc, Z, dS, 1, keys, qb, Z, 1, keys, zd, rows, added ? dkc : NULL, NULL);
+                        gemm(dvc, V, P, 1, keys, db, V, 1, keys, vd, rows, added ? dvc : NULL, NULL);
                     }
                 }
             }
@@ -1235,10 +1262,10 @@ void block_forward(const Model* m, const Pass* s, int l, const State* start, Sta
 
     // Short memory: attention inside the chunk. Queries and keys see the past through m; values are made from n, what is
     // new at this timestep (eq. 16), so that the moving average says where to look but does not blur what is found there.
-    matmul_forward(a.wz, a.rmsnorm, p.wz, p.wz_b, rows, D, Z, false);
+    matmul_forward(a.wz, a.rmsnorm, p.wz, p.wz_b, NULL, rows, D, Z);
     rmsnorm_forward(a.znorm, a.znorm_rstd, a.wz, NULL, rows * H, Z / H, eps);
     qk_forward(a.q, a.k, a.znorm, p.gamma, p.beta, m->rotations, B, T, pos, c->chunk_size, Z, H);
-    matmul_forward(a.wv, a.timenorm, p.wv, p.wv_b, rows, D, V, false);
+    matmul_forward(a.wv, a.timenorm, p.wv, p.wv_b, NULL, rows, D, V);
     silu_forward(a.v, a.wv, NULL, rows * V);
     const float *k = a.k, *v = a.v;
     int keys = T;
@@ -1254,21 +1281,19 @@ void block_forward(const Model* m, const Pass* s, int l, const State* start, Sta
     attention_forward(a.attention, a.attention_lse, a.q, k, v, B, T, keys, pos, c->chunk_size, H, Z, V);
 
     // The gate r = silu(m Wr^T + br), and the first hop: y = m Wh1^T + bh1 + (o*r) Wh2^T + x.
-    matmul_forward(a.wr, a.rmsnorm, p.wr, p.wr_b, rows, D, V, false);
+    matmul_forward(a.wr, a.rmsnorm, p.wr, p.wr_b, NULL, rows, D, V);
     silu_forward(a.gated, a.wr, a.attention, rows * V);
-    memcpy(a.mega, x, sizeof(float) * rows * D);
-    matmul_forward(a.mega, a.rmsnorm, p.wh1, p.wh1_b, rows, D, D, true);
-    matmul_forward(a.mega, a.gated, p.wh2, NULL, rows, V, D, true);
+    matmul_forward(a.mega, a.rmsnorm, p.wh1, p.wh1_b, x, rows, D, D);
+    matmul_forward(a.mega, a.gated, p.wh2, NULL, a.mega, rows, V, D);
 
     // Feed-forward, and the second hop: out = ffn(layer_norm(y)) + x. It is x that is added, not y (eq. 11).
     layernorm_forward(a.norm, a.norm_mean, a.norm_rstd, a.mega, p.norm_w, p.norm_b, rows, D, eps);
-    matmul_forward(a.fc1, a.norm, p.fc1, NULL, rows, D, F, false);
-    if (c->swiglu) { matmul_forward(a.fc3, a.norm, p.fc3, NULL, rows, D, F, false); }
+    matmul_forward(a.fc1, a.norm, p.fc1, NULL, NULL, rows, D, F);
+    if (c->swiglu) { matmul_forward(a.fc3, a.norm, p.fc3, NULL, NULL, rows, D, F); }
     silu_forward(a.hidden, a.fc1, c->swiglu ? a.fc3 : NULL, rows * F);
-    if (a.out != x) { memcpy(a.out, x, sizeof(float) * rows * D); } // in inference they are one buffer
-    if (!c->rescale_nffn) { matmul_forward(a.out, a.hidden, p.fc2, NULL, rows, F, D, true); return; }
-    matmul_forward(a.fc2, a.hidden, p.fc2, NULL, rows, F, D, false);
-    for (size_t i = 0; i < rows * D; i++) { a.out[i] += a.fc2[i] * p.rescale[i % D]; }
+    if (!c->rescale_nffn) { matmul_forward(a.out, a.hidden, p.fc2, NULL, x, rows, F, D); return; }
+    matmul_forward(a.fc2, a.hidden, p.fc2, NULL, NULL, rows, F, D);
+    for (size_t i = 0; i < rows * D; i++) { a.out[i] = x[i] + a.fc2[i] * p.rescale[i % D]; }
 }
 
 // From dout to dx. dstart receives the gradient of the state before these timesteps if not NULL.
@@ -1290,27 +1315,27 @@ void block_backward(const Model* m, const Pass* s, int l, const State* start, St
         }
         dffn = d.fc2;
     }
-    matmul_backward(d.hidden, g.fc2, NULL, dffn, a.hidden, p.fc2, rows, F, D, false);
+    matmul_backward(d.hidden, g.fc2, NULL, dffn, a.hidden, p.fc2, NULL, rows, F, D);
     silu_backward(d.fc1, c->swiglu ? d.fc3 : NULL, d.hidden, a.fc1, c->swiglu ? a.fc3 : NULL, rows * F);
-    matmul_backward(d.norm, g.fc1, NULL, d.fc1, a.norm, p.fc1, rows, D, F, false);
-    if (c->swiglu) { matmul_backward(d.norm, g.fc3, NULL, d.fc3, a.norm, p.fc3, rows, D, F, true); }
+    matmul_backward(d.norm, g.fc1, NULL, d.fc1, a.norm, p.fc1, NULL, rows, D, F);
+    if (c->swiglu) { matmul_backward(d.norm, g.fc3, NULL, d.fc3, a.norm, p.fc3, d.norm, rows, D, F); }
     layernorm_backward(d.mega, g.norm_w, g.norm_b, d.norm, a.norm_mean, a.norm_rstd, a.mega, p.norm_w, rows, D);
 
-    matmul_backward(d.gated, g.wh2, NULL, d.mega, a.gated, p.wh2, rows, V, D, false);
-    matmul_backward(d.rmsnorm, g.wh1, g.wh1_b, d.mega, a.rmsnorm, p.wh1, rows, D, D, false);
+    matmul_backward(d.gated, g.wh2, NULL, d.mega, a.gated, p.wh2, NULL, rows, V, D);
+    matmul_backward(d.rmsnorm, g.wh1, g.wh1_b, d.mega, a.rmsnorm, p.wh1, NULL, rows, D, D);
     silu_backward(d.wr, d.attention, d.gated, a.wr, a.attention, rows * V);
-    matmul_backward(d.rmsnorm, g.wr, g.wr_b, d.wr, a.rmsnorm, p.wr, rows, D, V, true);
+    matmul_backward(d.rmsnorm, g.wr, g.wr_b, d.wr, a.rmsnorm, p.wr, d.rmsnorm, rows, D, V);
 
     attention_backward(d.q, d.k, d.v, d.attention, a.attention_lse, a.q, a.k, a.v, B, T, c->chunk_size, H, Z, V);
     qk_backward(d.znorm, g.gamma, g.beta, d.q, d.k, a.znorm, p.gamma, m->rotations, B, T, c->chunk_size, Z, H);
     rmsnorm_backward(d.wz, NULL, d.znorm, a.znorm_rstd, a.wz, NULL, rows * H, Z / H);
-    matmul_backward(d.rmsnorm, g.wz, g.wz_b, d.wz, a.rmsnorm, p.wz, rows, D, Z, true);
+    matmul_backward(d.rmsnorm, g.wz, g.wz_b, d.wz, a.rmsnorm, p.wz, d.rmsnorm, rows, D, Z);
 
     rmsnorm_backward(d.cema, g.rmsnorm_w, d.rmsnorm, a.rmsnorm_rstd, a.cema, p.rmsnorm_w, rows, D);
     cema_backward(d.timenorm, g.cema_alpha, g.cema_delta, g.cema_theta, g.cema_gamma, g.cema_omega, din.h, d.cema, in.h,
                   a.timenorm, p.cema_alpha, p.cema_delta, p.cema_theta, p.cema_gamma, p.cema_omega, B, T, D, c->cema_ndim);
     silu_backward(d.wv, NULL, d.v, a.wv, NULL, rows * V);
-    matmul_backward(d.timenorm, g.wv, g.wv_b, d.wv, a.timenorm, p.wv, rows, D, V, true);
+    matmul_backward(d.timenorm, g.wv, g.wv_b, d.wv, a.timenorm, p.wv, d.timenorm, rows, D, V);
 
     // x has three readers: the second hop, the first hop and the timestep norm. (dx may be d.out itself.)
     OMP(omp parallel for schedule(static))
@@ -1334,7 +1359,7 @@ void model_forward(const Model* m, const Pass* s, const int* tokens, const State
     timestepnorm_forward(a.final, a.final_mean, a.final_rstd, state_layer(end, c, L).norm, state_layer(start, c, L).norm,
                          block_input(s->specs, a, L), m->params.final_w, m->params.final_b, B, T, D, c->norm_num_groups,
                          c->norm_eps);
-    matmul_forward(a.logits, a.final, output_weight(m, m->params), NULL, rows, D, c->vocab_size, false);
+    matmul_forward(a.logits, a.final, output_weight(m, m->params), NULL, NULL, rows, D, c->vocab_size);
     if (end) { end->pos = ((start ? start->pos : 0) + T) % c->chunk_size; }
 }
 
@@ -1359,8 +1384,7 @@ void model_backward(const Model* m, const Pass* s, const int* tokens, const int*
     Acts a = s->acts, d = s->grads;
     float* dx = block_input(s->dspecs, d, L);
     crossentropy_backward(a.logits, a.losses, targets, dloss, rows, c->vocab_size);
-    matmul_backward(d.final, (float*)output_weight(m, m->grads), NULL, a.logits, a.final, output_weight(m, m->params),
-                    rows, D, c->vocab_size, false);
+    matmul_backward(d.final, (float*)output_weight(m, m->grads), NULL, a.logits, a.final, output_weight(m, m->params), NULL, rows, D, c->vocab_size);
     memset(dx, 0, sizeof(float) * rows * D);
     timestepnorm_backward(dx, m->grads.final_w, m->grads.final_b, state_layer(dstart, c, L).norm, d.final, a.final_mean,
                           a.final_rstd, state_layer(start, c, L).norm, block_input(s->specs, a, L), m->params.final_w,

@@ -90,7 +90,7 @@ static void gpu_open(Gpu* gpu) {
     if (gpu->card.major < 8) {
         die("%s has compute capability %d.%d, at least 8.0 is needed", gpu->card.name, gpu->card.major, gpu->card.minor);
     }
-    CUDA(cudaStreamCreateWithFlags(&gpu->stream, cudaStreamNonBlocking));
+    CUDA(cudaStreamCreate(&gpu->stream)); // plain copies and this stream wait for each other
     CUBLAS(cublasLtCreate(&gpu->lt));
     gpu->plans = (GemmPlan*)xcalloc(NUM_PLANS, sizeof(GemmPlan));
 }
@@ -202,15 +202,28 @@ enum { MAX_ROW = 8192 };
 template <bool WIDE> __device__ inline int column(int e) {
     return WIDE ? 8 * threadIdx.x + e : 2 * ((e / 2) * blockDim.x + threadIdx.x) + (e & 1);
 }
-template <bool WIDE, typename X> __device__ inline void load_row(float (&v)[8], const X* row, int columns) {
-    if (WIDE) {
-        if (8 * threadIdx.x < columns) { load8(v, row + 8 * threadIdx.x); return; }
-#pragma unroll
-        for (int e = 0; e < 8; e++) { v[e] = 0; }
-    } else {
-#pragma unroll
-        for (int e = 0; e < 8; e++) { v[e] = column<WIDE>(e) < columns ? to_float(row[column<WIDE>(e)]) : 0; }
+// A thread's part of a row as it is in memory; zeros past the last column. Kernels load the next row while they work on one.
+template <typename X, bool WIDE> struct RowPiece : Eight<X> {
+    __device__ void load(const X* row, int columns) {
+        *(Eight<X>*)this = Eight<X>();
+        if (8 * threadIdx.x < columns) { Eight<X>::load(row + 8 * threadIdx.x); }
     }
+};
+template <typename X> struct RowPiece<X, false> {
+    X x[8];
+    __device__ void load(const X* row, int columns) {
+#pragma unroll
+        for (int e = 0; e < 8; e++) { x[e] = column<false>(e) < columns ? row[column<false>(e)] : from_float<X>(0); }
+    }
+    __device__ void get(float* v) const {
+#pragma unroll
+        for (int e = 0; e < 8; e++) { v[e] = to_float(x[e]); }
+    }
+};
+template <bool WIDE, typename X> __device__ inline void load_row(float (&v)[8], const X* row, int columns) {
+    RowPiece<X, WIDE> piece;
+    piece.load(row, columns);
+    piece.get(v);
 }
 template <bool WIDE, typename X> __device__ inline void store_row(X* row, const float (&v)[8], int columns) {
     if (WIDE) {
@@ -447,12 +460,13 @@ static void embedding_backward(Gpu& gpu, float* dweight, const X* dout, const in
     LAUNCHED();
 }
 
-// Timestep norm as a scan over time, see timestepnorm_forward of the CPU. Segments of 64 timesteps are reduced to their
+// Timestep norm as a scan over time, see timestepnorm_forward of the CPU. Segments of 32 timesteps are reduced to their
 // statistics (first pass over the input), a warp per group scans those, and a second pass scans inside the segments and
 // writes the output: input twice, output once. A block has one segment and as many groups as its warps are wide: a warp
-// has 8 timesteps, and in it `lanes` threads have the F = D/G features of a group, 8 or 1 neighbours (VEC) each. If that
-// covers the group at once (SINGLE), a thread keeps its features in registers; else it reads them again.
-enum { STEPS = 8, WARPS = 8, SEGMENT = STEPS * WARPS };
+// has 4 timesteps, and in it `lanes` threads have the F = D/G features of a group, 8 or 1 neighbours (VEC) each. For the
+// usual groups of 32 and 64 features (LANES = 4 and 8) a thread keeps its features in registers; for all others (LANES = 0)
+// it reads them as often as they are needed.
+enum { STEPS = 4, WARPS = 8, SEGMENT = STEPS * WARPS };
 
 template <typename X, int VEC> struct Piece : Eight<X> {
     __device__ void clear() { *(Eight<X>*)this = Eight<X>(); }
@@ -489,29 +503,33 @@ struct NormPlace {
         line = (row * G + g) * count + segment;
     }
 };
-__device__ inline float team_sum(float v, int lanes) {
-    for (int o = lanes / 2; o; o /= 2) { v += __shfl_xor_sync(~0u, v, o); }
+template <int LANES> __device__ inline float team_sum(float v, int lanes) {
+    if (!LANES) { for (int o = lanes / 2; o; o /= 2) { v += __shfl_xor_sync(~0u, v, o); } }
+#pragma unroll
+    for (int o = LANES / 2; o; o /= 2) { v += __shfl_xor_sync(~0u, v, o); }
     return v;
 }
 
 // Statistics of n timesteps and of k more become those of n + k (Chan). The same for floats inside a segment.
+__device__ inline float quotient(float a, float b) { return __fdividef(a, b); } // to 2 units in the last place
+__device__ inline double quotient(double a, double b) { return a / b; }
 template <typename R> __device__ inline void merge(R& n, R& mean, R& var, R k, R m, R v) {
     if (k == 0) { return; }
-    R w = k / (n + k), d = m - mean;
+    R w = quotient(k, n + k), d = m - mean;
     n += k;
     mean += d * w;
     var += (v - var) * w + d * d * w * (1 - w);
 }
 
 // segments (B,G,segments) holds (count, mean, var): without APPLY of each segment, written; with APPLY of all before it.
-template <typename X, int VEC, bool SINGLE, bool APPLY>
+template <typename X, int VEC, int LANES, bool APPLY>
 __global__ void __launch_bounds__(32 * WARPS) timestepnorm_forward_kernel(X* out, float* mean, float* rstd, float4* segments,
         const X* inp, const float* w, const float* b, int T, int D, int G, int lanes, float eps) {
     __shared__ float3 totals[WARPS][32];
     NormPlace p(T, D, G, lanes, VEC);
     Piece<X, VEC> kept[STEPS];
     float m[STEPS], v[STEPS], a[VEC], n = 0, run_mean = 0, run_var = 0;
-    if (SINGLE) {
+    if (LANES) {
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
             kept[i].clear();
@@ -519,7 +537,7 @@ __global__ void __launch_bounds__(32 * WARPS) timestepnorm_forward_kernel(X* out
         }
     }
     auto get = [&](int i, int f) { // features f.. of timestep i
-        if (SINGLE) { kept[i].get(a); return; }
+        if (LANES) { kept[i].get(a); return; }
         Piece<X, VEC> piece;
         piece.clear();
         if (i < p.steps) { piece.load(inp + p.at + (size_t)i * D + f); }
@@ -532,21 +550,26 @@ __global__ void __launch_bounds__(32 * WARPS) timestepnorm_forward_kernel(X* out
             get(i, f);
 #pragma unroll
             for (int e = 0; e < VEC; e++) { s += a[e]; }
-            if (SINGLE) { break; }
+            if (LANES) { break; }
         }
-        m[i] = team_sum(s, lanes) / p.F;
+        m[i] = team_sum<LANES>(s, lanes) / p.F;
         s = 0;
         for (int f = p.sub; f < p.F; f += p.width) {
             get(i, f);
 #pragma unroll
             for (int e = 0; e < VEC; e++) { s += (a[e] - m[i]) * (a[e] - m[i]); }
-            if (SINGLE) { break; }
+            if (LANES) { break; }
         }
-        v[i] = team_sum(s, lanes) / p.F;
+        v[i] = team_sum<LANES>(s, lanes) / p.F;
     }
 #pragma unroll
     for (int i = 0; i < STEPS; i++) { // of the warp's timesteps up to i
-        if (i < p.steps) { merge(n, run_mean, run_var, 1.0f, m[i], v[i]); }
+        if (i < p.steps) { // merge(), with weights known when compiling
+            const float w = 1.0f / (i + 1), d = m[i] - run_mean;
+            n = i + 1;
+            run_mean += d * w;
+            run_var += (v[i] - run_var) * w + d * d * (w * (1 - w));
+        }
         m[i] = run_mean;
         v[i] = run_var;
     }
@@ -562,6 +585,12 @@ __global__ void __launch_bounds__(32 * WARPS) timestepnorm_forward_kernel(X* out
         if (p.warp == 0 && p.sub == 0 && p.active) { segments[p.line] = past; }
         return;
     }
+    float scale[VEC], shift[VEC];
+    auto get_weights = [&](int f) {
+#pragma unroll
+        for (int e = 0; e < VEC; e++) { scale[e] = w[p.g * p.F + f + e] + 1; shift[e] = b[p.g * p.F + f + e]; }
+    };
+    if (LANES && p.sub < p.F) { get_weights(p.sub); }
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
         if (i >= p.steps) { break; }
@@ -570,11 +599,12 @@ __global__ void __launch_bounds__(32 * WARPS) timestepnorm_forward_kernel(X* out
         float r = 1 / sqrtf(var + eps);
         for (int f = p.sub; f < p.F; f += p.width) {
             get(i, f);
+            if (!LANES) { get_weights(f); }
 #pragma unroll
-            for (int e = 0; e < VEC; e++) { a[e] = (a[e] - mu) * r * (w[p.g * p.F + f + e] + 1) + b[p.g * p.F + f + e]; }
+            for (int e = 0; e < VEC; e++) { a[e] = (a[e] - mu) * r * scale[e] + shift[e]; }
             X* to = out + p.at + (size_t)i * D + f;
             if (VEC == 8) { store8(to, a); } else { *to = from_float<X>(a[0]); }
-            if (SINGLE) { break; }
+            if (LANES) { break; }
         }
         if (p.sub == 0) {
             size_t k = (p.row * T + p.t0 + i) * G + p.g;
@@ -617,14 +647,14 @@ __global__ void timestepnorm_scan_kernel(float4* segments, NormState* end, const
 }
 
 // Geometry of the timestep norm's kernels: threads of a group, blocks, segments of time.
-struct NormGrid { int lanes, count; bool wide, single; size_t blocks; };
+struct NormGrid { int lanes, fixed, count; bool wide; size_t blocks; }; // fixed: LANES
 static NormGrid norm_grid(int B, int T, int D, int G) {
     NormGrid r;
     int F = D / G;
     r.wide = wide(F);
     r.lanes = 1;
     while (r.lanes < 32 && r.lanes * (r.wide ? 8 : 1) < F) { r.lanes *= 2; }
-    r.single = r.wide && r.lanes * 8 >= F;
+    r.fixed = r.wide && r.lanes * 8 >= F && (r.lanes == 4 || r.lanes == 8) ? r.lanes : 0;
     r.count = ceil_div(T, SEGMENT);
     r.blocks = (size_t)B * r.count * ceil_div(G, 32 / r.lanes);
     return r;
@@ -635,10 +665,10 @@ static void timestepnorm_forward(Gpu& gpu, X* out, float* mean, float* rstd, Nor
                                  const X* inp, const float* w, const float* b, int B, int T, int D, int G, float eps) {
     NormGrid r = norm_grid(B, T, D, G);
     float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
-    auto pass = r.single ? timestepnorm_forward_kernel<X, 8, true, false>
-                : r.wide ? timestepnorm_forward_kernel<X, 8, false, false> : timestepnorm_forward_kernel<X, 1, false, false>;
-    auto apply = r.single ? timestepnorm_forward_kernel<X, 8, true, true>
-                 : r.wide ? timestepnorm_forward_kernel<X, 8, false, true> : timestepnorm_forward_kernel<X, 1, false, true>;
+    auto pass = r.fixed == 4 ? timestepnorm_forward_kernel<X, 8, 4, false> : r.fixed == 8 ? timestepnorm_forward_kernel<X, 8, 8, false>
+                : r.wide ? timestepnorm_forward_kernel<X, 8, 0, false> : timestepnorm_forward_kernel<X, 1, 0, false>;
+    auto apply = r.fixed == 4 ? timestepnorm_forward_kernel<X, 8, 4, true> : r.fixed == 8 ? timestepnorm_forward_kernel<X, 8, 8, true>
+                : r.wide ? timestepnorm_forward_kernel<X, 8, 0, true> : timestepnorm_forward_kernel<X, 1, 0, true>;
     pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(out, mean, rstd, segments, inp, w, b, T, D, G, r.lanes, eps);
     timestepnorm_scan_kernel<<<ceil_div((size_t)B * G, 4), 128, 0, gpu.stream>>>(segments, end, start, r.count, (size_t)B * G);
     apply<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(out, mean, rstd, segments, inp, w, b, T, D, G, r.lanes, eps);
@@ -652,9 +682,13 @@ __global__ void timestepnorm_again_kernel(X* out, const float* mean, const float
     float scale[8], shift[8], x[8];
     load_row<WIDE>(scale, w, D);
     load_row<WIDE>(shift, b, D);
-    for (size_t r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
-        load_row<WIDE>(x, inp + r * D, D);
+    RowPiece<X, WIDE> next;
+    size_t first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    next.load(inp + first * D, first < rows ? D : 0);
+    for (size_t r = first; r < rows; r += step) {
         int F = D / G;
+        next.get(x);
+        next.load(inp + (r + step) * D, r + step < rows ? D : 0);
         if (WIDE) { // 8 features of one group
             size_t k = r * G + min(column<WIDE>(0) / F, G - 1);
             float mu = mean[k], s = rstd[k];
@@ -682,7 +716,7 @@ static void timestepnorm_again(Gpu& gpu, X* out, const float* mean, const float*
 // With u and v the terms of the CPU's sums U and V, which run from the end: a first pass over dout and inp leaves their
 // sums by segment and the partial sums of dw and db; these are scanned; a second pass adds up inside the segments and
 // writes dinp = dout (w+1) rstd + (U + 2 (inp - c) V)/F + add1 + add2. add1 and add2 may be NULL, and add1 may be dinp.
-template <typename X, int VEC, bool SINGLE, bool APPLY>
+template <typename X, int VEC, int LANES, bool APPLY>
 __global__ void __launch_bounds__(32 * WARPS) timestepnorm_backward_kernel(X* dinp, float* partials, float4* segments,
         const X* add1, const X* add2, const X* dout, const float* mean, const float* rstd, const NormState* start,
         const X* inp, const float* w, int T, int D, int G, int lanes) {
@@ -697,7 +731,7 @@ __global__ void __launch_bounds__(32 * WARPS) timestepnorm_backward_kernel(X* di
         size_t k = (p.row * T + p.t0 + i) * G + p.g;
         mu[i] = i < p.steps ? mean[k] : 0;
         r[i] = i < p.steps ? rstd[k] : 0;
-        if (!SINGLE) { continue; }
+        if (!LANES) { continue; }
         kept_x[i].clear();
         kept_dy[i].clear();
         if (i < p.steps && p.sub < p.F) {
@@ -706,7 +740,7 @@ __global__ void __launch_bounds__(32 * WARPS) timestepnorm_backward_kernel(X* di
         }
     }
     auto get = [&](int i, int f) {
-        if (SINGLE) { kept_x[i].get(x); kept_dy[i].get(dy); return; }
+        if (LANES) { kept_x[i].get(x); kept_dy[i].get(dy); return; }
         Piece<X, VEC> px, pdy;
         px.clear();
         pdy.clear();
@@ -717,24 +751,30 @@ __global__ void __launch_bounds__(32 * WARPS) timestepnorm_backward_kernel(X* di
         px.get(x);
         pdy.get(dy);
     };
-    const float* wg = w + p.g * p.F;
+    float scale[VEC];
+    auto get_weights = [&](int f) {
+#pragma unroll
+        for (int e = 0; e < VEC; e++) { scale[e] = w[p.g * p.F + f + e] + 1; }
+    };
+    if (LANES && p.sub < p.F) { get_weights(p.sub); }
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
         float A = 0, E = 0;
         for (int f = p.sub; f < p.F; f += p.width) {
             get(i, f);
+            if (!LANES) { get_weights(f); }
 #pragma unroll
             for (int e = 0; e < VEC; e++) {
-                float d = dy[e] * (wg[f + e] + 1);
+                float d = dy[e] * scale[e];
                 A += d * (x[e] - mu[i]);
                 E += d;
             }
-            if (SINGLE) { break; }
+            if (LANES) { break; }
         }
-        float n = n0 + (float)(p.t0 + i + 1), da = -r[i] * team_sum(E, lanes);
-        float dv = -0.5f * r[i] * r[i] * r[i] * team_sum(A, lanes);
-        u[i] = (da - 2 * (mu[i] - c) * dv) / n;
-        v[i] = dv / n;
+        float share = quotient(1.0f, n0 + (float)(p.t0 + i + 1)), da = -r[i] * team_sum<LANES>(E, lanes);
+        float dv = -0.5f * r[i] * r[i] * r[i] * team_sum<LANES>(A, lanes);
+        u[i] = (da - 2 * (mu[i] - c) * dv) * share;
+        v[i] = dv * share;
     }
 #pragma unroll
     for (int i = STEPS - 2; i >= 0; i--) {
@@ -784,25 +824,36 @@ __global__ void __launch_bounds__(32 * WARPS) timestepnorm_backward_kernel(X* di
         }
         return;
     }
+    Piece<X, VEC> added[STEPS][2]; // read before anything is written
+    float a[VEC];
+    auto get_added = [&](int i, int f) {
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const X* add = k ? add2 : add1;
+            added[i][k].clear();
+            if (add && i < p.steps) { added[i][k].load(add + p.at + (size_t)i * D + f); }
+        }
+    };
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) { if (LANES && p.sub < p.F) { get_added(i, p.sub); } }
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
         if (i >= p.steps) { break; }
-        float U = (u[i] + later.x) / p.F, V = 2 * (v[i] + later.y) / p.F, a[VEC];
+        float U = (u[i] + later.x) / p.F, V = 2 * (v[i] + later.y) / p.F;
         for (int f = p.sub; f < p.F; f += p.width) {
-            size_t at = p.at + (size_t)i * D + f;
-            Piece<X, VEC> piece;
+            if (!LANES) { get_added(i, f); get_weights(f); }
             get(i, f);
 #pragma unroll
-            for (int e = 0; e < VEC; e++) { dy[e] = dy[e] * (wg[f + e] + 1) * r[i] + U + (x[e] - c) * V; }
-            for (const X* add : {add1, add2}) {
-                if (!add) { continue; }
-                piece.load(add + at);
-                piece.get(a);
+            for (int e = 0; e < VEC; e++) { dy[e] = dy[e] * scale[e] * r[i] + U + (x[e] - c) * V; }
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                added[i][k].get(a);
 #pragma unroll
                 for (int e = 0; e < VEC; e++) { dy[e] += a[e]; }
             }
-            if (VEC == 8) { store8(dinp + at, dy); } else { dinp[at] = from_float<X>(dy[0]); }
-            if (SINGLE) { break; }
+            X* to = dinp + p.at + (size_t)i * D + f;
+            if (VEC == 8) { store8(to, dy); } else { *to = from_float<X>(dy[0]); }
+            if (LANES) { break; }
         }
     }
 }
@@ -843,10 +894,10 @@ static void timestepnorm_backward(Gpu& gpu, X* dinp, float* dw, float* db, NormS
     NormGrid r = norm_grid(B, T, D, G);
     float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * B * r.count * 2 * D);
-    auto pass = r.single ? timestepnorm_backward_kernel<X, 8, true, false>
-                : r.wide ? timestepnorm_backward_kernel<X, 8, false, false> : timestepnorm_backward_kernel<X, 1, false, false>;
-    auto apply = r.single ? timestepnorm_backward_kernel<X, 8, true, true>
-                 : r.wide ? timestepnorm_backward_kernel<X, 8, false, true> : timestepnorm_backward_kernel<X, 1, false, true>;
+    auto pass = r.fixed == 4 ? timestepnorm_backward_kernel<X, 8, 4, false> : r.fixed == 8 ? timestepnorm_backward_kernel<X, 8, 8, false>
+                : r.wide ? timestepnorm_backward_kernel<X, 8, 0, false> : timestepnorm_backward_kernel<X, 1, 0, false>;
+    auto apply = r.fixed == 4 ? timestepnorm_backward_kernel<X, 8, 4, true> : r.fixed == 8 ? timestepnorm_backward_kernel<X, 8, 8, true>
+                : r.wide ? timestepnorm_backward_kernel<X, 8, 0, true> : timestepnorm_backward_kernel<X, 1, 0, true>;
     pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start, inp, w, T, D, G, r.lanes);
     timestepnorm_scan_back_kernel<<<ceil_div((size_t)B * G, 4), 128, 0, gpu.stream>>>(segments, dstart, start, mean, r.count, T, G, (size_t)B * G);
     apply<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start, inp, w, T, D, G, r.lanes);
@@ -858,8 +909,9 @@ static void timestepnorm_backward(Gpu& gpu, X* dinp, float* dw, float* db, NormS
 // A feature's N oscillators are shared by LANES neighbouring threads, MODES each, in registers; a warp is a block and has
 // 32/LANES neighbouring features of one batch row. Time is cut into segments only if that leaves too few warps (a warp for
 // each of the card's schedulers is enough, since the MODES recurrences of a thread are independent): then the end states of
-// the segments are computed first, from zero, and handed on by q^length.
-enum { MODES = 8, AHEAD = 8 };
+// the segments are computed first, from zero, and handed on by q^length. Inputs come through shared memory, in STAGES pieces
+// of AHEAD timesteps that are copied while the warp computes.
+enum { MODES = 8, AHEAD = 16, STAGES = 4 };
 static int cema_lanes(int N) { return N <= 2 * MODES ? 2 : CEMA_MAX_NDIM / MODES; }
 
 // coef (5,K,D), K = N rounded up to whole threads: p, q, c = p g (zero for k >= N). In double, rounded once.
@@ -935,14 +987,65 @@ template <int LANES> __device__ inline float pair_sum(float first, float second)
     return s;
 }
 
+// AHEAD timesteps of the block's features in shared memory.
+template <typename X, int LANES> struct CemaStage {
+    enum { TILE = 32 / LANES, ROW = TILE * (int)sizeof(X), CHUNK = ROW < 16 ? ROW : 16, PER_ROW = ROW / CHUNK };
+    alignas(16) X x[AHEAD][TILE];
+
+    // Starts to copy timesteps t.. (clamped to those of [t0,t1)) from a tensor whose feature 0 of timestep 0 is at `from`.
+    __device__ void fetch(const X* from, int t, int t0, int t1, int D) {
+        int d0 = blockIdx.x * TILE;
+        if (D % TILE == 0) {
+#pragma unroll
+            for (int i = threadIdx.x; i < AHEAD * PER_ROW; i += 32) {
+                int row = i / PER_ROW, at = min(max(t + row, t0), t1 - 1);
+                unsigned to = __cvta_generic_to_shared((char*)x[row] + i % PER_ROW * CHUNK);
+                const char* src = (const char*)(from + (size_t)at * D + d0) + i % PER_ROW * CHUNK;
+                asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(src), "n"((int)CHUNK) : "memory");
+            }
+        } else {
+            for (int i = threadIdx.x; i < AHEAD * TILE; i += 32) {
+                int at = min(max(t + i / TILE, t0), t1 - 1);
+                if (d0 + i % TILE < D) { x[i / TILE][i % TILE] = from[(size_t)at * D + d0 + i % TILE]; }
+            }
+        }
+    }
+    // Writes all of it to timesteps t.. of a tensor.
+    __device__ void put(X* to, int t, int D) const {
+        int d0 = blockIdx.x * TILE;
+        if (D % TILE == 0) {
+#pragma unroll
+            for (int i = threadIdx.x; i < AHEAD * PER_ROW; i += 32) {
+                char* at = (char*)(to + (size_t)(t + i / PER_ROW) * D + d0) + i % PER_ROW * CHUNK;
+                const char* src = (const char*)x[i / PER_ROW] + i % PER_ROW * CHUNK;
+                if (CHUNK == 16) { *(uint4*)at = *(const uint4*)src; } else { *(uint2*)at = *(const uint2*)src; }
+            }
+        } else {
+            for (int i = threadIdx.x; i < AHEAD * TILE; i += 32) {
+                if (d0 + i % TILE < D) { to[(size_t)(t + i / TILE) * D + d0 + i % TILE] = x[i / TILE][i % TILE]; }
+            }
+        }
+    }
+};
+__device__ inline void stage_done() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void stage_wait() { // for the oldest of STAGES - 1
+    asm volatile("cp.async.wait_group %0;" ::"n"((int)STAGES - 2) : "memory");
+    __syncwarp();
+}
+
 // With ENDS, only the segments' end states from zero, to carries; else the output, from carries (NULL for zero) on. end
 // (B,D,N,2) receives h after the last timestep if not NULL.
 template <typename X, int LANES, bool ENDS>
 __global__ void __launch_bounds__(32) cema_forward_kernel(X* out, float* end, float2* carries, const X* inp, const float* coef,
                                                           const float* omega, int length, int T, int D, int N) {
     enum { K = LANES * MODES };
+    __shared__ CemaStage<X, LANES> stages[STAGES], result;
     CemaPlace p(LANES, length, T, D);
-    float q_re[MODES], q_im[MODES], c_re[MODES], c_im[MODES], s_re[MODES], s_im[MODES], next[AHEAD], x[AHEAD], y[AHEAD];
+    float q_re[MODES], q_im[MODES], c_re[MODES], c_im[MODES], s_re[MODES], s_im[MODES], y[AHEAD];
+    const X* from = inp + (size_t)p.b * T * D;
+    int f = threadIdx.x / LANES, pieces = (p.t1 - p.t0 + AHEAD - 1) / AHEAD;
+#pragma unroll
+    for (int j = 0; j < STAGES - 1; j++) { stages[j].fetch(from, p.t0 + j * AHEAD, p.t0, p.t1, D); stage_done(); }
 #pragma unroll
     for (int k = 0; k < MODES; k++) {
         size_t i = (size_t)(p.k0 + k) * D + p.d;
@@ -955,8 +1058,7 @@ __global__ void __launch_bounds__(32) cema_forward_kernel(X* out, float* end, fl
         s_re[k] = s.x;
         s_im[k] = s.y;
     }
-    float w = p.k0 == 0 && omega ? omega[p.d] : 0; // one thread adds omega x
-    const X* from = inp + p.at;
+    float w = p.k0 == 0 ? omega[p.d] : 0; // one thread adds omega x
     auto step = [&](float x) {
         float y0 = w * x, y1 = 0;
 #pragma unroll
@@ -971,31 +1073,30 @@ __global__ void __launch_bounds__(32) cema_forward_kernel(X* out, float* end, fl
         }
         return y0 + y1;
     };
-    int t = p.t0, whole = p.t0 + (p.t1 - p.t0) / AHEAD * AHEAD;
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++) { next[i] = t + i < p.t1 ? to_float(from[(size_t)(t + i) * D]) : 0; }
-    for (; t < whole; t += AHEAD) {
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            x[i] = next[i];
-            next[i] = t + AHEAD + i < p.t1 ? to_float(from[(size_t)(t + AHEAD + i) * D]) : 0;
+    for (int j = 0; j < pieces; j++) {
+        int t = p.t0 + j * AHEAD;
+        CemaStage<X, LANES>& now = stages[j % STAGES];
+        stage_wait(); // and all threads are done with the stage that is filled next
+        if (j + STAGES - 1 < pieces) { stages[(j + STAGES - 1) % STAGES].fetch(from, t + (STAGES - 1) * AHEAD, p.t0, p.t1, D); }
+        stage_done();
+        if (t + AHEAD > p.t1) { // the last timesteps
+            for (int i = 0; t + i < p.t1; i++) {
+                float sum = step(to_float(now.x[i][f]));
+                sum = ENDS ? 0 : pair_sum<LANES>(sum, sum);
+                if (!ENDS && p.active && threadIdx.x % LANES == 0) { out[p.at + (size_t)(t + i) * D] = from_float<X>(sum); }
+            }
+            break;
         }
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) { y[i] = step(x[i]); }
+        for (int i = 0; i < AHEAD; i++) { y[i] = step(to_float(now.x[i][f])); }
         if (ENDS) { continue; }
 #pragma unroll
         for (int i = 0; i < AHEAD; i += 2) {
             float sum = pair_sum<LANES>(y[i], y[i + 1]);
-            if (p.active && threadIdx.x % LANES < 2) { out[p.at + (size_t)(t + i + (threadIdx.x & 1)) * D] = from_float<X>(sum); }
+            if (threadIdx.x % LANES < 2) { result.x[i + (threadIdx.x & 1)][f] = from_float<X>(sum); }
         }
-    }
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++) { // what is left over; t is the same for the whole warp
-        if (t + i >= p.t1) { break; }
-        float y = step(next[i]);
-        if (ENDS) { continue; }
-        y = pair_sum<LANES>(y, y);
-        if (p.active && threadIdx.x % LANES == 0) { out[p.at + (size_t)(t + i) * D] = from_float<X>(y); }
+        __syncwarp();
+        result.put(out + (size_t)p.b * T * D, t, D);
     }
     if (!p.active) { return; }
 #pragma unroll
@@ -1088,7 +1189,19 @@ __global__ void __launch_bounds__(32) cema_backward_kernel(X* dinp, float4* sums
     CemaPlace p(LANES, length, T, D);
     float q_re[MODES], q_im[MODES], c_re[MODES], c_im[MODES], a_re[MODES], a_im[MODES], b_re[MODES], b_im[MODES]; // b is a'
     float Q_re[MODES], Q_im[MODES], R_re[MODES], R_im[MODES], dw = 0;
-    X next_x[AHEAD], next_dy[AHEAD];
+    __shared__ CemaStage<X, LANES> stages_x[ENDS ? 1 : STAGES], stages_dy[STAGES], result;
+    const X *from_x = inp + (size_t)p.b * T * D, *from_dy = dout + (size_t)p.b * T * D;
+    int f = threadIdx.x / LANES, pieces = (p.t1 - p.t0 + AHEAD - 1) / AHEAD;
+    auto fetch = [&](int j) { // piece j, counted from the end
+        int t = p.t1 - (j + 1) * AHEAD;
+        if (j < pieces) {
+            stages_dy[j % STAGES].fetch(from_dy, t, p.t0, p.t1, D);
+            if (!ENDS) { stages_x[j % STAGES].fetch(from_x, t, p.t0, p.t1, D); }
+        }
+        stage_done();
+    };
+#pragma unroll
+    for (int j = 0; j < STAGES - 1; j++) { fetch(j); }
 #pragma unroll
     for (int k = 0; k < MODES; k++) {
         size_t i = (size_t)(p.k0 + k) * D + p.d;
@@ -1124,38 +1237,29 @@ __global__ void __launch_bounds__(32) cema_backward_kernel(X* dinp, float4* sums
         }
         return dx0 + dx1;
     };
-    auto fetch = [&](int t) { // the AHEAD timesteps before t
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            bool in = t - 1 - i >= p.t0;
-            size_t at = p.at + (size_t)(in ? t - 1 - i : p.t0) * D;
-            next_dy[i] = dout[at];
-            if (!ENDS) { next_x[i] = inp[at]; }
+    for (int j = 0; j < pieces; j++) {
+        int t = p.t1 - (j + 1) * AHEAD, s = j % STAGES;
+        float dx[AHEAD];
+        stage_wait(); // and all threads are done with the stage that is filled next
+        fetch(j + STAGES - 1);
+        if (t < p.t0) { // the first timesteps
+            for (int i = AHEAD - 1; t + i >= p.t0; i--) {
+                float sum = step(ENDS ? 0 : to_float(stages_x[s].x[i][f]), to_float(stages_dy[s].x[i][f]));
+                sum = ENDS ? 0 : pair_sum<LANES>(sum, sum);
+                if (!ENDS && p.active && threadIdx.x % LANES == 0) { dinp[p.at + (size_t)(t + i) * D] = from_float<X>(sum); }
+            }
+            break;
         }
-    };
-    int t = p.t1;
-    fetch(t);
-    for (; t - AHEAD >= p.t0; t -= AHEAD) {
-        float x[AHEAD], dy[AHEAD], dx[AHEAD];
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) { dy[i] = to_float(next_dy[i]); x[i] = ENDS ? 0 : to_float(next_x[i]); }
-        fetch(t - AHEAD);
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) { dx[i] = step(x[i], dy[i]); }
+        for (int i = AHEAD - 1; i >= 0; i--) { dx[i] = step(ENDS ? 0 : to_float(stages_x[s].x[i][f]), to_float(stages_dy[s].x[i][f])); }
         if (ENDS) { continue; }
 #pragma unroll
         for (int i = 0; i < AHEAD; i += 2) {
             float sum = pair_sum<LANES>(dx[i], dx[i + 1]);
-            if (p.active && threadIdx.x % LANES < 2) { dinp[p.at + (size_t)(t - 1 - i - (threadIdx.x & 1)) * D] = from_float<X>(sum); }
+            if (threadIdx.x % LANES < 2) { result.x[i + (threadIdx.x & 1)][f] = from_float<X>(sum); }
         }
-    }
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++) { // what is left over
-        if (t - 1 - i < p.t0) { break; }
-        float dx = step(ENDS ? 0 : to_float(next_x[i]), to_float(next_dy[i]));
-        if (ENDS) { continue; }
-        dx = pair_sum<LANES>(dx, dx);
-        if (p.active && threadIdx.x % LANES == 0) { dinp[p.at + (size_t)(t - 1 - i) * D] = from_float<X>(dx); }
+        __syncwarp();
+        result.put(dinp + (size_t)p.b * T * D, t, D);
     }
     if (!p.active) { return; }
     if (!ENDS && p.k0 == 0) { domega[((size_t)p.segment * gridDim.y + p.b) * D + p.d] = dw; }
@@ -1259,9 +1363,12 @@ __global__ void rmsnorm_forward_kernel(X* out, int ldo, float* rstd, const X* in
     float scale[8], x[8], s[1];
     int turn = 0;
     load_row<WIDE>(scale, w, D);
-    for (size_t r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
-        size_t r = r0 + threadIdx.y;
-        load_row<WIDE>(x, inp + r * D, r < rows ? D : 0);
+    RowPiece<X, WIDE> next;
+    size_t first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    next.load(inp + first * D, first < rows ? D : 0);
+    for (size_t r = first; r - threadIdx.y < rows; r += step) { // all threads of a block take part in the last round
+        next.get(x);
+        next.load(inp + (r + step) * D, r + step < rows ? D : 0);
         s[0] = 0;
 #pragma unroll
         for (int e = 0; e < 8; e++) { s[0] += x[e] * x[e]; }
@@ -1288,12 +1395,19 @@ __global__ void rmsnorm_backward_kernel(X* dinp, float* partials, X* again, cons
     float scale[8], dw[8] = {0}, x[8], dy[8], s[1];
     int turn = 0;
     load_row<WIDE>(scale, w, D);
-    for (size_t r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
-        size_t r = r0 + threadIdx.y;
+    RowPiece<X, WIDE> next_x, next_dy;
+    size_t first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    auto fetch = [&](size_t r) {
+        next_x.load(inp + r * D, r < rows ? D : 0);
+        next_dy.load(dout + r * ld, r < rows ? D : 0);
+    };
+    fetch(first);
+    for (size_t r = first; r - threadIdx.y < rows; r += step) {
         int columns = r < rows ? D : 0;
-        load_row<WIDE>(x, inp + r * D, columns);
-        load_row<WIDE>(dy, dout + r * ld, columns);
         float k = r < rows ? rstd[r] : 0;
+        next_x.get(x);
+        next_dy.get(dy);
+        fetch(r + step);
         s[0] = 0;
 #pragma unroll
         for (int e = 0; e < 8; e++) {
@@ -1331,9 +1445,12 @@ __global__ void layernorm_forward_kernel(X* out, float* mean, float* rstd, const
     int turn = 0;
     load_row<WIDE>(scale, w, D);
     load_row<WIDE>(shift, b, D);
-    for (size_t r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
-        size_t r = r0 + threadIdx.y;
-        load_row<WIDE>(x, inp + r * D, r < rows ? D : 0);
+    RowPiece<X, WIDE> next;
+    size_t first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    next.load(inp + first * D, first < rows ? D : 0);
+    for (size_t r = first; r - threadIdx.y < rows; r += step) { // all threads of a block take part in the last round
+        next.get(x);
+        next.load(inp + (r + step) * D, r + step < rows ? D : 0);
         s[0] = 0;
 #pragma unroll
         for (int e = 0; e < 8; e++) { s[0] += x[e]; }
@@ -1367,12 +1484,19 @@ __global__ void layernorm_backward_kernel(X* dinp, float* partials, X* again, co
     int turn = 0;
     load_row<WIDE>(scale, w, D);
     load_row<WIDE>(shift, b, D);
-    for (size_t r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
-        size_t r = r0 + threadIdx.y;
+    RowPiece<X, WIDE> next_x, next_dy;
+    size_t first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    auto fetch = [&](size_t r) {
+        next_x.load(inp + r * D, r < rows ? D : 0);
+        next_dy.load(dout + r * D, r < rows ? D : 0);
+    };
+    fetch(first);
+    for (size_t r = first; r - threadIdx.y < rows; r += step) {
         int columns = r < rows ? D : 0;
-        load_row<WIDE>(x, inp + r * D, columns);
-        load_row<WIDE>(dy, dout + r * D, columns);
         float m = columns ? mean[r] : 0, k = columns ? rstd[r] : 0;
+        next_x.get(x);
+        next_dy.get(dy);
+        fetch(r + step);
         s[0] = s[1] = 0;
 #pragma unroll
         for (int e = 0; e < 8; e++) {
@@ -1426,10 +1550,13 @@ __global__ void qk_forward_kernel(X* q, X* k, X* znorm, float* znorm_rstd, const
         load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd);
         load_row<WIDE>(be[i], beta + i * Z + h * zd, zd);
     }
-    for (unsigned r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
-        unsigned r = r0 + threadIdx.y;
+    RowPiece<X, WIDE> next;
+    unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    next.load(z + (size_t)first * ldz + h * zd, first < rows ? zd : 0);
+    for (unsigned r = first; r - threadIdx.y < rows; r += step) {
         int columns = r < rows ? zd : 0;
-        load_row<WIDE>(x, z + (size_t)r * ldz + h * zd, columns);
+        next.get(x);
+        next.load(z + (size_t)(r + step) * ldz + h * zd, r + step < rows ? zd : 0);
         load_row<WIDE>(turn8, rotations + (size_t)((pos + r % T) % c) * zd, columns);
         s[0] = 0;
 #pragma unroll
@@ -1471,10 +1598,18 @@ __global__ void qk_backward_kernel(X* dz, float* partials, X* dznorm, const X* d
     float ga[2][8], sums[5][8] = {{0}}, x[8], turn8[8], d[8], dx[8], s[1], scale = 1 / sqrtf(zd);
     int turn = 0, h = blockIdx.y;
     for (int i = 0; i < 2; i++) { load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd); }
-    for (unsigned r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
-        unsigned r = r0 + threadIdx.y;
+    RowPiece<X, WIDE> next_z, next_d[2];
+    unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    auto fetch = [&](unsigned r) {
+        next_z.load(z + (size_t)r * ldz + h * zd, r < rows ? zd : 0);
+        for (int i = 0; i < 2; i++) { next_d[i].load((i ? dk : dq) + head_major(r, T, T, 0, zd), r < rows ? zd : 0); }
+    };
+    fetch(first);
+    for (unsigned r = first; r - threadIdx.y < rows; r += step) {
         int columns = r < rows ? zd : 0;
-        load_row<WIDE>(x, z + (size_t)r * ldz + h * zd, columns);
+        RowPiece<X, WIDE> d_now[2] = {next_d[0], next_d[1]};
+        next_z.get(x);
+        fetch(r + step);
         load_row<WIDE>(turn8, rotations + (size_t)(r % T % c) * zd, columns);
         s[0] = 0;
 #pragma unroll
@@ -1485,7 +1620,7 @@ __global__ void qk_backward_kernel(X* dz, float* partials, X* dznorm, const X* d
         for (int e = 0; e < 8; e++) { x[e] *= rstd; }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            load_row<WIDE>(d, (i ? dk : dq) + head_major(r, T, T, 0, zd), columns);
+            d_now[i].get(d);
 #pragma unroll
             for (int e = 0; e < 8; e++) { // turned back by the same angle
                 float v = e & 1 ? d[e] * turn8[e - 1] - d[e - 1] * turn8[e] : d[e] * turn8[e] + d[e + 1 & 7] * turn8[e + 1 & 7];
@@ -1527,9 +1662,13 @@ template <typename X> __device__ inline float sigmoid_of(float x) { return 1 / (
 // Values: v (B,H,K,V/H), from timestep at_k on, = silu(inp) (B,T,V).
 template <typename X, bool WIDE>
 __global__ void value_forward_kernel(X* v, const X* inp, unsigned rows, int T, int K, int at_k, int V, int vd) {
-    for (unsigned r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
+    RowPiece<X, WIDE> next;
+    unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    next.load(inp + (size_t)first * V + blockIdx.y * vd, first < rows ? vd : 0);
+    for (unsigned r = first; r < rows; r += step) {
         float x[8];
-        load_row<WIDE>(x, inp + (size_t)r * V + blockIdx.y * vd, vd);
+        next.get(x);
+        next.load(inp + (size_t)(r + step) * V + blockIdx.y * vd, r + step < rows ? vd : 0);
 #pragma unroll
         for (int e = 0; e < 8; e++) { x[e] *= sigmoid_of<X>(x[e]); }
         store_row<WIDE>(v + head_major(r, T, K, at_k, vd), x, vd);
@@ -1547,10 +1686,18 @@ static void value_forward(Gpu& gpu, X* v, const X* inp, int B, int T, int K, int
 template <typename X, bool WIDE>
 __global__ void value_backward_kernel(X* dinp, float* partials, const X* dv, const X* inp, unsigned rows, int T, int V, int vd) {
     float sum[8] = {0}, x[8], d[8];
-    for (unsigned r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
+    RowPiece<X, WIDE> next_x, next_d;
+    unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    auto fetch = [&](unsigned r) {
+        next_x.load(inp + (size_t)r * V + blockIdx.y * vd, r < rows ? vd : 0);
+        next_d.load(dv + head_major(r, T, T, 0, vd), r < rows ? vd : 0);
+    };
+    fetch(first);
+    for (unsigned r = first; r < rows; r += step) {
         size_t at = (size_t)r * V + blockIdx.y * vd;
-        load_row<WIDE>(x, inp + at, vd);
-        load_row<WIDE>(d, dv + head_major(r, T, T, 0, vd), vd);
+        next_x.get(x);
+        next_d.get(d);
+        fetch(r + step);
 #pragma unroll
         for (int e = 0; e < 8; e++) {
             float s = sigmoid_of<X>(x[e]);
@@ -1574,10 +1721,18 @@ static void value_backward(Gpu& gpu, X* dinp, float* dinp_sum, const X* dv, cons
 // The gate: gated (B,T,V), rows ldg apart, = attention (B,H,T,V/H) * silu(inp) (B,T,V), rows ldi apart.
 template <typename X, bool WIDE>
 __global__ void gate_forward_kernel(X* gated, int ldg, const X* attention, const X* inp, int ldi, unsigned rows, int T, int vd) {
-    for (unsigned r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
+    RowPiece<X, WIDE> next_x, next_o;
+    unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    auto fetch = [&](unsigned r) {
+        next_x.load(inp + (size_t)r * ldi + blockIdx.y * vd, r < rows ? vd : 0);
+        next_o.load(attention + head_major(r, T, T, 0, vd), r < rows ? vd : 0);
+    };
+    fetch(first);
+    for (unsigned r = first; r < rows; r += step) {
         float x[8], o[8];
-        load_row<WIDE>(x, inp + (size_t)r * ldi + blockIdx.y * vd, vd);
-        load_row<WIDE>(o, attention + head_major(r, T, T, 0, vd), vd);
+        next_x.get(x);
+        next_o.get(o);
+        fetch(r + step);
 #pragma unroll
         for (int e = 0; e < 8; e++) { x[e] *= sigmoid_of<X>(x[e]) * o[e]; }
         store_row<WIDE>(gated + (size_t)r * ldg + blockIdx.y * vd, x, vd);
@@ -1598,13 +1753,22 @@ __global__ void gate_backward_kernel(X* dattention, X* dinp, float* partials, fl
                                      const X* attention, const X* inp, int ldi, unsigned rows, int T, int V, int vd) {
     float sum[8] = {0}, x[8], o[8], d[8], y[8], s[1];
     int turn = 0;
-    for (unsigned r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
-        unsigned r = r0 + threadIdx.y;
+    RowPiece<X, WIDE> next_x, next_o, next_d;
+    unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    auto fetch = [&](unsigned r) {
+        int columns = r < rows ? vd : 0;
+        next_x.load(inp + (size_t)r * ldi + blockIdx.y * vd, columns);
+        next_o.load(attention + head_major(r, T, T, 0, vd), columns);
+        next_d.load(dgated + (size_t)r * ldg + blockIdx.y * vd, columns);
+    };
+    fetch(first);
+    for (unsigned r = first; r - threadIdx.y < rows; r += step) {
         int columns = r < rows ? vd : 0;
         size_t at = head_major(r, T, T, 0, vd), at_g = (size_t)r * ldg + blockIdx.y * vd, at_i = (size_t)r * ldi + blockIdx.y * vd;
-        load_row<WIDE>(x, inp + at_i, columns);
-        load_row<WIDE>(o, attention + at, columns);
-        load_row<WIDE>(d, dgated + at_g, columns);
+        next_x.get(x);
+        next_o.get(o);
+        next_d.get(d);
+        fetch(r + step);
         s[0] = 0;
 #pragma unroll
         for (int e = 0; e < 8; e++) {
@@ -2224,7 +2388,10 @@ template <typename X> static void pass_free(Gpu& gpu, PassOf<X>* s) {
 
 template <typename X> static ActsOf<X> acts_layer(const ActPlace* places, char* block, int l) {
     ActsOf<X> a;
-    for (int i = 0; i < NUM_ACTS; i++) { ((char**)&a)[i] = places[i].size ? block + places[i].offset + l * places[i].step : NULL; }
+    for (int i = 0; i < NUM_ACTS; i++) { // fields are of different types, hence memcpy
+        char* p = places[i].size ? block + places[i].offset + l * places[i].step : NULL;
+        memcpy((char*)&a + i * sizeof(p), &p, sizeof(p));
+    }
     return a;
 }
 
@@ -2254,6 +2421,15 @@ template <typename X> static bool pass_fetch(Gpu& gpu, const PassOf<X>* s, const
     }
     free(raw);
     return true;
+}
+
+// The same for all activations or gradients of a Pass of the CPU, as far as they are there.
+template <typename X> static void pass_copy(Gpu& gpu, const PassOf<X>* s, const Config* c, Acts host, const Spec* specs, bool grads) {
+    for (int i = 0; i < NUM_ACTS; i++) {
+        for (int l = 0; specs[i].size && l < specs[i].slots; l++) {
+            pass_fetch(gpu, s, c, i, l, grads, ((float**)&host)[i] + l * specs[i].size);
+        }
+    }
 }
 
 template <typename X> struct StateOf {

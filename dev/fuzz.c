@@ -1,13 +1,13 @@
 /*
 Fuzzes the two readers that take files from strangers. libFuzzer's mutations are guided by coverage:
 
-    clang -g -O1 -fsanitize=fuzzer,address,undefined dev/fuzz.c -lm -o fuzz_safetensors
-    clang -g -O1 -fsanitize=fuzzer,address,undefined -DTOKENS dev/fuzz.c -lm -o fuzz_tokens
+    S="-g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined"
+    clang $S dev/fuzz.c -lm -o fuzz_safetensors && clang $S -DTOKENS dev/fuzz.c -lm -o fuzz_tokens
     mkdir corpus
     ./fuzz_safetensors -detect_leaks=0 -close_fd_mask=2 -max_total_time=600 -rss_limit_mb=2048 corpus
 
-The first folder on the command line receives a small valid file to start from. (No leak detection: die() ends the program,
-so nothing is freed on the way; no stderr: its messages.) Without clang, gcc -DPLAIN mutates that file blindly:
+The first folder on the command line receives small valid files to start from. (No leak detection: die() ends the program,
+so nothing is freed on the way; no stderr: its messages.) Without clang, gcc -DPLAIN mutates the first of them blindly:
 ./fuzz_plain ROUNDS 2>/dev/null
 */
 #include <setjmp.h>
@@ -37,10 +37,11 @@ static void read_file(const char* path) {
     free(tokens);
 }
 
-static size_t seed_file(unsigned char* out) { // two tokens, 7 and 300
-    const int32_t header[256] = {20240520, 1, 2};
-    memcpy(out, header, 1024);
-    memcpy(out + 1024, "\x07\x00\x2c\x01", 4);
+// Seed k: tokens 7 and 300 as uint16, 7 alone as uint32.
+static size_t seed_file(unsigned char* out, int k) {
+    const int32_t header[2][256] = {{20240520, 1, 2}, {20240801, 7, 1}};
+    memcpy(out, header[k], 1024);
+    memcpy(out + 1024, k ? "\x07\x00\x00\x00" : "\x07\x00\x2c\x01", 4);
     return 1028;
 }
 #else
@@ -70,19 +71,20 @@ static void read_file(const char* path) {
     safetensors_close(&st);
 }
 
-static size_t seed_file(unsigned char* out) { // one tensor of each dtype; 24 + 2 + 4 + 4 + 8 bytes of data
-    const char* header = "{\"__metadata__\":{\"num_layers\":\"2\",\"norm_eps\":\"1e-5\",\"flag.train\":\"a\\\\b\\\"\"},"
+// Seed k: one tensor of each dtype, 24 + 2 + 4 + 4 + 8 bytes of data; none at all.
+static size_t seed_file(unsigned char* out, int k) {
+    const char* header = k ? "{}" : "{\"__metadata__\":{\"num_layers\":\"2\",\"norm_eps\":\"1e-5\",\"flag.train\":\"a\\\\b\\\"\"},"
         "\"a\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[0,24]},"
         "\"b\":{\"dtype\":\"F16\",\"shape\":[],\"data_offsets\":[24,26]},"
         "\"c\":{\"shape\":[2,1],\"dtype\":\"BF16\",\"data_offsets\":[26,30]},"
         "\"d\":{\"dtype\":\"I32\",\"shape\":[1],\"data_offsets\":[30,34]},"
         "\"e\":{\"dtype\":\"I64\",\"shape\":[1,1,1],\"data_offsets\":[34,42]} }";
-    size_t n = strlen(header);
-    memset(out, 0, 8 + n + 42);
+    size_t n = strlen(header), data = k ? 0 : 42;
+    memset(out, 0, 8 + n + data);
     out[0] = n & 255;
     out[1] = n >> 8;
     memcpy(out + 8, header, n);
-    return 8 + n + 42;
+    return 8 + n + data;
 }
 #endif
 
@@ -100,7 +102,7 @@ int LLVMFuzzerTestOneInput(const unsigned char* data, size_t size) {
 #ifdef PLAIN
 int main(int argc, char** argv) {
     static unsigned char seed[4096], input[4096];
-    size_t size = seed_file(seed);
+    size_t size = seed_file(seed, 0);
     for (long round = argc > 1 ? atol(argv[1]) : 100000; round >= 0; round--) {
         memcpy(input, seed, size);
         for (long k = round % 5; k > 0; k--) { input[random() % size] = random() % 3 ? "{}[]\",:0189"[random() % 11] : random(); }
@@ -115,9 +117,11 @@ int LLVMFuzzerInitialize(int* argc, char*** argv) {
     for (int i = 1; i < *argc; i++) {
         struct stat info;
         if ((*argv)[i][0] == '-' || stat((*argv)[i], &info) || !S_ISDIR(info.st_mode)) { continue; }
-        snprintf(path, sizeof(path), "%s/seed", (*argv)[i]);
-        FILE* f = fopen(path, "wb");
-        if (f) { fwrite(seed, 1, seed_file(seed), f); fclose(f); }
+        for (int k = 0; k < 2; k++) {
+            snprintf(path, sizeof(path), "%s/seed%d", (*argv)[i], k);
+            FILE* f = fopen(path, "wb");
+            if (f) { fwrite(seed, 1, seed_file(seed, k), f); fclose(f); }
+        }
         break;
     }
     return 0;

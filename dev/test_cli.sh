@@ -23,7 +23,8 @@ refuses() {
     shift
     run "$@"
     [ "$status" = 1 ] || why="exit status $status; "
-    [ "$(grep -c ^error: err)" = 1 ] && tail -n 1 err | grep -Eq "^error: .*($regexp)" || why="${why}said: $(tail -n 2 err)"
+    tail -n 1 err | grep -Eq "^error: .*($regexp)" && [ "$(grep -c ^error: err)" = 1 ] ||
+        why="${why}said: $(tail -n 2 err)"
     result "refuses $(printf "'%s' " "$@" | sed "s/ '--seq.*//")" "$why"
 }
 
@@ -39,7 +40,8 @@ works() {
 
 same() { if cmp -s "$2" "$3"; then result "$1" ""; else result "$1" "$2 and $3 differ"; fi; }
 
-int32() { for n; do printf "$(printf '\\%03o\\%03o\\%03o\\%03o' $((n & 255)) $((n >> 8 & 255)) $((n >> 16 & 255)) $((n >> 24 & 255)))"; done; }
+byte() { printf "$(printf '\\%03o' $(($1 & 255)))"; }
+int32() { for n; do byte "$n"; byte $((n >> 8)); byte $((n >> 16)); byte $((n >> 24)); done; }
 bin() { int32 "$1" "$2" "$3"; head -c 1012 /dev/zero; cat; }           # MAGIC VERSION COUNT < tokens
 safetensors() { int32 ${#1} 0; printf %s "$1"; head -c "$2" /dev/zero; } # HEADER BYTES
 weights() { tail -c +$((9 + $(od -An -tu4 -N4 "$1"))) "$1"; }          # what follows the header
@@ -47,8 +49,10 @@ steps() { cut -f1-5 "$1/log.tsv"; }                                      # the c
 wide() { printf "$(od -An -v -to1 "$1" | tr -d '\n' | sed "s/ \(...\)/\\\\\1$2/g")"; } # bytes to wider integers
 
 small="--seq 16 --batch 2"
-model="--num-layers 1 --model-dim 16 --z-dim 8 --value-dim 16 --ffn-hidden-dim 16 --chunk-size 16 --norm-num-groups 2 --cema-ndim 2"
+model="--num-layers 1 --model-dim 16 --z-dim 8 --value-dim 16 --ffn-hidden-dim 16 --chunk-size 16
+       --norm-num-groups 2 --cema-ndim 2"
 seq 1 500 > text.txt
+seq 1 40000 > long.txt
 works "trains and saves" "step 20: val loss" $small $model --train text.txt --steps 20 --checkpoint-every 10 --out tiny
 tiny=tiny/step_00000020.safetensors
 
@@ -69,6 +73,8 @@ refuses '--steps "0": expected a whole number from 1' --steps 0
 refuses '--steps "99999999999": expected' --steps 99999999999
 refuses '--swiglu "yes": expected' --swiglu yes
 refuses '--swiglu "2": expected' --swiglu 2
+refuses '--threads "65536": expected a whole number from 0' --threads 65536
+refuses '--generate "0": expected a whole number from 1' --generate 0
 refuses '--top-p "1.5": expected a number from 0 to 1' --top-p 1.5
 refuses '--beta1 1' --beta1 1
 refuses '--preset big: expected one of tiny' --preset big
@@ -81,7 +87,7 @@ refuses '--generate and --eval' --generate 5 --eval text.txt --load $tiny
 refuses '--generate.* need.* --load FILE or --resume DIR' --generate 5
 refuses '--eval.* need.* --load FILE or --resume DIR' --eval text.txt
 refuses '--load.*--resume' --load $tiny --resume tiny
-for flag in --load --resume --eval --out --train; do refuses "$flag" $flag "" $small; done # an unset variable of the shell
+for flag in --load --resume --eval --out --train; do refuses "$flag" $flag "" $small; done # "$UNSET" in the shell
 
 # Files of weights
 printf '\377\377\377\377\377\377\377\177{}' > huge
@@ -91,9 +97,11 @@ safetensors '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}' 9 > long
 safetensors '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}' 4 > size
 safetensors '{"a":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}' 8 > dtype
 safetensors '{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}' 0 > overflow
-safetensors '{"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"I32","shape":[1],"data_offsets":[2,6]}}' 6 > overlap
-safetensors '{"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"I32","shape":[1],"data_offsets":[8,12]}}' 12 > hole
-safetensors '{"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"I32","shape":[1],"data_offsets":[4,8]}}' 8 > twice
+two() { safetensors "{\"a\":{\"dtype\":\"I32\",\"shape\":[1],\"data_offsets\":[0,4]},
+    \"$1\":{\"dtype\":\"I32\",\"shape\":[1],\"data_offsets\":[$2]}}" "$3"; }
+two b 2,6 6 > overlap
+two b 8,12 12 > hole
+two a 4,8 8 > twice
 safetensors '{"a":{"dtype":"I32"' 0 > json
 safetensors '{"__metadata__":{"num_layers":"1x"}}' 0 > number
 safetensors '{}' 0 > none
@@ -109,15 +117,20 @@ refuses "none: tensor 'embed.weight' is missing" --load none --train text.txt $s
 refuses "model_dim 16, the flags say 32" --load $tiny --model-dim 32
 refuses "num_layers 1, the flags say 12" --load $tiny --preset mega200M
 edited() { sed "s/\"$1\":\"$2\"/\"$1\":\"$3\"/" $tiny > "$1"; } # the same file with another value in its metadata
-edited num_layers 1 2; refuses "num_layers: tensor 'layers.1.mega.timenorm.weight' is missing" --load num_layers --train text.txt $small
-edited model_dim 16 32; refuses "model_dim: tensor 'embed.weight' has shape .*16.*, expected .*32" --load model_dim --train text.txt $small
-edited swiglu 1 0; refuses "swiglu: unexpected tensor 'layers.0.nffn.fc3.weight'" --load swiglu --train text.txt $small
+edited num_layers 1 2
+edited model_dim 16 32
+edited swiglu 1 0
+refuses "num_layers: tensor 'layers.1.mega.timenorm.weight' is missing" --load num_layers --train text.txt $small
+refuses "model_dim: tensor 'embed.weight' has shape .*16.* expected .*32" --load model_dim --train text.txt $small
+refuses "swiglu: unexpected tensor 'layers.0.nffn.fc3.weight'" --load swiglu --train text.txt $small
 mkdir folder bad; cp cut bad/step_00000007.safetensors
 refuses '--resume missing: No such file' --resume missing
 refuses '--resume folder: no valid step_' --resume folder
 refuses '--resume bad: no valid step_' --resume bad
-result "and says which checkpoint it skips, and why" "$(grep -q '^skipping bad/step_00000007.*truncated' err || head -n 1 err)"
+result "and says which it skips, and why" "$(grep -q '^skipping bad/step_00000007.*truncated' err || cat err)"
 refuses '--out tiny holds checkpoints: --resume' --out tiny --train text.txt $small $model
+cp -r tiny other
+refuses '--out other holds checkpoints' --resume tiny --out other
 refuses '--out missing/folder: No such file' --out missing/folder --train text.txt $small $model
 refuses 'text.txt' --out text.txt --train text.txt $small $model
 
@@ -151,7 +164,7 @@ n=$(od -An -tu4 -N4 $tiny)
 refuses 'step 1: loss -?nan' --load nan --train text.txt $small
 run $small $model --train text.txt --steps 20 --lr 1000 --checkpoint-every 1 --out diverged
 step=$(sed -n 's/^error: step \([0-9]*\): loss.*/\1/p' err)
-[ $status = 1 ] && [ -e "diverged/step_$(printf %08d $((step - 1))).safetensors" ] && [ ! -e "diverged/step_$(printf %08d "$step").safetensors" ]
+[ $status = 1 ] && [ "$(ls diverged | tail -n 1)" = "step_$(printf %08d $((step - 1))).safetensors" ]
 result "divergence names the step, keeps the checkpoint before it" "$([ $? = 0 ] || echo "exit status $status: $(cat err)")"
 works "that checkpoint loads" "eval: tokens" --eval text.txt --resume diverged
 
@@ -167,6 +180,11 @@ kill -TERM $! && wait $!
 status=$? last=$(tail -n 1 stopped/log.tsv | cut -f1)
 [ $status = 0 ] && [ -e "stopped/step_$(printf %08d "$last").safetensors" ]
 result "SIGTERM: finishes the step, saves, exit status 0" "$([ $? = 0 ] || echo "exit status $status, step $last, $(ls stopped)")"
+(exec "$program" $small $model --train text.txt --val long.txt --val-every 1 --steps 1000 --out validating > out 2> err) &
+sleep 1; kill -TERM $!; wait $!
+status=$? last=$(tail -n 1 validating/log.tsv | cut -f1)
+[ $status = 0 ] && [ -e "validating/step_$(printf %08d "$last").safetensors" ]
+result "SIGTERM during validation: the same" "$([ $? = 0 ] || echo "exit status $status, step $last, $(ls validating)")"
 (exec "$program" $small $model --accum 1000000 --train text.txt --steps 10 --out twice_stopped > out 2> err) &
 until [ -e twice_stopped/log.tsv ]; do sleep 0.05; done
 sleep 0.5; kill -TERM $!; sleep 0.1; kill -TERM $!; wait $!
@@ -197,22 +215,32 @@ for f in straight killed; do weights $f/run/step_00000020.safetensors > $f/weigh
 same "killed and resumed: same weights and moments" straight/weights killed/weights
 same "killed and resumed: same log" straight/steps killed/steps
 
-for n in 1 2; do run $model --seq 32 --batch 4 --train text.txt --steps 10 --threads $n --out threads$n; steps threads$n > steps$n; done
+for n in 1 2; do
+    run $model --seq 32 --batch 4 --train text.txt --steps 10 --threads $n --out threads$n
+    steps threads$n > steps$n
+done
+run $small $model --train text.txt --steps 1 --out "a	b\\c\"d"
+works "--resume of a folder with a strange name" "eval: tokens" --resume "a	b\\c\"d" --eval text.txt
 same "1 thread and 2 threads: same losses" steps1 steps2
 works "--load trains on from weights" "step 3/3" --load $tiny --train text.txt --steps 3 $small
 
 for n in 1 2; do run --load $tiny --generate 50 --prompt 12 --temperature 0; cp out greedy$n; done
 same "--generate: greedy twice is the same, and stdout holds only the sample" greedy1 greedy2
+if [ -e /dev/full ]; then
+    "$program" --load $tiny --generate 50 > /dev/full 2> err
+    result "a full disk under stdout" "$([ $? = 1 ] && tail -n 1 err | grep -q '^error: .*stdout' || tail -n 1 err)"
+fi
 result "--generate 50 writes 50 bytes" "$([ "$(wc -c < greedy1)" -eq 50 ] || wc -c < greedy1)"
-for seed in 1 1 2; do run --load $tiny --generate 50 --seed $seed; [ ! -e sample$seed ] || mv sample$seed again$seed; cp out sample$seed; done
-same "--generate: same seed, same sample" sample1 again1
-result "--generate: another seed, another sample" "$(cmp -s sample1 sample2 && echo same)"
+for try in 1.a 1.b 2.c; do run --load $tiny --generate 50 --seed ${try%.*}; cp out sample.$try; done
+same "--generate: same seed, same sample" sample.1.a sample.1.b
+result "--generate: another seed, another sample" "$(cmp -s sample.1.a sample.2.c && echo "it is the same")"
 
 # The same text as bytes, as llm.c's uint16 and as its uint32; and cut into pieces named by commas and *
 wide text.txt '\\000' | bin 20240520 1 "$(wc -c < text.txt)" > text16.bin
 wide text.txt '\\000\\000\\000' | bin 20240801 7 "$(wc -c < text.txt)" > text32.bin
 for f in text.txt text16.bin text32.bin; do run --load $tiny --eval $f; sed -n 's/ bits.*//; /^eval:/p' out > eval.$f; done
-result "--eval scores every token but the first" "$(grep -q "tokens $(($(wc -c < text.txt) - 1)) " eval.text.txt || cat eval.text.txt)"
+count=$(($(wc -c < text.txt) - 1))
+result "--eval scores every token but the first" "$(grep -q "tokens $count " eval.text.txt || cat eval.text.txt)"
 same "--eval: uint16 .bin as text" eval.text.txt eval.text16.bin
 same "--eval: uint32 .bin as text" eval.text.txt eval.text32.bin
 head -c 600 text.txt > a1.txt; head -c 1300 text.txt | tail -c 700 > a2.txt; tail -c +1301 text.txt > b.txt

@@ -1,0 +1,577 @@
+/*
+Compares train_megalodon.cu with train_megalodon.c in one process: every activation, gradient and new weight of small models
+of awkward shapes, then of a dump; and times it.
+
+    check             models of random shapes, GPU against CPU, in fp32 and bf16
+    check FILE...     dumps
+    check --bench     tokens/s of the models of design section 7 and times of the main kernels
+*/
+#define TESTING
+#include "../../train_megalodon.cu"
+
+static int num_checked, num_failed;
+static bool verbose;
+
+// Prints errors above the bound. kind: max|a-b| / max|b| (over at least floor), or 1 - cosine.
+static void compare(const char* name, const float* got, const float* expected, size_t n, double floor, double bound, bool cosine) {
+    double worst = -1, largest = floor, ab = 0, aa = 0, bb = 0;
+    size_t at = 0;
+    for (size_t i = 0; i < n; i++) {
+        double e = fabs((double)got[i] - expected[i]);
+        if (fabs(expected[i]) > largest) { largest = fabs(expected[i]); }
+        if (!(e <= worst) && !isnan(worst)) { worst = e; at = i; }
+        ab += (double)got[i] * expected[i];
+        aa += (double)got[i] * got[i];
+        bb += (double)expected[i] * expected[i];
+    }
+    double error = cosine ? (aa == bb && aa == 0 ? 0 : 1 - ab / sqrt(aa * bb)) : worst / (largest > 0 ? largest : 1);
+    if (cosine && sqrt(bb / (n ? n : 1)) < floor) { error = 0; } // rounding only
+    num_checked++;
+    num_failed += !(error <= bound);
+    if (!(error <= bound) || verbose) {
+        printf("%-6s %-40s %s %.2e (bound %.0e) at %zu of %zu: %.7g, expected %.7g\n", error <= bound ? "ok" : "FAILED", name,
+               cosine ? "1-cos" : "error", error, bound, at, n, got[at], expected[at]);
+    }
+}
+
+static void compare_acts(const char* what, const Config* c, const Spec* specs, Acts got, Acts expected, double floor, double bound, bool cosine) {
+    const char* fields[] = {
+#define ACT_NAME(field, ...) #field,
+        ACTIVATIONS(ACT_NAME)
+    };
+    char name[160];
+    for (int i = 0; i < NUM_ACTS; i++) {
+        for (int l = 0; specs[i].size && l < specs[i].slots; l++) {
+            snprintf(name, sizeof(name), "%s %s %d", what, fields[i], l);
+            compare(name, ((float**)&got)[i] + l * specs[i].size, ((float**)&expected)[i] + l * specs[i].size, specs[i].size, floor, bound, cosine);
+        }
+    }
+}
+static void compare_params(const char* what, const Model* m, Params got, Params expected, double floor, double bound, bool cosine) {
+    char name[160], full[128];
+    for (int i = 0; i < NUM_PARAMS; i++) {
+        const Spec* s = &m->specs[i];
+        for (int l = 0; s->size && l < s->slots; l++) {
+            snprintf(name, sizeof(name), "%s %s", what, layer_name(full, "", s->name, l));
+            compare(name, ((float**)&got)[i] + l * s->size, ((float**)&expected)[i] + l * s->size, s->size, floor, bound, cosine);
+        }
+    }
+}
+static double largest(const float* x, size_t n) {
+    double m = 0;
+    for (size_t i = 0; i < n; i++) { m = fabs(x[i]) > m ? fabs(x[i]) : m; }
+    return m;
+}
+static float round_bf16(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    u = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
+template <typename X> static void check_model(Gpu& gpu, const char* what, Config c, int B, int T, bool past) {
+    const bool fp32 = std::is_same<X, float>::value;
+    double act_bound = fp32 ? 1e-5 : 3e-2, grad_bound = fp32 ? 2e-5 : 2e-3;
+    int failed = num_failed, checked = num_checked;
+    Model m, got;
+    Pass s, copy;
+    State start, dstart, gdstart;
+    size_t rows = (size_t)B * T, scored = 0, gscored = 0, bytes;
+    model_alloc(&m, &c, true);
+    model_alloc(&got, &c, true);
+    model_init(&m, 7);
+    bytes = m.num_parameters * sizeof(float);
+    for (size_t i = 0; i < m.num_parameters; i++) { // so that norms and biases take part; bf16 sees the same weights
+        m.params.embed[i] += 0.1 * random_normal(11, 0, i);
+        if (!fp32) { m.params.embed[i] = round_bf16(m.params.embed[i]); }
+    }
+    pass_alloc(&s, &c, B, T, KEEP_ALL, KEEP_ALL);
+    pass_alloc(&copy, &c, B, T, KEEP_ALL, KEEP_ALL);
+    state_alloc(&start, &c, B, false);
+    state_alloc(&dstart, &c, B, false);
+    state_alloc(&gdstart, &c, B, false);
+    size_t norms = (size_t)(c.num_layers + 1) * B * c.norm_num_groups, hs = (size_t)c.num_layers * B * c.model_dim * c.cema_ndim * 2;
+    for (size_t i = 0; i < norms; i++) {
+        start.norm[i].count = 5;
+        start.norm[i].mean = 0.3 * random_normal(12, 0, i);
+        start.norm[i].var = 1 + 0.5 * random_uniform(12, 1, i);
+    }
+    for (size_t i = 0; i < hs; i++) { start.h[i] = 0.3 * random_normal(12, 2, i); }
+    int *x = (int*)xcalloc(rows, sizeof(int)), *y = (int*)xcalloc(rows, sizeof(int));
+    for (size_t i = 0; i < rows; i++) {
+        x[i] = random_bits(13, 0, i) % c.vocab_size;
+        y[i] = i % 7 == 3 ? IGNORE : (int)(random_bits(13, 1, i) % c.vocab_size);
+    }
+    const State* p = past ? &start : NULL;
+    model_forward(&m, &s, x, p, NULL);
+    double loss = model_loss(&m, &s, y, &scored);
+
+    ModelOf<X> gm;
+    PassOf<X> gp, plain;
+    StateOf<X> gs, gd;
+    model_alloc(gpu, &gm, &c, true);
+    model_copy(gpu, &gm, gm.params, m.params, false);
+    model_round(gpu, &gm);
+    pass_alloc(gpu, &gp, &c, B, T, KEEP_ALL, KEEP_ALL);
+    CUDA(cudaMemset(gp.acts, 0xff, gp.acts_size)); // NaN
+    CUDA(cudaMemset(gp.grads, 0xff, gp.grads_size));
+    CUDA(cudaMemset(gm.grads, 0xff, gm.size * sizeof(float)));
+    state_alloc(gpu, &gs, &c, B, false);
+    state_alloc(gpu, &gd, &c, B, false);
+    state_copy(gpu, &gs, &start, &c, false);
+    const StateOf<X>* gpast = past ? &gs : NULL;
+    float dloss = 1.0 / scored;
+    model_forward<X>(gpu, &gm, &gp, x, gpast, NULL);
+    float gloss = model_loss(gpu, &gm, &gp, y, &gscored) / gscored, closs = loss / scored;
+    pass_copy(gpu, &gp, &c, copy.acts, copy.specs, false);
+    compare_acts("act", &c, s.specs, copy.acts, s.acts, 0, act_bound, false);
+    compare("loss", &gloss, &closs, 1, 0, fp32 ? 1e-6 : 2e-3, false);
+
+    // Streaming, in pieces and one by one.
+    float *one_shot = (float*)xcalloc(rows * c.vocab_size, sizeof(float));
+    memcpy(one_shot, s.acts.logits, rows * c.vocab_size * sizeof(float));
+    for (int piece = 1; piece <= T && T <= 400; piece = piece == 1 && T > 1 ? T : T + 1) {
+        StreamOf<X> st;
+        Pass host;
+        stream_alloc(gpu, &st, &c, B);
+        if (past) { state_copy(gpu, &st.state, &start, &c, false); }
+        int* tokens = (int*)xcalloc(rows, sizeof(int));
+        float *logits = (float*)xcalloc(rows * c.vocab_size, sizeof(float)), *part = (float*)xcalloc(rows * c.vocab_size, sizeof(float));
+        (void)host;
+        for (int t = 0; t < T; t += st.pass.T) {
+            int n = min_int(min_int(piece, T - t), c.chunk_size - st.state.pos);
+            for (int b = 0; b < B; b++) { memcpy(tokens + b * n, x + (size_t)b * T + t, n * sizeof(int)); }
+            stream_forward(gpu, &gm, &st, tokens, n);
+            pass_fetch(gpu, &st.pass, &c, A_logits, 0, false, part);
+            for (int b = 0; b < B; b++) {
+                memcpy(logits + ((size_t)b * T + t) * c.vocab_size, part + (size_t)b * n * c.vocab_size, sizeof(float) * n * c.vocab_size);
+            }
+        }
+        compare(piece == 1 ? "logits, token by token" : "logits, in pieces", logits, one_shot, rows * c.vocab_size, 0, act_bound, false);
+        stream_free(gpu, &st);
+        free(tokens);
+        free(logits);
+        free(part);
+    }
+
+    // Backward, then the same as training does it (little kept), and with blocks recomputed.
+    model_backward(&m, &s, x, y, dloss, p, &dstart);
+    gpu.accumulate = false;
+    model_loss(gpu, &gm, &gp, y, &gscored, dloss);
+    model_backward<X>(gpu, &gm, &gp, x, gpast, &gd);
+    Acts none = copy.grads;
+    for (int i = 0; i < NUM_ACTS; i++) { // rows that the GPU has no gradient of
+        if (!gp.dplaces[i].size || i == A_attention_lse) { s.dspecs[i].size = 0; }
+    }
+    pass_copy(gpu, &gp, &c, copy.grads, s.dspecs, true);
+    double floor = 0;
+    for (int i = 0; i < NUM_ACTS; i++) {
+        double v = largest(((float**)&s.grads)[i], s.dspecs[i].size * s.dspecs[i].slots);
+        floor = v > floor ? v : floor;
+    }
+    (void)none;
+    compare_acts("dact", &c, s.dspecs, copy.grads, s.grads, 1e-4 * floor, grad_bound, !fp32);
+    double grad_floor = (fp32 ? 1e-4 : 1e-3) * largest(m.grads.embed, m.num_parameters);
+    model_copy(gpu, &gm, gm.grads, got.params, true);
+    compare_params("grad", &m, got.params, m.grads, grad_floor, grad_bound, !fp32);
+    if (past) {
+        state_copy(gpu, &gd, &gdstart, &c, true);
+        float *a = (float*)xcalloc(2 * norms, sizeof(float)), *b = (float*)xcalloc(2 * norms, sizeof(float));
+        for (size_t i = 0; i < norms; i++) {
+            a[2 * i] = gdstart.norm[i].mean; a[2 * i + 1] = gdstart.norm[i].var;
+            b[2 * i] = dstart.norm[i].mean; b[2 * i + 1] = dstart.norm[i].var;
+        }
+        compare("dstate norm", a, b, 2 * norms, 0, grad_bound, !fp32);
+        compare("dstate h", gdstart.h, dstart.h, hs, 0, grad_bound, !fp32);
+    }
+    for (int keep = KEEP_BLOCKS; keep <= KEEP_CHEAPLY; keep += KEEP_CHEAPLY - KEEP_BLOCKS) {
+        pass_alloc(gpu, &plain, &c, B, T, keep, KEEP_NONE);
+        CUDA(cudaMemset(plain.acts, 0xff, plain.acts_size));
+        CUDA(cudaMemset(plain.grads, 0xff, plain.grads_size));
+        CUDA(cudaMemset(gm.grads, 0xff, gm.size * sizeof(float)));
+        model_forward<X>(gpu, &gm, &plain, x, gpast, NULL);
+        model_loss(gpu, &gm, &plain, y, &gscored, dloss);
+        model_backward<X>(gpu, &gm, &plain, x, gpast, NULL);
+        float* again = (float*)xcalloc(m.num_parameters, sizeof(float));
+        Params at;
+        specs_place(&at, again, m.specs, NUM_PARAMS);
+        model_copy(gpu, &gm, gm.grads, at, true);
+        compare(keep == KEEP_BLOCKS ? "grad, recomputed" : "grad, kept cheaply", again, got.params.embed, m.num_parameters, 0, fp32 ? 1e-6 : 1e-4, false);
+        if (keep == KEEP_CHEAPLY) { // twice with accumulation, and the same bits again
+            gpu.accumulate = true;
+            model_forward<X>(gpu, &gm, &plain, x, gpast, NULL);
+            model_loss(gpu, &gm, &plain, y, &gscored, dloss);
+            model_backward<X>(gpu, &gm, &plain, x, gpast, NULL);
+            Model twice;
+            model_alloc(&twice, &c, false);
+            model_copy(gpu, &gm, gm.grads, twice.params, true);
+            for (size_t i = 0; i < m.num_parameters; i++) { again[i] *= 2; }
+            compare("grad, added", twice.params.embed, again, m.num_parameters, 0, 1e-6, false);
+            gpu.accumulate = false;
+            model_forward<X>(gpu, &gm, &plain, x, gpast, NULL);
+            model_loss(gpu, &gm, &plain, y, &gscored, dloss);
+            model_backward<X>(gpu, &gm, &plain, x, gpast, NULL);
+            model_copy(gpu, &gm, gm.grads, twice.params, true);
+            for (size_t i = 0; i < m.num_parameters; i++) { again[i] /= 2; }
+            compare("grad, same bits", twice.params.embed, again, m.num_parameters, 0, 0, false);
+            model_free(&twice);
+        }
+        free(again);
+        pass_free(gpu, &plain);
+    }
+
+    // The optimizer, from the CPU's gradients.
+    Options o = default_options;
+    o.model = c;
+    model_copy(gpu, &gm, gm.grads, m.grads, false);
+    float norm = model_grad_norm(gpu, &gm), cnorm = model_grad_norm(&m);
+    compare("gradient norm", &norm, &cnorm, 1, 0, 1e-6, false);
+    for (int step = 1; step <= 2; step++) {
+        model_update(gpu, &gm, &o, 1e-3, step, 0.7);
+        model_update(&m, &o, 1e-3, step, 0.7);
+    }
+    model_copy(gpu, &gm, gm.params, got.params, true);
+    compare("updated", got.params.embed, m.params.embed, m.num_parameters, 0, 1e-6, false);
+    memset(got.params.embed, 0, bytes);
+    printf("%s, %s, (B,T) = (%d,%d)%s: %d checked, %d failed\n", what, fp32 ? "fp32" : "bf16", B, T, past ? ", past" : "", num_checked - checked, num_failed - failed);
+    fflush(stdout);
+    model_free(gpu, &gm);
+    pass_free(gpu, &gp);
+    state_free(gpu, &gs);
+    state_free(gpu, &gd);
+    model_free(&m);
+    model_free(&got);
+    pass_free(&s);
+    pass_free(&copy);
+    state_free(&start);
+    state_free(&dstart);
+    state_free(&gdstart);
+    free(one_shot);
+    free(x);
+    free(y);
+}
+
+// A dump: act, logits, losses, dact, grad, stream_logits, and the training steps.
+static float* dump(const SafeTensors* st, const char* name, size_t n) {
+    const Tensor* t = safetensors_find(st, name);
+    if (!t) { return NULL; }
+    if (t->size != n) { die("%s: tensor '%s' has %zu elements, expected %zu", st->path, name, t->size, n); }
+    float* f = (float*)xcalloc(n, sizeof(float));
+    tensor_read(st, t, f);
+    return f;
+}
+template <typename X> static void check_dump(Gpu& gpu, const char* path) {
+    const bool fp32 = std::is_same<X, float>::value;
+    double act_bound = fp32 ? 1e-5 : 3e-2, grad_bound = fp32 ? 2e-5 : 2e-3;
+    int failed = num_failed, checked = num_checked;
+    SafeTensors st;
+    Options o = default_options;
+    bool given[NUM_OPTIONS] = {0};
+    char name[128];
+    safetensors_open(&st, path);
+    options_from_file(&o, &st, given, false);
+    const Config* c = &o.model;
+    const Tensor* shape = safetensors_find(&st, "x");
+    int B = shape->dims[0], T = shape->dims[1], vocab = c->vocab_size;
+    size_t rows = (size_t)B * T, scored = 0;
+    float *fx = dump(&st, "x", rows), *fy = dump(&st, "y", rows);
+    int *x = (int*)xcalloc(rows, sizeof(int)), *y = (int*)xcalloc(rows, sizeof(int));
+    for (size_t i = 0; i < rows; i++) { x[i] = fx[i]; y[i] = fy[i]; }
+    Model m;
+    Pass s;
+    model_alloc(&m, c, true);
+    pass_alloc(&s, c, B, T, KEEP_ALL, KEEP_ALL);
+    for (int i = 0; i < NUM_PARAMS; i++) {
+        for (int l = 0; m.specs[i].size && l < m.specs[i].slots; l++) {
+            float* w = dump(&st, layer_name(name, "param.", m.specs[i].name, l), m.specs[i].size);
+            if (!w) { die("%s: no %s", path, name); }
+            memcpy(((float**)&m.params)[i] + l * m.specs[i].size, w, m.specs[i].size * sizeof(float));
+            free(w);
+        }
+    }
+    ModelOf<X> gm;
+    PassOf<X> gp;
+    model_alloc(gpu, &gm, c, true);
+    model_copy(gpu, &gm, gm.params, m.params, false);
+    model_round(gpu, &gm);
+    pass_alloc(gpu, &gp, c, B, T, KEEP_ALL, KEEP_ALL);
+    model_forward<X>(gpu, &gm, &gp, x, NULL, NULL);
+    float loss = model_loss(gpu, &gm, &gp, y, &scored) / scored;
+    pass_copy(gpu, &gp, c, s.acts, s.specs, false);
+    auto acts = [&](const char* prefix, Acts a, double scale, double floor, double bound, bool cosine) {
+        for (int i = 0; i < NUM_ACTS; i++) {
+            const char* row = i == A_logits ? "logits" : i == A_losses ? "losses" : s.specs[i].name;
+            for (int l = 0; *row && s.specs[i].size && l < s.specs[i].slots; l++) {
+                float* e = dump(&st, layer_name(name, i == A_logits || i == A_losses ? "" : prefix, row, l), s.specs[i].size);
+                float* g = ((float**)&a)[i] + l * s.specs[i].size;
+                if (!e) { continue; }
+                if (i == A_embed) { for (size_t k = 0; k < s.specs[i].size; k++) { g[k] *= scale; } }
+                compare(name, g, e, s.specs[i].size, floor, bound, cosine);
+                free(e);
+            }
+        }
+    };
+    verbose = false;
+    acts("act.", s.acts, 1 / embedding_scale(c), 0, act_bound, false);
+    float* e = dump(&st, "loss", 1);
+    if (e) { verbose = true; compare("loss", &loss, e, 1, 0, act_bound, false); verbose = false; }
+    gpu.accumulate = false;
+    model_loss(gpu, &gm, &gp, y, &scored, 2.0 / scored * 0.5);
+    model_backward<X>(gpu, &gm, &gp, x, NULL, NULL);
+    pass_copy(gpu, &gp, c, s.grads, s.dspecs, true);
+    double floors[2] = {0, 0};
+    for (int i = 0; i < st.num_tensors; i++) {
+        for (int k = 0; k < 2; k++) {
+            if (strncmp(st.tensors[i].name, k ? "grad." : "dact.", 5)) { continue; }
+            float* t = dump(&st, st.tensors[i].name, st.tensors[i].size);
+            double v = largest(t, st.tensors[i].size);
+            floors[k] = v > floors[k] ? v : floors[k];
+            free(t);
+        }
+    }
+    Acts g = s.grads;
+    s.specs[A_logits].size = s.specs[A_losses].size = 0;
+    acts("dact.", g, embedding_scale(c), 1e-4 * floors[0], grad_bound, !fp32);
+    model_copy(gpu, &gm, gm.grads, m.grads, true);
+    for (int i = 0; i < NUM_PARAMS; i++) {
+        for (int l = 0; m.specs[i].size && l < m.specs[i].slots; l++) {
+            e = dump(&st, layer_name(name, "grad.", m.specs[i].name, l), m.specs[i].size);
+            if (e) { compare(name, ((float**)&m.grads)[i] + l * m.specs[i].size, e, m.specs[i].size, 1e-4 * floors[1], grad_bound, !fp32); }
+            free(e);
+        }
+    }
+    const char* text = safetensors_meta(&st, "train_steps");
+    int steps = text ? atoi(text) : 0;
+    float losses[100], norms[100];
+    auto number = [&](const char* key, double missing) { const char* t = safetensors_meta(&st, key); return t ? atof(t) : missing; };
+    o.weight_decay = number("weight_decay", 0);
+    o.beta1 = number("beta1", o.beta1);
+    o.beta2 = number("beta2", o.beta2);
+    o.adam_eps = number("adam_eps", o.adam_eps);
+    o.clip = number("grad_clip", 0);
+    for (int i = 0; i < steps; i++) {
+        scored = 0;
+        model_forward<X>(gpu, &gm, &gp, x, NULL, NULL);
+        size_t n = 0;
+        for (size_t r = 0; r < rows; r++) { n += y[r] != IGNORE; }
+        losses[i] = model_loss(gpu, &gm, &gp, y, &scored, 1.0 / n) / n;
+        model_backward<X>(gpu, &gm, &gp, x, NULL, NULL);
+        norms[i] = model_grad_norm(gpu, &gm);
+        model_update(gpu, &gm, &o, number("learning_rate", 0), i + 1, clip_scale(norms[i], o.clip));
+    }
+    verbose = true;
+    e = steps ? dump(&st, "train_losses", steps) : NULL;
+    if (e) { compare("train_losses", losses, e, steps, 0, fp32 ? 2e-6 : 2e-3, false); }
+    e = steps && fp32 ? dump(&st, "train_gnorms", steps) : NULL;
+    if (e) { compare("train_gnorms", norms, e, steps, 0, 2e-6, false); }
+    verbose = false;
+    double all = 0, moved_all = 0, worst = 0;
+    model_copy(gpu, &gm, gm.params, m.grads, true);
+    for (int i = 0; steps && fp32 && i < NUM_PARAMS; i++) {
+        for (int l = 0; m.specs[i].size && l < m.specs[i].slots; l++) {
+            e = dump(&st, layer_name(name, "final.", m.specs[i].name, l), m.specs[i].size);
+            double error = 0, moved = 0;
+            float *got = ((float**)&m.grads)[i] + l * m.specs[i].size, *was = ((float**)&m.params)[i] + l * m.specs[i].size;
+            for (size_t k = 0; e && k < m.specs[i].size; k++) {
+                error += ((double)got[k] - e[k]) * ((double)got[k] - e[k]);
+                moved += ((double)e[k] - was[k]) * ((double)e[k] - was[k]);
+            }
+            if (e && moved > 0 && sqrt(error / moved) > worst) { worst = sqrt(error / moved); }
+            all += error;
+            moved_all += moved;
+            free(e);
+        }
+    }
+    if (steps && fp32) {
+        printf("final: worst tensor %.2e (bound 1e-3), all %.2e (bound 1e-4)\n", worst, sqrt(all / moved_all));
+        num_failed += !(worst <= 1e-3) + !(sqrt(all / moved_all) <= 1e-4);
+    }
+    printf("%s, %s: %d checked, %d failed\n", path, fp32 ? "fp32" : "bf16", num_checked - checked, num_failed - failed);
+    model_free(gpu, &gm);
+    pass_free(gpu, &gp);
+    model_free(&m);
+    pass_free(&s);
+    safetensors_close(&st);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Times
+
+template <typename Body> static double median_ms(Gpu& gpu, int times, Body body) {
+    cudaEvent_t a, b;
+    float all[64];
+    CUDA(cudaEventCreate(&a));
+    CUDA(cudaEventCreate(&b));
+    for (int i = 0; i < 2; i++) { body(); }
+    for (int i = 0; i < times; i++) {
+        CUDA(cudaEventRecord(a, gpu.stream));
+        body();
+        CUDA(cudaEventRecord(b, gpu.stream));
+        CUDA(cudaEventSynchronize(b));
+        CUDA(cudaEventElapsedTime(&all[i], a, b));
+    }
+    for (int i = 0; i < times; i++) { for (int k = i + 1; k < times; k++) { if (all[k] < all[i]) { float t = all[i]; all[i] = all[k]; all[k] = t; } } }
+    return all[times / 2];
+}
+
+__global__ void noise_kernel(bf16* x, size_t n, float scale, uint64_t seed) {
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
+        x[i] = __float2bfloat16_rn(scale * (float)normal_device(seed, 0, i));
+    }
+}
+
+template <typename X> static double bench_model(Gpu& gpu, const char* preset, int layers, int B, int T, int keep, double target) {
+    Options o = default_options;
+    for (int i = 0; i < NUM_PRESETS; i++) { if (!strcmp(presets[i].name, preset)) { o.model = presets[i].config; } }
+    if (layers) { o.model.num_layers = layers; }
+    o.batch = B;
+    o.seq = T;
+    o.recompute = keep == KEEP_BLOCKS;
+    ModelOf<X> m;
+    PassOf<X> s;
+    size_t rows = (size_t)B * T, before = gpu.allocated, free, total;
+    model_alloc(gpu, &m, &o.model, true);
+    model_init(gpu, &m, 1);
+    pass_alloc(gpu, &s, &o.model, B, T, keep, KEEP_NONE);
+    int *x = (int*)xcalloc(rows, sizeof(int)), *y = (int*)xcalloc(rows, sizeof(int));
+    for (size_t i = 0; i < rows; i++) { x[i] = random_bits(1, 0, i) % o.model.vocab_size; y[i] = random_bits(1, 1, i) % o.model.vocab_size; }
+    double times[64], norm = 0;
+    int n = 12, warm = 2, step = 0;
+    float dloss = 1.0 / rows;
+    for (int i = 0; i < n; i++) {
+        double t0 = seconds();
+        model_forward<X>(gpu, &m, &s, x, NULL, NULL);
+        model_losses(gpu, &m, &s, y, dloss);
+        model_backward<X>(gpu, &m, &s, x, NULL, NULL);
+        norm = model_grad_norm(gpu, &m);
+        model_update(gpu, &m, &o, 1e-4, ++step, clip_scale(norm, 1));
+        gpu_sync(&gpu);
+        times[i] = seconds() - t0;
+    }
+    for (int i = warm; i < n; i++) { for (int k = i + 1; k < n; k++) { if (times[k] < times[i]) { double t = times[i]; times[i] = times[k]; times[k] = t; } } }
+    double t = times[warm + (n - warm) / 2];
+    cudaMemGetInfo(&free, &total);
+    printf("%-14s %d x %-6d %8.1f ms  %9.0f tok/s (target %.0f: %.0f%%)  %.1f%% of 790T  used %.1f GB (forecast %.1f)  norm %.3g\n", preset, B, T, 1e3 * t, rows / t, target,
+           100 * rows / t / target, 100 * rows / t * flops_per_token(&o.model) / 790e12, (total - free) / 1e9, memory_needed<X>(gpu, &o, true) / 1e9, norm);
+    fflush(stdout);
+    model_free(gpu, &m);
+    pass_free(gpu, &s);
+    ::free(x);
+    ::free(y);
+    gpu.allocated = before;
+    return rows / t;
+}
+
+static void bench_kernels(Gpu& gpu) {
+    int B = 4, T = 4096, D = 2048, N = 16, G = 64, H = 2, Z = 512, V = 4096, c = 2048;
+    size_t n = (size_t)B * T * D;
+    auto fill = [&](size_t n, float scale, uint64_t seed) {
+        bf16* p = (bf16*)gpu_alloc(&gpu, n * sizeof(bf16));
+        noise_kernel<<<4096, 256, 0, gpu.stream>>>(p, n, scale, seed);
+        return p;
+    };
+    auto floats = [&](size_t n, float scale, uint64_t seed) {
+        float *p = (float*)gpu_alloc(&gpu, n * sizeof(float)), *h = (float*)xcalloc(n, sizeof(float));
+        for (size_t i = 0; i < n; i++) { h[i] = scale * random_normal(seed, 0, i); }
+        CUDA(cudaMemcpy(p, h, n * sizeof(float), cudaMemcpyHostToDevice));
+        free(h);
+        return p;
+    };
+    bf16 *x = fill(n, 1, 1), *y = fill(n, 1, 2), *dy = fill(n, 1, 3), *dx = fill(n, 1, 4), *r1 = fill(n, 1, 5);
+    float *mean = floats((size_t)B * T * G, 0, 1), *rstd = floats((size_t)B * T * G, 0, 1), *w = floats(D, 0.1, 1), *b = floats(D, 0.1, 2);
+    float *alpha = floats(D * N, 0.2, 3), *delta = floats(D * N, 0.2, 4), *theta = floats(D, 1, 5), *gamma = floats(D * N * 2, 1, 6), *omega = floats(D, 0.25, 7);
+    float *g1 = floats(D * N * 2, 0, 8), *g2 = floats(D * N, 0, 8), *g3 = floats(D * N, 0, 8), *g4 = floats(D, 0, 8), *g5 = floats(D, 0, 8);
+    for (int long_one = 0; long_one < 2; long_one++) {
+        if (long_one) { T = 16384; B = 1; }
+        float* carries = (float*)gpu_alloc(&gpu, sizeof(float) * cema_carries_size(&gpu, B, T, D, N));
+        double f = median_ms(gpu, 10, [&] { timestepnorm_forward<bf16>(gpu, y, mean, rstd, NULL, NULL, x, w, b, B, T, D, G, 1e-5); });
+        double k = median_ms(gpu, 10, [&] { timestepnorm_backward<bf16>(gpu, dx, g4, g5, NULL, NULL, NULL, dy, mean, rstd, NULL, x, w, B, T, D, G); });
+        double k2 = median_ms(gpu, 10, [&] { timestepnorm_backward<bf16>(gpu, dx, g4, g5, NULL, dx, r1, dy, mean, rstd, NULL, x, w, B, T, D, G); });
+        printf("[%d,%d,%d] timestepnorm: forward %.3f ms, backward %.3f (with residuals %.3f), sum %.3f (target 0.25)\n", B, T, D, f, k, k2, f + k);
+        f = median_ms(gpu, 10, [&] { cema_forward<bf16>(gpu, y, NULL, carries, NULL, x, alpha, delta, theta, gamma, omega, B, T, D, N); });
+        k = median_ms(gpu, 10, [&] { cema_backward<bf16>(gpu, dx, g2, g3, g4, g1, g5, NULL, dy, carries, NULL, x, alpha, delta, theta, gamma, omega, B, T, D, N); });
+        printf("[%d,%d,%d] cema: forward %.3f ms, backward %.3f, sum %.3f (target 0.60)\n", B, T, D, f, k, f + k);
+        fflush(stdout);
+    }
+    B = 4, T = 4096;
+    size_t nz = (size_t)B * T * Z, nv = (size_t)B * T * V;
+    bf16 *q = fill(nz, 0.2, 1), *kk = fill(nz, 0.2, 2), *v = fill(nv, 1, 3), *o = fill(nv, 1, 4), *dout = fill(nv, 1, 5), *dq = fill(nz, 1, 1), *dk = fill(nz, 1, 1), *dv = fill(nv, 1, 1);
+    bf16 *zr = fill((size_t)B * T * (Z + V), 1, 7), *dzr = fill((size_t)B * T * (Z + V), 1, 8), *mu = fill((size_t)B * T * (D + V), 1, 9), *dmu = fill((size_t)B * T * (D + V), 1, 9);
+    float *lse = floats((size_t)B * H * T, 0, 1), *dot = floats((size_t)B * H * T, 0, 1), *rot = floats((size_t)c * Z / H, 1, 1), *gz = floats(2 * Z, 0.1, 1), *bz = floats(2 * Z, 0.1, 2);
+    float *s1 = floats(V, 0, 1), *s2 = floats(2 * Z, 0, 1), *s3 = floats(2 * Z, 0, 1), *s4 = floats(Z, 0, 1);
+    double f = median_ms(gpu, 10, [&] { attention_forward<bf16>(gpu, o, lse, q, kk, v, B, T, T, 0, c, H, Z, V); });
+    double k = median_ms(gpu, 10, [&] { attention_backward<bf16>(gpu, dq, dk, dv, dout, dot, lse, q, kk, v, B, T, c, H, Z, V); });
+    printf("attention, 8 chunks of 2048, H=2: forward %.3f ms, backward %.3f, sum %.3f (target 1.25)\n", f, k, f + k);
+    size_t rows = (size_t)B * T;
+    auto show = [&](const char* name, double units, double ms) { printf("  %-22s %.3f ms  %5.2f U  %.2f TB/s\n", name, ms, units, units * 67.1e6 / ms / 1e9); };
+    show("rmsnorm_forward", 2, median_ms(gpu, 10, [&] { rmsnorm_forward<bf16>(gpu, mu, D + V, mean, x, w, rows, D, 1e-5); }));
+    show("rmsnorm_backward", 4, median_ms(gpu, 10, [&] { rmsnorm_backward<bf16>(gpu, dx, g4, mu, dmu, D + V, mean, x, w, rows, D); }));
+    show("layernorm_forward", 2, median_ms(gpu, 10, [&] { layernorm_forward<bf16>(gpu, y, mean, rstd, x, w, b, rows, D, 1e-5); }));
+    show("layernorm_backward", 4, median_ms(gpu, 10, [&] { layernorm_backward<bf16>(gpu, dx, g4, g5, b, y, dy, mean, rstd, x, w, b, rows, D); }));
+    show("timestepnorm_again", 2, median_ms(gpu, 10, [&] { timestepnorm_again<bf16>(gpu, y, mean, rstd, x, w, b, rows, D, G); }));
+    show("qk_forward", 0.75, median_ms(gpu, 10, [&] { qk_forward<bf16>(gpu, q, kk, NULL, NULL, zr, Z + V, gz, bz, rot, B, T, T, 0, 0, c, Z, H, 1e-5); }));
+    show("qk_backward", 1, median_ms(gpu, 10, [&] { qk_backward<bf16>(gpu, dzr, s2, s3, s4, NULL, dq, dk, zr, Z + V, gz, rot, B, T, c, Z, H, 1e-5); }));
+    show("value_forward", 4, median_ms(gpu, 10, [&] { value_forward<bf16>(gpu, v, o, B, T, T, 0, V, H); }));
+    show("value_backward", 6, median_ms(gpu, 10, [&] { value_backward<bf16>(gpu, dout, s1, dv, v, B, T, V, H); }));
+    show("gate_forward", 6, median_ms(gpu, 10, [&] { gate_forward<bf16>(gpu, mu + D, D + V, o, zr + Z, Z + V, B, T, V, H); }));
+    show("gate_backward", 12, median_ms(gpu, 10, [&] { gate_backward<bf16>(gpu, dout, dzr + Z, s1, dot, mu + D, dmu + D, D + V, o, zr + Z, Z + V, B, T, V, H); }));
+    int F = 3584;
+    bf16 *f13 = fill(rows * 2 * F, 1, 1), *df13 = fill(rows * 2 * F, 1, 1), *hid = fill(rows * F, 1, 1), *dhid = fill(rows * F, 1, 2);
+    show("silu_forward", 5.25, median_ms(gpu, 10, [&] { silu_forward<bf16>(gpu, hid, f13, f13 + F, 2 * F, rows, F); }));
+    show("silu_backward", 10.5, median_ms(gpu, 10, [&] { silu_backward<bf16>(gpu, df13, df13 + F, hid, dhid, f13, f13 + F, 2 * F, rows, F); }));
+    bf16* weights = fill((size_t)8192 * 8192, 0.02, 3);
+    float* wgrad = floats(1, 0, 1);
+    wgrad = (float*)gpu_alloc(&gpu, sizeof(float) * 32000 * 4096);
+    bf16* logits = fill(rows * 32000, 1, 5);
+    struct { const char* name; int O, I; bf16 *out, *inp; } products[] = {{"wv", V, D, v, x}, {"wz|wr", Z + V, D, zr, x}, {"wh1|wh2", D, D + V, y, mu},
+        {"fc1|fc3", 2 * F, D, f13, x}, {"fc2", D, F, y, hid}, {"head", 32000, D, logits, x}};
+    for (auto& p : products) {
+        double fl = 2.0 * rows * p.O * p.I / 1e9;
+        f = median_ms(gpu, 10, [&] { matmul_forward<bf16>(gpu, p.out, p.O, p.inp, p.I, weights, NULL, NULL, 0, rows, p.I, p.O); });
+        k = median_ms(gpu, 10, [&] { matmul_backward<bf16>(gpu, p.inp, p.I, p.out, p.O, weights, rows, p.I, p.O, false); });
+        double k2 = median_ms(gpu, 10, [&] { matmul_backward_weight<bf16>(gpu, wgrad, p.out, p.O, p.inp, p.I, rows, p.I, p.O); });
+        printf("  %-8s forward %.3f ms %4.0f TFLOP/s, dgrad %.3f %4.0f, wgrad %.3f %4.0f\n", p.name, f, fl / f, k, fl / k, k2, fl / k2);
+    }
+    int* targets = (int*)gpu_alloc(&gpu, rows * sizeof(int));
+    show("crossentropy 16k x 32k", 2 * 15.6, median_ms(gpu, 10, [&] { crossentropy<bf16>(gpu, lse, logits, targets, 1e-4, true, rows, 32000); }));
+}
+
+int main(int argc, char** argv) {
+    Gpu gpu;
+    gpu_open(&gpu);
+    printf("%s, cuBLASLt %zu\n", gpu.card.name, cublasLtGetVersion());
+    if (argc > 1 && !strcmp(argv[1], "--kernels")) { bench_kernels(gpu); return 0; }
+    if (argc > 1 && !strcmp(argv[1], "--bench")) {
+        int from = argc > 2 ? atoi(argv[2]) : 0, to = argc > 3 ? atoi(argv[3]) : 5;
+        struct { const char* preset; int layers, B, T; double target; } r[] = {{"mega200M", 0, 8, 4096, 330000}, {"mega200M", 0, 1, 32768, 315000},
+            {"mega1.3B_pg19", 0, 4, 4096, 57000}, {"mega1.3B_pg19", 0, 1, 32768, 56000}, {"mega7.3B", 8, 2, 4096, 45500}};
+        for (int i = from; i < to; i++) { bench_model<bf16>(gpu, r[i].preset, r[i].layers, r[i].B, r[i].T, KEEP_CHEAPLY, r[i].target); }
+        return 0;
+    }
+    for (int a = 1; a < argc; a++) {
+        check_dump<float>(gpu, argv[a]);
+        check_dump<bf16>(gpu, argv[a]);
+    }
+    //                  L   D   H   Z   V    F    c   G  N  vocab  base  eps  swiglu scale share rescale
+    const Config even = {2, 128, 1, 64, 192, 216, 128, 4, 16, 256, 10000, 1e-5, 1, 1, 1, 0};
+    const Config odd =  {3, 33, 1, 6, 21, 17, 7, 3, 5, 37, 10000, 1e-5, 0, 0, 0, 1};
+    const Config heads = {2, 64, 4, 32, 48, 40, 16, 2, 20, 53, 10000, 1e-5, 1, 0, 0, 0};
+    const Config wider = {1, 1024, 2, 128, 512, 264, 1024, 1, 16, 64, 10000, 1e-5, 1, 1, 1, 0};
+    for (int past = 0; argc == 1 && past < 2; past++) {
+        check_model<float>(gpu, "even", even, 2, 300, past);
+        check_model<float>(gpu, "odd", odd, 3, 20, past);
+        check_model<float>(gpu, "heads", heads, 2, 64, past);
+        check_model<float>(gpu, "even", even, 2, 1, past);
+        check_model<bf16>(gpu, "even", even, 2, 300, past);
+        check_model<bf16>(gpu, "odd", odd, 3, 20, past);
+        check_model<bf16>(gpu, "heads", heads, 2, 64, past);
+    }
+    if (argc == 1) {
+        check_model<float>(gpu, "wider", wider, 1, 2048, false);
+        check_model<bf16>(gpu, "wider", wider, 1, 2048, false);
+    }
+    printf("%d checked, %d failed\n", num_checked, num_failed);
+    gpu_close(&gpu);
+    return num_failed != 0;
+}
