@@ -342,6 +342,8 @@ void test_dump(const char* path, const char* broken) {
     check(d, "train_gnorms", norms, 1, steps, 0, train_bound);
     if (steps) { check_final(d, &m, &m.params); }
 
+    const Tensor* target = broken ? safetensors_find(&d->st, broken) : NULL;
+    if (broken && (!target || !d->used[target - d->st.tensors])) { die("--break %s: not a tensor that is checked", broken); }
     int skipped = 0;
     for (int i = 0; i < d->st.num_tensors; i++) { skipped += !d->used[i]; }
     printf("%s: %d checked so far, %d tensors skipped\n", path, num_checked, skipped);
@@ -366,16 +368,16 @@ void test_long(void) {
     static double expected[2][PIECE * D], h64[D][N][2], q[D][N][2], p[D][N], sum[G], sum2[G];
     NormState state[G] = {{0, 0, 0}};
     for (int d = 0; d < D; d++) {
-        w[d] = random_normal(1, 0, d);
-        b[d] = random_normal(1, 1, d);
-        theta[d] = random_normal(1, 2, d);
-        omega[d] = random_normal(1, 3, d);
+        w[d] = random_normal(1, 0, d, INFINITY);
+        b[d] = random_normal(1, 1, d, INFINITY);
+        theta[d] = random_normal(1, 2, d, INFINITY);
+        omega[d] = random_normal(1, 3, d, INFINITY);
         for (int k = 0; k < N; k++) {
             int i = d * N + k;
-            alpha[i] = random_normal(1, 4, i);
-            delta[i] = random_normal(1, 5, i) - 2; // slow decay: long memory
-            gamma[2 * i] = random_normal(1, 6, i);
-            gamma[2 * i + 1] = random_normal(1, 7, i);
+            alpha[i] = random_normal(1, 4, i, INFINITY);
+            delta[i] = random_normal(1, 5, i, INFINITY) - 2; // slow decay: long memory
+            gamma[2 * i] = random_normal(1, 6, i, INFINITY);
+            gamma[2 * i + 1] = random_normal(1, 7, i, INFINITY);
             double angle = 2 * M_PI * (k + 1) / N * sigmoid(theta[d]);
             p[d][k] = sigmoid(alpha[i]);
             q[d][k][0] = (1 - p[d][k] * sigmoid(delta[i])) * cos(angle);
@@ -383,7 +385,7 @@ void test_long(void) {
         }
     }
     for (int piece = 0; piece < PIECES; piece++) {
-        for (int i = 0; i < PIECE * D; i++) { x[i] = 10 + random_normal(2, piece, i); }
+        for (int i = 0; i < PIECE * D; i++) { x[i] = 10 + random_normal(2, piece, i, INFINITY); }
         timestepnorm_forward(out, mean, rstd, state, piece ? state : NULL, x, w, b, 1, PIECE, D, G, 1e-5f);
         for (int t = 0; t < PIECE; t++) {
             for (int g = 0; g < G; g++) { // sums about 10, where nothing cancels
@@ -402,7 +404,7 @@ void test_long(void) {
                     double re = h64[d][k][0], im = h64[d][k][1];
                     h64[d][k][0] = q[d][k][0] * re - q[d][k][1] * im + p[d][k] * x[t * D + d];
                     h64[d][k][1] = q[d][k][0] * im + q[d][k][1] * re;
-                    y += (gamma[2 * (d * N + k)] * h64[d][k][0] - gamma[2 * (d * N + k) + 1] * h64[d][k][1]) / sqrt(N);
+                    y += (gamma[2 * (d * N + k)] * h64[d][k][0] - gamma[2 * (d * N + k) + 1] * h64[d][k][1]) / sqrt((double)N);
                 }
                 expected[1][t * D + d] = y;
             }

@@ -106,7 +106,7 @@ int min_int(int a, int b) { return a < b ? a : b; }
 // The model. The defaults are the preset `tiny`. Symbols in brackets are those of the comments below and of the paper.
 #define MODEL_OPTIONS(X) \
     X(INT,  num_layers,         4, 1, 10000,      "blocks [L]") \
-    X(INT,  model_dim,        128, 1, 1 << 20,    "features of the residual stream [D]") \
+    X(INT,  model_dim,        128, 2, 1 << 20,    "features of the residual stream [D]") \
     X(INT,  num_heads,          1, 1, 1 << 16,    "attention heads [H]") \
     X(INT,  z_dim,             64, 2, 1 << 20,    "shared representation that queries and keys are made of, all heads [Z]") \
     X(INT,  value_dim,        192, 1, 1 << 20,    "attention values, all heads [V]") \
@@ -126,8 +126,6 @@ int min_int(int a, int b) { return a < b ? a : b; }
     X(TEXT, train, "train_megalodon.c,test_megalodon.c,dev/*.py,dev/*.c,README.md", 0, 0, \
         "training data: .txt or other text (a byte is a token) or llm.c's .bin; commas and * for several files") \
     X(TEXT, val,               "", 0, 0,          "validation data; without it the last 10% of each training file") \
-    X(TEXT, load,              "", 0, 0,          "start from the weights of this safetensors file") \
-    X(TEXT, resume,            "", 0, 0,          "go on from the newest checkpoint in this folder") \
     X(TEXT, out,               "", 0, 0,          "folder for checkpoints and log.tsv") \
     X(INT,  batch,              4, 1, 1 << 24,    "sequences in a micro-step") \
     X(INT,  seq,              256, 1, INT_MAX,    "tokens in a sequence") \
@@ -143,16 +141,18 @@ int min_int(int a, int b) { return a < b ? a : b; }
     X(REAL, adam_eps,        1e-8, 0, 1,          "AdamW: added to the root of the second moment") \
     X(REAL, clip,             1.0, 0, 1e12,       "largest global norm of the gradient; 0 for no limit") \
     X(INT,  seed,            1337, 0, INT_MAX,    "initialization, data order and sampling") \
-    X(INT,  threads,            0, 0, 1 << 16,    "OpenMP threads; 0 for its own default") \
+    X(INT,  threads,            0, 0, 1024,       "OpenMP threads; 0 for its own default") \
     X(BOOL, recompute,          0, 0, 1,          "keep only the inputs of blocks for the backward pass") \
     X(INT,  val_every,        250, 0, INT_MAX,    "validate every so many steps; always after the last") \
     X(INT,  checkpoint_every,   0, 0, INT_MAX,    "save every so many steps; always after the last, given --out") \
     X(INT,  sample_every,       0, 0, INT_MAX,    "print a sample every so many steps")
 
-// What to do other than training; not recorded in checkpoints.
+// Where to start and what to do; not recorded in checkpoints.
 #define MODE_OPTIONS(X) \
     X(TEXT, preset,        "tiny", 0, 0,          "start from these model options: " PRESET_NAMES) \
-    X(INT,  generate,           0, 0, INT_MAX,    "print so many tokens") \
+    X(TEXT, load,              "", 0, 0,          "start from the weights of this safetensors file") \
+    X(TEXT, resume,            "", 0, 0,          "go on from the newest checkpoint in this folder, with all its flags") \
+    X(INT,  generate,           0, 1, INT_MAX,    "print so many tokens") \
     X(TEXT, prompt,            "", 0, 0,          "text to go on from; empty starts from a newline") \
     X(REAL, temperature,      1.0, 0, 1e6,        "0 takes the likeliest token") \
     X(INT,  top_k,              0, 0, INT_MAX,    "sample from the k likeliest tokens; 0 for all") \
@@ -361,9 +361,13 @@ double random_uniform(uint64_t seed, uint64_t stream, uint64_t index) { // in [0
     return (random_bits(seed, stream, index) >> 11) * 0x1p-53;
 }
 
-double random_normal(uint64_t seed, uint64_t stream, uint64_t index) { // Box-Muller
-    double u = 1.0 - random_uniform(seed, stream, 2 * index), v = random_uniform(seed, stream, 2 * index + 1);
-    return sqrt(-2.0 * log(u)) * cos(2.0 * M_PI * v);
+// Box-Muller; what lies further out than limit is drawn again.
+double random_normal(uint64_t seed, uint64_t stream, uint64_t index, double limit) {
+    for (uint64_t again = 0;; again += (uint64_t)1 << 48) {
+        double u = 1.0 - random_uniform(seed, stream + again, 2 * index);
+        double z = sqrt(-2.0 * log(u)) * cos(2.0 * M_PI * random_uniform(seed, stream + again, 2 * index + 1));
+        if (fabs(z) <= limit) { return z; }
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -769,85 +773,53 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
     }
 }
 
-// RMS normalization: out = inp rstd (w + 1), rstd = 1/sqrt(mean(inp^2) + eps), over the D features of a row.
-// out, inp (rows,D) | w (D), NULL for no scale (eq. 6) | rstd (rows): saved
-void rmsnorm_forward(float* out, float* rstd, const float* inp, const float* w, size_t rows, int D, float eps) {
-    OMP(omp parallel for schedule(static))
-    for (size_t r = 0; r < rows; r++) {
-        const float* x = inp + r * D;
-        double s = 0;
-        OMP(omp simd reduction(+:s))
-        for (int d = 0; d < D; d++) { s += (double)x[d] * x[d]; }
-        rstd[r] = 1.0 / sqrt(s / D + eps);
-        for (int d = 0; d < D; d++) { out[r * D + d] = x[d] * rstd[r] * (w ? w[d] + 1.0f : 1.0f); }
-    }
-}
-
-// dinp = rstd (f - n mean(f n)) with n = inp rstd, f = dout (w + 1)
-void rmsnorm_backward(float* dinp, float* dw, const float* dout, const float* rstd, const float* inp,
-                             const float* w, size_t rows, int D) {
-    OMP(omp parallel for schedule(static))
-    for (size_t r = 0; r < rows; r++) {
-        const float *x = inp + r * D, *dy = dout + r * D;
-        double s = 0;
-        OMP(omp simd reduction(+:s))
-        for (int d = 0; d < D; d++) { s += dy[d] * (w ? w[d] + 1.0f : 1.0f) * (double)x[d]; }
-        float mean = s * rstd[r] * rstd[r] / D;
-        for (int d = 0; d < D; d++) { dinp[r * D + d] = rstd[r] * (dy[d] * (w ? w[d] + 1.0f : 1.0f) - x[d] * mean); }
-    }
-    if (!dw) { return; }
-    OMP(omp parallel for schedule(static))
-    for (int d0 = 0; d0 < D; d0 += 16) {
-        for (size_t r = 0; r < rows; r++) {
-            for (int d = d0; d < min_int(d0 + 16, D); d++) { dw[d] += dout[r * D + d] * inp[r * D + d] * rstd[r]; }
-        }
-    }
-}
-
-// Layer normalization: out = (inp - mean) rstd (w + 1) + b over the D features of a row.
+// Layer normalization over the D features of a row: out = (inp - mean) rstd (w + 1) + b. With mean and b NULL it is RMS
+// normalization, out = inp rstd (w + 1) where rstd = 1/sqrt(mean(inp^2) + eps); without a scale if w is NULL too (eq. 6).
 // out, inp (rows,D) | w, b (D) | mean, rstd (rows): saved
-void layernorm_forward(float* out, float* mean, float* rstd, const float* inp, const float* w, const float* b,
-                              size_t rows, int D, float eps) {
+void norm_forward(float* out, float* mean, float* rstd, const float* inp, const float* w, const float* b, size_t rows, int D,
+                  float eps) {
     OMP(omp parallel for schedule(static))
     for (size_t r = 0; r < rows; r++) {
         const float* x = inp + r * D;
         double m = 0, v = 0;
-        OMP(omp simd reduction(+:m))
-        for (int d = 0; d < D; d++) { m += x[d]; }
-        m /= D;
+        if (mean) {
+            OMP(omp simd reduction(+:m))
+            for (int d = 0; d < D; d++) { m += x[d]; }
+            mean[r] = m /= D;
+        }
         OMP(omp simd reduction(+:v))
         for (int d = 0; d < D; d++) { v += (x[d] - m) * (x[d] - m); }
-        mean[r] = m;
-        rstd[r] = 1.0 / sqrt(v / D + eps);
-        for (int d = 0; d < D; d++) { out[r * D + d] = (x[d] - mean[r]) * rstd[r] * (w[d] + 1.0f) + b[d]; }
+        float mu = m, scale = rstd[r] = 1.0 / sqrt(v / D + eps);
+        for (int d = 0; d < D; d++) { out[r * D + d] = (x[d] - mu) * scale; }
+        for (int d = 0; w && d < D; d++) { out[r * D + d] = out[r * D + d] * (w[d] + 1.0f) + (b ? b[d] : 0.0f); }
     }
 }
 
-// dinp = rstd (f - mean(f) - n mean(f n)) with n = (inp - mean) rstd, f = dout (w + 1)
-void layernorm_backward(float* dinp, float* dw, float* db, const float* dout, const float* mean,
-                               const float* rstd, const float* inp, const float* w, size_t rows, int D) {
+// dinp = rstd (f - n mean(f n) - mean(f)), the last term only for layer normalization; n = (inp - mean) rstd and
+// f = dout (w + 1). dw and db are NULL where w and b are.
+void norm_backward(float* dinp, float* dw, float* db, const float* dout, const float* mean, const float* rstd,
+                   const float* inp, const float* w, size_t rows, int D) {
     OMP(omp parallel for schedule(static))
     for (size_t r = 0; r < rows; r++) {
         const float *x = inp + r * D, *dy = dout + r * D;
+        float* dx = dinp + r * D;
         double s = 0, sn = 0;
+        float mu = mean ? mean[r] : 0;
+        for (int d = 0; d < D; d++) { dx[d] = w ? dy[d] * (w[d] + 1.0f) : dy[d]; } // f
         OMP(omp simd reduction(+:s,sn))
         for (int d = 0; d < D; d++) {
-            float f = dy[d] * (w[d] + 1.0f);
-            s += f;
-            sn += f * (x[d] - mean[r]);
+            s += dx[d];
+            sn += (double)dx[d] * (x[d] - mu);
         }
-        float m = s / D, mn = sn * rstd[r] * rstd[r] / D;
-        for (int d = 0; d < D; d++) {
-            dinp[r * D + d] = rstd[r] * (dy[d] * (w[d] + 1.0f) - m - (x[d] - mean[r]) * mn);
-        }
+        float m = mean ? s / D : 0, mn = sn * rstd[r] * rstd[r] / D;
+        for (int d = 0; d < D; d++) { dx[d] = rstd[r] * (dx[d] - m - (x[d] - mu) * mn); }
     }
     OMP(omp parallel for schedule(static))
-    for (int d0 = 0; d0 < D; d0 += 16) {
+    for (int d0 = 0; d0 < (dw ? D : 0); d0 += 16) {
         for (size_t r = 0; r < rows; r++) {
-            for (int d = d0; d < min_int(d0 + 16, D); d++) {
-                dw[d] += dout[r * D + d] * (inp[r * D + d] - mean[r]) * rstd[r];
-                db[d] += dout[r * D + d];
-            }
+            const float *x = inp + r * D, *dy = dout + r * D, mu = mean ? mean[r] : 0;
+            for (int d = d0; d < min_int(d0 + 16, D); d++) { dw[d] += dy[d] * (x[d] - mu) * rstd[r]; }
+            for (int d = d0; db && d < min_int(d0 + 16, D); d++) { db[d] += dy[d]; }
         }
     }
 }
@@ -1091,17 +1063,12 @@ typedef struct {
 
 // Refuses what no model can be.
 void config_check(const Config* c) {
-    const struct { const char *name, *by_name; int value, by; } divides[] = {
-        {"model_dim", "norm_num_groups", c->model_dim, c->norm_num_groups},
-        {"z_dim", "2 num_heads (rotary pairs)", c->z_dim, 2 * c->num_heads},
-        {"value_dim", "num_heads", c->value_dim, c->num_heads},
-    };
-    for (int i = 0; i < 3; i++) {
-        if (divides[i].value % divides[i].by) {
-            die("%s %d must be divisible by %s %d", divides[i].name, divides[i].value, divides[i].by_name, divides[i].by);
-        }
+    int pairs = 2 * c->num_heads;
+    if (c->model_dim % c->norm_num_groups) {
+        die("model_dim %d must be divisible by norm_num_groups %d", c->model_dim, c->norm_num_groups);
     }
-    if (c->model_dim < 2) { die("model_dim 1 is too small: CEMA's angles need at least 2 features"); }
+    if (c->z_dim % pairs) { die("z_dim %d must be divisible by 2 num_heads = %d (rotary pairs)", c->z_dim, pairs); }
+    if (c->value_dim % c->num_heads) { die("value_dim %d must be divisible by num_heads %d", c->value_dim, c->num_heads); }
 }
 
 void model_alloc(Model* m, const Config* c, bool training) {
@@ -1150,22 +1117,18 @@ void pass_free(Pass* s) {
 }
 
 void state_alloc(State* s, const Config* c, int B, bool cache) {
-    size_t layers = c->num_layers, chunk = (size_t)B * c->chunk_size;
-    memset(s, 0, sizeof(*s));
+    size_t layers = c->num_layers, chunk = cache ? (size_t)B * c->chunk_size : 0;
     s->B = B;
+    s->pos = 0;
     s->norm = (NormState*)xcalloc((layers + 1) * B * c->norm_num_groups, sizeof(NormState));
     s->h = (float*)xcalloc(layers * B * c->model_dim * c->cema_ndim * 2, sizeof(float));
-    if (cache) {
-        s->k = (float*)xcalloc(layers * chunk * c->z_dim, sizeof(float));
-        s->v = (float*)xcalloc(layers * chunk * c->value_dim, sizeof(float));
-    }
+    s->k = cache ? (float*)xcalloc(layers * chunk * c->z_dim, sizeof(float)) : NULL;
+    s->v = cache ? (float*)xcalloc(layers * chunk * c->value_dim, sizeof(float)) : NULL;
 }
 
 void state_free(State* s) {
-    free(s->norm);
-    free(s->h);
-    free(s->k);
-    free(s->v);
+    void* blocks[4] = {s->norm, s->h, s->k, s->v};
+    for (int i = 0; i < 4; i++) { free(blocks[i]); }
 }
 
 // Back to the empty past.
@@ -1195,34 +1158,22 @@ void model_init(Model* m, int seed) {
     int D = m->config.model_dim;
     for (int i = 0; i < NUM_PARAMS; i++) {
         const Spec* s = &m->specs[i];
-        size_t fan_in = s->dims[1];
+        double std = s->init == INIT_LINEAR ? 1 / sqrt(3.0 * s->dims[1]) : s->init == INIT_EMBED ? 1 / sqrt(D)
+                   : s->init == INIT_OMEGA ? 0.25 : s->init == INIT_NORMAL ? 0.2 : s->init == INIT_GAMMA ? 1 : 0;
+        double limit = s->init == INIT_EMBED ? 3 : s->init == INIT_OMEGA ? 4 : INFINITY; // in standard deviations
         for (int l = 0; l < s->slots; l++) {
             float* w = ((float**)&m->params)[i] + l * s->size;
             uint64_t stream = (uint64_t)i << 32 | l;
-            for (size_t j = 0; j < s->size; j++) {
-                double z = random_normal(seed, stream, j);
-                switch (s->init) {
-                    case INIT_EMBED:
-                        for (int again = 1; fabs(z) > 3; again++) { z = random_normal(seed, stream + ((uint64_t)again << 48), j); }
-                        w[j] = z / sqrt(D);
-                        break;
-                    case INIT_LINEAR: w[j] = z / sqrt(3.0 * fan_in); break;
-                    case INIT_NORMAL: w[j] = 0.2 * z; break;
-                    case INIT_GAMMA: w[j] = j % 2 ? 0 : z; break; // the imaginary part starts at 0
-                    case INIT_OMEGA:
-                        for (int again = 1; fabs(z) > 4; again++) { z = random_normal(seed, stream + ((uint64_t)again << 48), j); }
-                        w[j] = 0.25 * z;
-                        break;
-                    case INIT_THETA: w[j] = j + 1; break; // a permutation of 1..D, made below
-                    case INIT_RESCALE: w[j] = 0.1 * pow(0.5, l); break;
-                }
+            OMP(omp parallel for schedule(static))
+            for (size_t j = 0; j < (std > 0 ? s->size : 0); j++) {
+                w[j] = s->init == INIT_GAMMA && j % 2 ? 0 : std * random_normal(seed, stream, j, limit); // Im gamma = 0
             }
-            for (int j = D - 1; s->init == INIT_THETA && j >= 0; j--) { // sigmoid(theta) = D^(-i/D), i in random order
+            for (size_t j = 0; s->init == INIT_RESCALE && j < s->size; j++) { w[j] = 0.1 * pow(0.5, l); }
+            for (int j = 0; s->init == INIT_THETA && j < D; j++) { // sigmoid(theta) = D^(-i/D), i = 1..D in random order
                 int other = random_bits(seed, stream, j) % (j + 1);
-                float t = w[other];
-                w[other] = w[j];
-                double turn = exp(-t * log(D) / D);
-                w[j] = log(turn / (1.0 - turn));
+                double turn = exp(-(j + 1) * log(D) / D);
+                w[j] = w[other];
+                w[other] = log(turn / (1.0 - turn));
             }
         }
     }
@@ -1258,12 +1209,12 @@ void block_forward(const Model* m, const Pass* s, int l, const State* start, Sta
                          B, T, D, c->norm_num_groups, eps);
     cema_forward(a.cema, next.h, in.h, a.timenorm, p.cema_alpha, p.cema_delta, p.cema_theta, p.cema_gamma, p.cema_omega,
                  B, T, D, c->cema_ndim);
-    rmsnorm_forward(a.rmsnorm, a.rmsnorm_rstd, a.cema, p.rmsnorm_w, rows, D, eps);
+    norm_forward(a.rmsnorm, NULL, a.rmsnorm_rstd, a.cema, p.rmsnorm_w, NULL, rows, D, eps);
 
     // Short memory: attention inside the chunk. Queries and keys see the past through m; values are made from n, what is
     // new at this timestep (eq. 16), so that the moving average says where to look but does not blur what is found there.
     matmul_forward(a.wz, a.rmsnorm, p.wz, p.wz_b, NULL, rows, D, Z);
-    rmsnorm_forward(a.znorm, a.znorm_rstd, a.wz, NULL, rows * H, Z / H, eps);
+    norm_forward(a.znorm, NULL, a.znorm_rstd, a.wz, NULL, NULL, rows * H, Z / H, eps);
     qk_forward(a.q, a.k, a.znorm, p.gamma, p.beta, m->rotations, B, T, pos, c->chunk_size, Z, H);
     matmul_forward(a.wv, a.timenorm, p.wv, p.wv_b, NULL, rows, D, V);
     silu_forward(a.v, a.wv, NULL, rows * V);
@@ -1287,7 +1238,7 @@ void block_forward(const Model* m, const Pass* s, int l, const State* start, Sta
     matmul_forward(a.mega, a.gated, p.wh2, NULL, a.mega, rows, V, D);
 
     // Feed-forward, and the second hop: out = ffn(layer_norm(y)) + x. It is x that is added, not y (eq. 11).
-    layernorm_forward(a.norm, a.norm_mean, a.norm_rstd, a.mega, p.norm_w, p.norm_b, rows, D, eps);
+    norm_forward(a.norm, a.norm_mean, a.norm_rstd, a.mega, p.norm_w, p.norm_b, rows, D, eps);
     matmul_forward(a.fc1, a.norm, p.fc1, NULL, NULL, rows, D, F);
     if (c->swiglu) { matmul_forward(a.fc3, a.norm, p.fc3, NULL, NULL, rows, D, F); }
     silu_forward(a.hidden, a.fc1, c->swiglu ? a.fc3 : NULL, rows * F);
@@ -1319,7 +1270,7 @@ void block_backward(const Model* m, const Pass* s, int l, const State* start, St
     silu_backward(d.fc1, c->swiglu ? d.fc3 : NULL, d.hidden, a.fc1, c->swiglu ? a.fc3 : NULL, rows * F);
     matmul_backward(d.norm, g.fc1, NULL, d.fc1, a.norm, p.fc1, NULL, rows, D, F);
     if (c->swiglu) { matmul_backward(d.norm, g.fc3, NULL, d.fc3, a.norm, p.fc3, d.norm, rows, D, F); }
-    layernorm_backward(d.mega, g.norm_w, g.norm_b, d.norm, a.norm_mean, a.norm_rstd, a.mega, p.norm_w, rows, D);
+    norm_backward(d.mega, g.norm_w, g.norm_b, d.norm, a.norm_mean, a.norm_rstd, a.mega, p.norm_w, rows, D);
 
     matmul_backward(d.gated, g.wh2, NULL, d.mega, a.gated, p.wh2, NULL, rows, V, D);
     matmul_backward(d.rmsnorm, g.wh1, g.wh1_b, d.mega, a.rmsnorm, p.wh1, NULL, rows, D, D);
@@ -1328,10 +1279,10 @@ void block_backward(const Model* m, const Pass* s, int l, const State* start, St
 
     attention_backward(d.q, d.k, d.v, d.attention, a.attention_lse, a.q, a.k, a.v, B, T, c->chunk_size, H, Z, V);
     qk_backward(d.znorm, g.gamma, g.beta, d.q, d.k, a.znorm, p.gamma, m->rotations, B, T, c->chunk_size, Z, H);
-    rmsnorm_backward(d.wz, NULL, d.znorm, a.znorm_rstd, a.wz, NULL, rows * H, Z / H);
+    norm_backward(d.wz, NULL, NULL, d.znorm, NULL, a.znorm_rstd, a.wz, NULL, rows * H, Z / H);
     matmul_backward(d.rmsnorm, g.wz, g.wz_b, d.wz, a.rmsnorm, p.wz, d.rmsnorm, rows, D, Z);
 
-    rmsnorm_backward(d.cema, g.rmsnorm_w, d.rmsnorm, a.rmsnorm_rstd, a.cema, p.rmsnorm_w, rows, D);
+    norm_backward(d.cema, g.rmsnorm_w, NULL, d.rmsnorm, NULL, a.rmsnorm_rstd, a.cema, p.rmsnorm_w, rows, D);
     cema_backward(d.timenorm, g.cema_alpha, g.cema_delta, g.cema_theta, g.cema_gamma, g.cema_omega, din.h, d.cema, in.h,
                   a.timenorm, p.cema_alpha, p.cema_delta, p.cema_theta, p.cema_gamma, p.cema_omega, B, T, D, c->cema_ndim);
     silu_backward(d.wv, NULL, d.v, a.wv, NULL, rows * V);
@@ -1484,12 +1435,14 @@ void json_expect(Json* j, char c) {
 const char* json_string(Json* j) {
     json_expect(j, '"');
     char *start = j->p, *to = j->p;
-    for (; j->p < j->end && *j->p != '"'; *to++ = *j->p++) {
+    for (; j->p < j->end && *j->p != '"'; j->p++) {
+        static const char escapes[] = "\"\\/bfnrtu", meanings[] = "\"\\/\b\f\n\r\t?"; // \u.... becomes a question mark
         if ((unsigned char)*j->p < 0x20) { json_fail(j, "a control character in a string"); return ""; }
-        if (*j->p == '\\' && (++j->p == j->end || !strchr("\"\\/", *j->p))) {
-            json_fail(j, "an escape other than \\\" \\\\ \\/ in a string");
-            return "";
-        }
+        if (*j->p != '\\') { *to++ = *j->p; continue; }
+        const char* known = ++j->p < j->end && *j->p ? strchr(escapes, *j->p) : NULL;
+        if (!known || (*known == 'u' && j->end - j->p < 5)) { json_fail(j, "a bad escape in a string"); return ""; }
+        *to++ = meanings[known - escapes];
+        j->p += *known == 'u' ? 4 : 0;
     }
     if (j->p >= j->end) { json_fail(j, "a string does not end"); return ""; }
     j->p++;
@@ -1560,13 +1513,14 @@ const char* header_parse(SafeTensors* st, Json* j, size_t bytes, const char** na
     size_t at = 0;
     bool had_meta = false;
     *name = "";
+    st->tensors = (Tensor*)list_grow(NULL, 0, sizeof(Tensor)); // a file may have none
     if (j->p == j->end || *j->p != '{') { return "the header does not start with '{'"; }
     j->p++;
     for (bool more = json_peek(j) != '}'; more && !j->error; more = json_take(j, ',')) {
         *name = json_string(j);
         json_expect(j, ':');
         if (strcmp(*name, "__metadata__")) {
-            st->tensors = (Tensor*)list_grow(st->tensors, st->num_tensors, sizeof(Tensor));
+            if (st->num_tensors) { st->tensors = (Tensor*)list_grow(st->tensors, st->num_tensors, sizeof(Tensor)); }
             Tensor* t = &st->tensors[st->num_tensors++];
             memset(t, 0, sizeof(*t));
             t->name = *name;
@@ -1687,7 +1641,7 @@ const char* shape_text(char buffer[256], const size_t* dims, int n) {
     return buffer;
 }
 
-// Reads the tensor `name` into out; it must have the shape that the spec says.
+// Reads the tensor `name` into out, or only checks it if out is NULL; it must have the shape that the spec says.
 void safetensors_read(const SafeTensors* st, const char* name, const Spec* spec, float* out) {
     const Tensor* t = safetensors_find(st, name);
     char has[256], wants[256];
@@ -1698,7 +1652,7 @@ void safetensors_read(const SafeTensors* st, const char* name, const Spec* spec,
         die("%s: tensor '%s' has shape %s, expected %s", st->path, name, shape_text(has, t->dims, t->num_dims),
             shape_text(wants, spec->dims, n));
     }
-    tensor_read(st, t, out);
+    if (out) { tensor_read(st, t, out); }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1706,134 +1660,122 @@ void safetensors_read(const SafeTensors* st, const char* name, const Spec* spec,
 
 enum { INT, REAL, BOOL, TEXT, FLAG };
 enum { MODEL_GROUP, TRAINING_GROUP, MODE_GROUP };
-#define MODEL_ROW(kind, name, value, low, high, help) { #name, kind, MODEL_GROUP, offsetof(Options, model.name), low, high, help },
-#define TRAINING_ROW(kind, name, value, low, high, help) { #name, kind, TRAINING_GROUP, offsetof(Options, name), low, high, help },
-#define MODE_ROW(kind, name, value, low, high, help) { #name, kind, MODE_GROUP, offsetof(Options, name), low, high, help },
-static const struct { const char* name; int kind, group; size_t offset; double low, high; const char* help; } option_rows[] = {
-    MODEL_OPTIONS(MODEL_ROW) TRAINING_OPTIONS(TRAINING_ROW) MODE_OPTIONS(MODE_ROW)
-};
+#define MODEL_ROW(kind, name, d, low, high, help) {#name, kind, MODEL_GROUP, offsetof(Options, model.name), low, high, help},
+#define TRAINING_ROW(kind, name, d, low, high, help) {#name, kind, TRAINING_GROUP, offsetof(Options, name), low, high, help},
+#define MODE_ROW(kind, name, d, low, high, help) {#name, kind, MODE_GROUP, offsetof(Options, name), low, high, help},
+typedef struct { const char* name; int kind, group; size_t offset; double low, high; const char* help; } OptionRow;
+static const OptionRow option_rows[] = { MODEL_OPTIONS(MODEL_ROW) TRAINING_OPTIONS(TRAINING_ROW) MODE_OPTIONS(MODE_ROW) };
 enum { NUM_OPTIONS = sizeof(option_rows) / sizeof(option_rows[0]) };
 
 // The value of option i as text that option_set reads back exactly.
-const char* option_text(const Options* o, int i, char buffer[PATH_MAX]) {
+const char* option_text(const Options* o, int i, char buffer[32]) {
     const char* at = (const char*)o + option_rows[i].offset;
     if (option_rows[i].kind == TEXT) { return *(const char**)at; }
-    if (option_rows[i].kind != REAL) { snprintf(buffer, PATH_MAX, "%d", *(int*)at); return buffer; }
+    if (option_rows[i].kind != REAL) { snprintf(buffer, 32, "%d", *(int*)at); return buffer; }
     for (int digits = 6; digits <= 17; digits++) { // as few as it takes
-        snprintf(buffer, PATH_MAX, "%.*g", digits, *(double*)at);
+        snprintf(buffer, 32, "%.*g", digits, *(double*)at);
         if (strtod(buffer, NULL) == *(double*)at) { break; }
     }
     return buffer;
 }
 
-// Sets option i from text; `source` is a file, or "" for the command line, for the message if the text will not do.
-void option_set(Options* o, int i, const char* text, const char* source) {
-    char *at = (char*)o + option_rows[i].offset, *end, flag[64];
-    double low = option_rows[i].low, high = option_rows[i].high;
-    int kind = option_rows[i].kind;
-    if (kind == TEXT) { *(const char**)at = text; return; }
-    errno = 0;
-    double x = kind == REAL ? strtod(text, &end) : strtol(text, &end, 10);
-    if (errno || end == text || *end || isspace((unsigned char)*text) || !(x >= low && x <= high)) {
-        snprintf(flag, sizeof(flag), "--%s", option_rows[i].name);
-        for (char* s = flag; *s; s++) { if (*s == '_') { *s = '-'; } }
-        die("%s%s%s \"%s\": expected %s from %g to %g", source, *source ? ": " : "", flag, text,
-            kind == REAL ? "a number" : "a whole number", low, high);
-    }
-    if (kind == REAL) { *(double*)at = x; } else { *(int*)at = x; }
+// --with-dashes
+const char* option_flag(int i, char buffer[32]) {
+    snprintf(buffer, 32, "--%s", option_rows[i].name);
+    for (char* s = buffer; *s; s++) { *s = *s == '_' ? '-' : *s; }
+    return buffer;
 }
 
-void print_help(FILE* f) {
-    static const char* titles[] = {"The model (a preset first, then any of these):", "Data and training:", "What to do instead:"};
-    char buffer[PATH_MAX];
-    fprintf(f, "Trains a Megalodon language model, or evaluates it (--eval), or samples from it (--generate).\n"
-               "usage: train_megalodon [--FLAG VALUE]...\n");
-    for (int i = 0; i < NUM_OPTIONS; i++) {
-        const char *value = option_text(&default_options, i, buffer);
-        if (i == 0 || option_rows[i].group != option_rows[i - 1].group) { fprintf(f, "\n%s\n", titles[option_rows[i].group]); }
-        fprintf(f, "  --");
-        for (const char* s = option_rows[i].name; *s; s++) { fputc(*s == '_' ? '-' : *s, f); }
-        fprintf(f, "%*s%s", (int)(19 - strlen(option_rows[i].name)), "", option_rows[i].help);
-        fprintf(f, option_rows[i].kind == FLAG || !*value ? "\n" : strlen(value) > 12 ? "\n%23s(%s)\n" : "%s (%s)\n",
-                strlen(value) > 12 ? "" : "", value);
+// Sets option i from text, which must outlive o; `source` names a file for the message if the text will not do, or is "".
+void option_set(Options* o, int i, const char* text, const char* source) {
+    const OptionRow* row = &option_rows[i];
+    char *at = (char*)o + row->offset, *end, flag[32];
+    if (row->kind == TEXT) { *(const char**)at = text; return; }
+    errno = 0;
+    double x = row->kind == REAL ? strtod(text, &end) : strtol(text, &end, 10);
+    if (errno || end == text || *end || isspace((unsigned char)*text) || !(x >= row->low && x <= row->high)) {
+        die("%s%s%s \"%s\": expected a %s from %.9g to %.9g", source, *source ? ": " : "", option_flag(i, flag), text,
+            row->kind == REAL ? "number" : "whole number", row->low, row->high);
+    }
+    if (row->kind == REAL) { *(double*)at = x; } else { *(int*)at = x; }
+}
+
+void print_help(void) {
+    static const char* titles[] = {"The model (a preset first, then any of these):", "Data and training:", "Where to start, and what to do instead of training:"};
+    printf("Trains a Megalodon language model, or evaluates it (--eval), or samples from it (--generate).\n"
+           "usage: train_megalodon [--flag value]...\n");
+    for (int i = 0, group = -1; i < NUM_OPTIONS; i++) {
+        char text[32], flag[32];
+        const char* value = option_text(&default_options, i, text);
+        if (option_rows[i].group != group) { printf("\n%s\n", titles[group = option_rows[i].group]); }
+        printf("  %-20s %s", option_flag(i, flag), option_rows[i].help);
+        printf(option_rows[i].kind == FLAG || !*value ? "\n" : strlen(value) > 12 ? "\n%23s(%s)\n" : "%s (%s)\n", "", value);
     }
 }
 
 int option_find(const char* word) {
+    char flag[32];
     for (int i = 0; i < NUM_OPTIONS; i++) {
-        const char *a = option_rows[i].name, *b = word + 2;
-        while (*a && (*a == '_' ? '-' : *a) == *b) { a++; b++; }
-        if (!strncmp(word, "--", 2) && !*a && !*b) { return i; }
+        if (!strcmp(word, option_flag(i, flag))) { return i; }
     }
     die("unknown option \"%s\": --help lists all of them", word);
 }
 
-// Configuration of a file with weights, over what flags say; a flag that contradicts the file is refused.
-void options_from_file(Options* o, const SafeTensors* st, const bool* given, bool training_too) {
-    char ours[PATH_MAX], theirs[PATH_MAX], key[128];
-    Options file = *o;
-    for (int i = 0; i < NUM_OPTIONS; i++) {
-        bool model = option_rows[i].group == MODEL_GROUP;
-        if (option_rows[i].group == MODE_GROUP || (!model && !training_too)) { continue; }
-        snprintf(key, sizeof(key), "%s%s", model ? "" : "flag.", option_rows[i].name);
+// The configuration that a file records, over o; a flag given that contradicts it is refused. all: not the model's alone.
+void options_from_file(Options* o, const SafeTensors* st, const bool* given, bool all) {
+    for (int i = 0; i < NUM_OPTIONS && option_rows[i].group <= (all ? TRAINING_GROUP : MODEL_GROUP); i++) {
+        char key[64], ours[32], theirs[32];
+        snprintf(key, sizeof(key), "%s%s", option_rows[i].group == MODEL_GROUP ? "" : "flag.", option_rows[i].name);
         const char* text = safetensors_meta(st, key);
+        Options file = *o;
         if (!text) { continue; }
         option_set(&file, i, text, st->path);
-        const char *a = option_text(&file, i, theirs), *b = option_text(o, i, ours);
-        if (model && given[i] && strcmp(a, b)) { die("%s has %s %s, the flags say %s", st->path, option_rows[i].name, a, b); }
-        if (!given[i]) { option_set(o, i, strdup(text), st->path); }
+        if (!given[i]) { option_set(o, i, option_rows[i].kind == TEXT ? strdup(text) : text, st->path); }
+        else if (option_rows[i].group == MODEL_GROUP && strcmp(option_text(&file, i, theirs), option_text(o, i, ours))) {
+            die("%s has %s %s, the flags say %s", st->path, option_rows[i].name, theirs, ours);
+        }
     }
 }
 
 void options_print(const Options* o, FILE* f) {
-    char buffer[PATH_MAX];
-    int column = 0;
-    for (int i = 0; i < NUM_OPTIONS && option_rows[i].group != MODE_GROUP; i++) {
-        const char* value = option_text(o, i, buffer);
-        if (!*value) { continue; }
-        int width = strlen(option_rows[i].name) + strlen(value) + 4;
-        if (column && (column + width > 118 || option_rows[i].group != option_rows[i - 1].group)) { fputc('\n', f); column = 0; }
-        column += fprintf(f, "%s%s %s", column ? " | " : "", option_rows[i].name, value);
+    for (int i = 0, column = 0; i < NUM_OPTIONS && option_rows[i].group != MODE_GROUP; i++) {
+        char text[32];
+        const char *value = option_text(o, i, text), *next = i + 1 == NUM_OPTIONS ? "" : option_rows[i + 1].name;
+        if (*value) { column += fprintf(f, "%s%s %s", column ? " | " : "", option_rows[i].name, value); }
+        if (column + strlen(next) > 96 || option_rows[i + 1].group != option_rows[i].group) { column = 0; fputc('\n', f); }
     }
-    fputc('\n', f);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Checkpoints: weights, both Adam moments, all flags and the step, from which data order and sampling follow
 
-void json_put_string(FILE* f, const char* s) {
-    fputc('"', f);
-    for (; *s; s++) {
-        if ((unsigned char)*s < 0x20) { fprintf(f, "\\u%04x", *s); continue; }
-        if (*s == '"' || *s == '\\') { fputc('\\', f); }
-        fputc(*s, f);
-    }
-    fputc('"', f);
-}
-
 // Writes DIR/step_%08d.safetensors under another name, flushes it to the disk, and only then gives it its name.
 void checkpoint_save(const Model* m, const Options* o, int step) {
     static const char* prefixes[3] = {"", "adam_m.", "adam_v."};
     const Params* blocks[3] = {&m->params, &m->adam_m, &m->adam_v};
-    char path[PATH_MAX + 32], part[PATH_MAX + 40], buffer[PATH_MAX], name[128], *header = NULL;
+    char path[PATH_MAX], part[PATH_MAX + 8], *header = NULL;
     size_t length = 0, offset = 0;
     FILE* h = open_memstream(&header, &length);
     if (!h) { die("out of memory"); }
     fprintf(h, "{\"__metadata__\":{\"format\":\"megalodon\",\"step\":\"%d\",\"tokens\":\"%.0f\"", step,
             (double)step * o->accum * o->batch * o->seq);
     for (int i = 0; i < NUM_OPTIONS && option_rows[i].group != MODE_GROUP; i++) {
-        fprintf(h, ",\"%s%s\":", option_rows[i].group == MODEL_GROUP ? "" : "flag.", option_rows[i].name);
-        json_put_string(h, option_text(o, i, buffer));
+        char text[32];
+        fprintf(h, ",\"%s%s\":\"", option_rows[i].group == MODEL_GROUP ? "" : "flag.", option_rows[i].name);
+        for (const char* s = option_text(o, i, text); *s; s++) {
+            if (*s == '"' || *s == '\\') { fputc('\\', h); }
+            fputc((unsigned char)*s < 0x20 ? '?' : *s, h);
+        }
+        fputc('"', h);
     }
     fputc('}', h);
-    for (int b = 0; b < 3; b++) {
-        for (int i = 0; i < NUM_PARAMS; i++) {
-            const Spec* s = &m->specs[i];
-            for (int l = 0; s->size && l < s->slots; l++, offset += s->size * sizeof(float)) {
-                fprintf(h, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", layer_name(name, prefixes[b], s->name, l));
-                for (int d = 0; d < 3 && s->dims[d]; d++) { fprintf(h, "%s%zu", d ? "," : "", s->dims[d]); }
-                fprintf(h, "],\"data_offsets\":[%zu,%zu]}", offset, offset + s->size * sizeof(float));
-            }
+    for (int i = 0; i < 3 * NUM_PARAMS; i++) {
+        const Spec* s = &m->specs[i % NUM_PARAMS];
+        for (int l = 0; s->size && l < s->slots; l++, offset += s->size * sizeof(float)) {
+            char name[128];
+            fprintf(h, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", layer_name(name, prefixes[i / NUM_PARAMS], s->name, l));
+            for (int d = 0; d < 3 && s->dims[d]; d++) { fprintf(h, "%s%zu", d ? "," : "", s->dims[d]); }
+            fprintf(h, "],\"data_offsets\":[%zu,%zu]}", offset, offset + s->size * sizeof(float));
         }
     }
     fputc('}', h);
@@ -1850,9 +1792,10 @@ void checkpoint_save(const Model* m, const Options* o, int step) {
         good = fwrite(blocks[b]->embed, sizeof(float), m->num_parameters, f) == m->num_parameters;
     }
     good = good && !fflush(f) && !fsync(fileno(f));
-    if (f) { good = !fclose(f) && good; }
+    int error = errno;
+    if (f) { fclose(f); }
     if (!good || rename(part, path)) {
-        int error = errno;
+        error = good ? errno : error;
         unlink(part);
         die("cannot write %s: %s (earlier checkpoints are untouched)", path, strerror(error));
     }
@@ -1861,39 +1804,39 @@ void checkpoint_save(const Model* m, const Options* o, int step) {
     free(header);
 }
 
+// The newest step below `below` that has a checkpoint in a folder; -1 if none has.
+int checkpoint_newest(const char* folder, int below) {
+    int newest = -1, step;
+    DIR* d = opendir(folder);
+    for (struct dirent* entry; d && (entry = readdir(d));) {
+        int n = 0;
+        bool named = sscanf(entry->d_name, "step_%8d.safetensors%n", &step, &n) == 1 && n && !entry->d_name[n];
+        if (named && step > newest && step < below) { newest = step; }
+    }
+    if (d) { closedir(d); }
+    return newest;
+}
+
 // Opens the newest valid checkpoint in a folder.
 void checkpoint_open(SafeTensors* st, const char* folder) {
-    int below = INT_MAX;
-    for (bool found = true; found;) {
-        struct dirent* entry;
-        char path[PATH_MAX + 32];
-        int newest = -1, step, n;
-        DIR* d = opendir(folder);
-        if (!d) { die("--resume %s: %s", folder, strerror(errno)); }
-        while ((entry = readdir(d))) {
-            if (sscanf(entry->d_name, "step_%8d.safetensors%n", &step, &n) == 1 && !entry->d_name[n] && step > newest && step < below) {
-                newest = step;
-            }
-        }
-        closedir(d);
-        if ((found = newest >= 0)) {
-            snprintf(path, sizeof(path), "%s/step_%08d.safetensors", folder, newest);
-            const char* error = safetensors_try(st, path);
-            if (!error && safetensors_meta(st, "step")) { return; }
-            fprintf(stderr, "skipping %s: %s\n", path, error ? error : "not a checkpoint");
-            below = newest;
-        }
+    char path[PATH_MAX];
+    for (int step = INT_MAX; (step = checkpoint_newest(folder, step)) >= 0;) {
+        snprintf(path, sizeof(path), "%s/step_%08d.safetensors", folder, step);
+        const char* error = safetensors_try(st, path);
+        if (!error && safetensors_meta(st, "step")) { return; }
+        fprintf(stderr, "skipping %s: %s\n", path, error ? error : "not a checkpoint");
     }
     die("--resume %s: no valid step_*.safetensors there", folder);
 }
 
-// Reads every tensor of a block. prefix is "" for weights, "adam_m." or "adam_v."
-void params_load(const Model* m, Params block, const SafeTensors* st, const char* prefix) {
+// Reads every tensor of a block of parameters, or only checks that all are there if block is NULL. prefix is "" for
+// weights, "adam_m." or "adam_v."
+void params_load(const Spec specs[NUM_PARAMS], const Params* block, const SafeTensors* st, const char* prefix) {
     char name[128];
     for (int i = 0; i < NUM_PARAMS; i++) {
-        const Spec* s = &m->specs[i];
-        for (int l = 0; s->size && l < s->slots; l++) {
-            safetensors_read(st, layer_name(name, prefix, s->name, l), s, ((float**)&block)[i] + l * s->size);
+        float* at = block ? ((float* const*)block)[i] : NULL;
+        for (int l = 0; specs[i].size && l < specs[i].slots; l++, at += block ? specs[i].size : 0) {
+            safetensors_read(st, layer_name(name, prefix, specs[i].name, l), &specs[i], at);
         }
     }
 }
@@ -1902,23 +1845,21 @@ void params_load(const Model* m, Params block, const SafeTensors* st, const char
 // mean nothing here, and the embedding again as the output layer where they are tied.
 void model_load(Model* m, const SafeTensors* st) {
     char name[128];
-    params_load(m, m->params, st, "");
+    params_load(m->specs, &m->params, st, "");
     for (int t = 0; t < st->num_tensors; t++) {
         const char *has = st->tensors[t].name, *dot = strrchr(has, '.');
         bool known = !strncmp(has, "adam_", 5) || !strcmp(has, "rope.freqs") || (dot && !strncmp(dot, ".prior_", 7));
-        for (int i = 0; !known && i < NUM_PARAMS; i++) {
-            for (int l = 0; m->specs[i].size && l < m->specs[i].slots; l++) {
-                known = known || !strcmp(has, layer_name(name, "", m->specs[i].name, l));
+        for (int i = 0; i < NUM_PARAMS && !known; i++) {
+            for (int l = 0; m->specs[i].size && l < m->specs[i].slots && !known; l++) {
+                known = !strcmp(has, layer_name(name, "", m->specs[i].name, l));
             }
         }
         if (!known && m->config.share_emb && !strcmp(has, "output.output.weight")) {
             float* output = (float*)xcalloc(m->specs[0].size, sizeof(float));
             safetensors_read(st, has, &m->specs[0], output);
-            if (memcmp(output, m->params.embed, m->specs[0].size * sizeof(float))) {
-                die("%s: share_emb is 1, but '%s' differs from 'embed.weight'", st->path, has);
-            }
+            known = !memcmp(output, m->params.embed, m->specs[0].size * sizeof(float));
+            if (!known) { die("%s: share_emb is 1, but '%s' differs from 'embed.weight'", st->path, has); }
             free(output);
-            known = true;
         }
         if (!known) { die("%s: unexpected tensor '%s': a model of this configuration has none", st->path, has); }
     }
@@ -1931,11 +1872,10 @@ typedef struct { const char* path; int width; size_t offset, begin, end; } Segme
 typedef struct { Segment* segments; int count; size_t size; } Dataset;
 
 void dataset_add(Dataset* d, Segment s, size_t begin, size_t end) {
+    if (begin == end) { return; }
+    d->segments = (Segment*)list_grow(d->segments, d->count, sizeof(Segment));
     s.begin = begin;
     s.end = end;
-    if (begin == end) { return; }
-    d->segments = (Segment*)realloc(d->segments, (d->count + 1) * sizeof(Segment));
-    if (!d->segments) { die("out of memory"); }
     d->segments[d->count++] = s;
     d->size += end - begin;
 }
@@ -1946,21 +1886,22 @@ Segment token_file(const char* path) {
     Segment s = {path, 1, 0, 0, 0};
     struct stat info;
     int32_t header[256];
+    const char* dot = strrchr(path, '.');
     int fd = open(path, O_RDONLY);
     if (fd < 0 || fstat(fd, &info)) { die("%s: %s", path, strerror(errno)); }
     if (!S_ISREG(info.st_mode)) { die("%s: not a regular file", path); }
     s.end = info.st_size;
-    const char* dot = strrchr(path, '.');
     if (dot && !strcmp(dot, ".bin")) {
         if (read(fd, header, sizeof(header)) != sizeof(header)) { die("%s: truncated: no header of 1024 bytes", path); }
         s.offset = sizeof(header);
         s.width = header[0] == 20240520 && header[1] == 1 ? 2 : header[0] == 20240801 && header[1] == 7 ? 4 : 0;
-        if (!s.width) { die("%s: magic %d version %d is not llm.c's token format (20240520/1 or 20240801/7)", path, header[0], header[1]); }
-        if (header[2] < 0 || (size_t)info.st_size != s.offset + (size_t)header[2] * s.width) {
-            die("%s: %d tokens make %zu bytes, the file has %zu", path, header[2],
-                s.offset + (size_t)header[2] * s.width, (size_t)info.st_size);
+        if (!s.width) {
+            die("%s: magic %d version %d: llm.c's token files have 20240520/1 or 20240801/7", path, header[0], header[1]);
         }
         s.end = header[2];
+        if (header[2] < 0 || (size_t)info.st_size != s.offset + s.end * s.width) {
+            die("%s: %d tokens do not make a file of %zu bytes", path, header[2], (size_t)info.st_size);
+        }
     }
     close(fd);
     if (s.end == 0) { die("%s: empty", path); }
@@ -1986,67 +1927,54 @@ void dataset_open(Dataset* d, Dataset* held_out, const char* flag, const char* p
 
 // out = tokens [at, at+n) of the files laid end to end; every id must be below vocab.
 void dataset_read(const Dataset* d, size_t at, size_t n, int* out, int vocab) {
-    for (int i = 0; i < d->count && n > 0; i++) {
-        const Segment* s = &d->segments[i];
-        size_t length = s->end - s->begin, take = at < length ? min_size(n, length - at) : 0, done = 0;
-        if (take == 0) { at -= length; continue; }
-        unsigned char* bytes = (unsigned char*)out + take * (sizeof(int) - s->width); // widened from the front, in place
+    for (const Segment* s = d->segments; n > 0; at -= min_size(at, s->end - s->begin), s++) {
+        if (at >= s->end - s->begin) { continue; }
+        size_t take = min_size(n, s->end - s->begin - at), bytes = take * s->width, done = 0;
+        unsigned char* p = (unsigned char*)out + take * (sizeof(int) - s->width); // to be widened from the front, in place
         int fd = open(s->path, O_RDONLY);
-        while (fd >= 0 && done < take * s->width) {
-            ssize_t got = pread(fd, bytes + done, take * s->width - done, s->offset + (s->begin + at) * s->width + done);
-            if (got <= 0) { break; }
-            done += got;
+        for (ssize_t got = 1; fd >= 0 && done < bytes && got > 0; done += got > 0 ? got : 0) {
+            got = pread(fd, p + done, bytes - done, s->offset + (s->begin + at) * s->width + done);
         }
-        if (fd < 0 || done < take * s->width) { die("%s: cannot be read any more", s->path); }
+        if (done < bytes) { die("%s: cannot be read any more", s->path); }
         close(fd);
-        for (size_t k = 0; k < take; k++, bytes += s->width) {
-            uint32_t id = bytes[0];
-            for (int b = 1; b < s->width; b++) { id |= (uint32_t)bytes[b] << 8 * b; }
-            if (id >= (uint32_t)vocab) {
-                die("%s: token %zu is %u, vocab_size is %d", s->path, s->begin + at + k, id, vocab);
-            }
+        for (size_t k = 0; k < take; k++, p += s->width) {
+            uint32_t id = 0;
+            for (int b = 0; b < s->width; b++) { id |= (uint32_t)p[b] << 8 * b; }
+            if (id >= (uint32_t)vocab) { die("%s: token %zu is %u, vocab_size is %d", s->path, s->begin + at + k, id, vocab); }
             out[k] = id;
         }
         out += take;
         n -= take;
-        at = 0;
+        at += take;
     }
 }
 
-// Sequence `row` of step `step`: starts at a uniformly random place, a pure function of (seed, step, row), whoever asks.
-void dataset_sample(const Dataset* d, int seed, uint64_t step, uint64_t row, int T, int vocab, int* tokens, int* targets) {
-    size_t at = random_bits(seed, ((uint64_t)1 << 56) + step, row) % (d->size - T);
-    int last;
-    dataset_read(d, at, T, tokens, vocab);
-    dataset_read(d, at + T, 1, &last, vocab);
-    memcpy(targets, tokens + 1, (T - 1) * sizeof(int));
-    targets[T - 1] = last;
+// Reads everything once, so that a bad token shows at the start and not when a run has done its work.
+void dataset_check(const Dataset* d, int vocab) {
+    int piece[4096];
+    for (size_t at = 0; at < d->size; at += 4096) { dataset_read(d, at, min_size(4096, d->size - at), piece, vocab); }
+}
+
+// Sequence `row` of step `step` and the token that follows it, T + 1 in all, from a uniformly random place: a pure function
+// of (seed, step, row), whoever asks.
+void dataset_sample(const Dataset* d, int seed, uint64_t step, uint64_t row, int T, int vocab, int* out) {
+    dataset_read(d, random_bits(seed, ((uint64_t)1 << 56) + step, row) % (d->size - T), T + 1, out, vocab);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Streaming: evaluation and generation in constant memory
 
-// A forward pass of at most a chunk, and the state between calls.
-typedef struct { Pass pass; State state; int capacity; int* tokens; } Stream;
+enum { STREAM_TOKENS = 512 }; // at a time, at most
+typedef struct { Pass pass; State state; int tokens[STREAM_TOKENS + 1]; } Stream; // a forward pass, and what it carries
 
 void stream_alloc(Stream* s, const Config* c) {
-    s->capacity = c->chunk_size;
-    pass_alloc(&s->pass, c, 1, s->capacity, KEEP_NONE, KEEP_NONE);
+    pass_alloc(&s->pass, c, 1, min_int(c->chunk_size, STREAM_TOKENS), KEEP_NONE, KEEP_NONE);
     state_alloc(&s->state, c, 1, true);
-    s->tokens = (int*)xcalloc(s->capacity + 1, sizeof(int));
 }
 
 void stream_free(Stream* s) {
     pass_free(&s->pass);
     state_free(&s->state);
-    free(s->tokens);
-}
-
-// Runs as many of the n tokens as the current chunk has room for; returns how many. Logits are in s->pass.acts.logits.
-int stream_forward(const Model* m, Stream* s, const int* tokens, size_t n) {
-    s->pass.T = min_size(n, m->config.chunk_size - s->state.pos);
-    model_forward(m, &s->pass, tokens, &s->state, &s->state);
-    return s->pass.T;
 }
 
 // Mean loss in nats over the tokens of d in order, state carried; each but the first is scored once.
@@ -2055,9 +1983,9 @@ double evaluate(const Model* m, Stream* s, const Dataset* d, size_t* scored) {
     state_reset(&s->state, &m->config);
     *scored = 0;
     for (size_t at = 0; at + 1 < d->size; at += s->pass.T) {
-        size_t n = min_size(d->size - 1 - at, s->capacity);
-        dataset_read(d, at, n + 1, s->tokens, m->config.vocab_size);
-        stream_forward(m, s, s->tokens, n);
+        s->pass.T = min_int(min_size(d->size - 1 - at, STREAM_TOKENS), m->config.chunk_size - s->state.pos);
+        dataset_read(d, at, s->pass.T + 1, s->tokens, m->config.vocab_size);
+        model_forward(m, &s->pass, s->tokens, &s->state, &s->state);
         sum += model_loss(m, &s->pass, s->tokens + 1, scored);
     }
     return sum / *scored;
@@ -2091,18 +2019,18 @@ int sample(const float* logits, int vocab, const Options* o, double u) {
 // Prints n tokens that follow the prompt (a newline if it is empty): bytes, or numbers where tokens are not bytes.
 void generate(const Model* m, Stream* s, const Options* o, int n, uint64_t stream) {
     const char* prompt = *o->prompt ? o->prompt : "\n";
-    int vocab = m->config.vocab_size;
+    int vocab = m->config.vocab_size, length = strlen(prompt);
     state_reset(&s->state, &m->config);
-    for (; *prompt; prompt++) {
-        int token = (unsigned char)*prompt;
+    s->pass.T = 1;
+    for (int i = 0, token; i < length + n; i++) {
+        if (i < length) { token = (unsigned char)prompt[i]; }
+        else {
+            token = sample(s->pass.acts.logits, vocab, o, random_uniform(o->seed, ((uint64_t)2 << 56) + stream, i - length));
+            if (vocab <= 256) { putchar(token); } else { printf("%d ", token); }
+            fflush(stdout);
+        }
         if (token >= vocab) { die("--prompt: byte %d is not below vocab_size %d", token, vocab); }
-        stream_forward(m, s, &token, 1);
-    }
-    for (int i = 0; i < n; i++) {
-        int token = sample(s->pass.acts.logits, vocab, o, random_uniform(o->seed, ((uint64_t)2 << 56) + stream, i));
-        if (vocab <= 256) { putchar(token); } else { printf("%d ", token); }
-        fflush(stdout);
-        if (i + 1 < n) { stream_forward(m, s, &token, 1); }
+        if (i + 1 < length + n) { model_forward(m, &s->pass, &token, &s->state, &s->state); }
     }
 }
 
@@ -2111,9 +2039,10 @@ void generate(const Model* m, Stream* s, const Options* o, int n, uint64_t strea
 
 // Learning rate of a step counted from 0: linear warmup, then from lr to lr * lr_end_ratio over the rest of the steps.
 double learning_rate(const Options* o, int step) {
-    double left = 1.0 - (double)(step - o->warmup) / (o->steps > o->warmup ? o->steps - o->warmup : 1);
     if (step < o->warmup) { return o->lr * (step + 1) / o->warmup; }
-    double f = !strcmp(o->schedule, "cosine") ? 0.5 * (1.0 - cos(M_PI * left)) : !strcmp(o->schedule, "linear") ? left : 1.0;
+    double left = 1.0 - (double)(step - o->warmup) / (o->steps - o->warmup), f = 1.0;
+    if (!strcmp(o->schedule, "cosine")) { f = 0.5 * (1.0 - cos(M_PI * left)); }
+    if (!strcmp(o->schedule, "linear")) { f = left; }
     return o->lr * (o->lr_end_ratio + (1.0 - o->lr_end_ratio) * f);
 }
 
@@ -2124,9 +2053,15 @@ void on_signal(int number) {
     stop_asked = 1;
 }
 
+double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
 // Opens DIR/log.tsv to go on after `step`: rows past it, which a killed run may have left, are dropped.
 FILE* log_open(const Options* o, int step) {
-    char path[PATH_MAX + 16], part[PATH_MAX + 24], line[1024];
+    char path[PATH_MAX], part[PATH_MAX + 8], line[1024];
     snprintf(path, sizeof(path), "%s/log.tsv", o->out);
     snprintf(part, sizeof(part), "%s.part", path);
     FILE *old = step > 0 ? fopen(path, "r") : NULL, *f = fopen(part, "w");
@@ -2140,10 +2075,17 @@ FILE* log_open(const Options* o, int step) {
     return f;
 }
 
-double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + 1e-9 * t.tv_nsec;
+// Prints the line of a finished step, and adds it to log.tsv. val is NAN where the step has no validation.
+void log_step(const Options* o, FILE* log, int step, double loss, double norm, double lr, double ms, double left, double val) {
+    double tokens = (double)o->accum * o->batch * o->seq;
+    printf("step %d/%d | loss %.4f | norm %.3f | lr %.2e | %.0f tok/s | %.1f ms | %d:%02d left\n", step, o->steps, loss, norm,
+           lr, 1e3 * tokens / ms, ms, (int)left / 60, (int)left % 60);
+    if (!isnan(val)) { printf("step %d: val loss %.4f\n", step, val); }
+    fflush(stdout);
+    if (!log) { return; }
+    fprintf(log, "%d\t%.0f\t%.9g\t%.9g\t%.9g\t%.1f\t%.3f\t", step, step * tokens, loss, norm, lr, 1e3 * tokens / ms, ms);
+    fprintf(log, isnan(val) ? "\n" : "%.9g\n", val);
+    if (fflush(log)) { die("cannot write %s/log.tsv: %s", o->out, strerror(errno)); }
 }
 
 void train(Model* m, const Options* o, int first_step, const Dataset* data, const Dataset* held_out) {
@@ -2151,25 +2093,23 @@ void train(Model* m, const Options* o, int first_step, const Dataset* data, cons
     int B = o->batch, T = o->seq;
     size_t rows = (size_t)B * T, scored;
     int *tokens = (int*)xcalloc(rows, sizeof(int)), *targets = (int*)xcalloc(rows, sizeof(int));
+    int* row = (int*)xcalloc((size_t)T + 1, sizeof(int));
     Pass pass;
     Stream stream;
     pass_alloc(&pass, c, B, T, o->recompute ? KEEP_BLOCKS : KEEP_ALL, KEEP_NONE);
     stream_alloc(&stream, c);
     FILE* log = *o->out ? log_open(o, first_step) : NULL;
-    struct sigaction action;
-    memset(&action, 0, sizeof(action));
-    action.sa_handler = on_signal;
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
-
+    signal(SIGINT, on_signal);
+    signal(SIGTERM, on_signal);
     double started = seconds();
     for (int step = first_step; step < o->steps; step++) {
-        double step_started = seconds(), loss = 0, lr = learning_rate(o, step), dloss = 1.0 / ((double)rows * o->accum);
+        double step_started = seconds(), loss = 0, val = NAN, lr = learning_rate(o, step), dloss = 1.0 / rows / o->accum;
         memset(m->grads.embed, 0, m->num_parameters * sizeof(float));
         for (int micro = 0; micro < o->accum; micro++) {
             for (int b = 0; b < B; b++) {
-                dataset_sample(data, o->seed, step, (uint64_t)micro * B + b, T, c->vocab_size,
-                               tokens + (size_t)b * T, targets + (size_t)b * T);
+                dataset_sample(data, o->seed, step, (uint64_t)micro * B + b, T, c->vocab_size, row);
+                memcpy(tokens + (size_t)b * T, row, T * sizeof(int));
+                memcpy(targets + (size_t)b * T, row + 1, T * sizeof(int));
             }
             model_forward(m, &pass, tokens, NULL, NULL);
             loss += model_loss(m, &pass, targets, &scored) * dloss;
@@ -2177,56 +2117,42 @@ void train(Model* m, const Options* o, int first_step, const Dataset* data, cons
         }
         double norm = model_grad_norm(m);
         int done = step + 1;
+        bool last = done == o->steps;
         if (!isfinite(loss) || !isfinite(norm)) {
-            die("step %d: loss %g, gradient norm %g: training stops before the weights change; checkpoints stay as they are",
+            die("step %d: loss %g, gradient norm %g: stopped before the weights change; checkpoints stay as they are",
                 done, loss, norm);
         }
         model_update(m, o, lr, done, clip_scale(norm, o->clip));
-        double now = seconds(), ms = 1e3 * (now - step_started), rate = rows * o->accum / (now - step_started);
-        double left = (now - started) / (done - first_step) * (o->steps - done);
-        printf("step %*d/%d | loss %.4f | norm %.3f | lr %.2e | %.0f tok/s | %.1f ms | %d:%02d left\n",
-               snprintf(NULL, 0, "%d", o->steps), done, o->steps, loss, norm, lr, rate, ms, (int)left / 60, (int)left % 60);
-
-        bool last = done == o->steps || stop_asked;
-        double val = NAN;
-        if (held_out->size > 1 && (done == o->steps || (o->val_every && done % o->val_every == 0))) {
+        double ms = 1e3 * (seconds() - step_started);
+        if (held_out->size > 1 && (last || (o->val_every && done % o->val_every == 0))) {
             val = evaluate(m, &stream, held_out, &scored);
-            printf("step %d: val loss %.4f\n", done, val);
         }
-        if (log) {
-            fprintf(log, "%d\t%.0f\t%.9g\t%.9g\t%.9g\t%.1f\t%.3f\t", done, (double)done * rows * o->accum, loss, norm, lr, rate, ms);
-            fprintf(log, isnan(val) ? "\n" : "%.9g\n", val);
-            if (fflush(log)) { die("cannot write %s/log.tsv: %s", o->out, strerror(errno)); }
-        }
-        if (o->sample_every && (done % o->sample_every == 0 || done == o->steps)) {
+        log_step(o, log, done, loss, norm, lr, ms, (seconds() - started) / (done - first_step) * (o->steps - done), val);
+        if (o->sample_every && (last || done % o->sample_every == 0)) {
             printf("---- sample ----\n");
             generate(m, &stream, o, 400, done);
             printf("\n----------------\n");
         }
-        if (*o->out && (last || (o->checkpoint_every && done % o->checkpoint_every == 0))) { checkpoint_save(m, o, done); }
-        fflush(stdout);
-        if (stop_asked) {
-            printf("stopped by a signal after step %d%s\n", done, *o->out ? "; go on with --resume" : ": no --out, so nothing was saved");
-            break;
-        }
+        bool stop = stop_asked; // read once: a signal may come at any moment
+        if (*o->out && (last || stop || (o->checkpoint_every && done % o->checkpoint_every == 0))) { checkpoint_save(m, o, done); }
+        if (stop) { printf("stopped by a signal after step %d, %s\n", done, *o->out ? "saved" : "not saved: no --out"); break; }
     }
     if (log) { fclose(log); }
     pass_free(&pass);
     stream_free(&stream);
     free(tokens);
     free(targets);
+    free(row);
 }
 
-// What training will take, in bytes: weights, gradients and both moments; activations and their gradients; the stream.
-size_t memory_needed(const Options* o) {
-    Spec params[NUM_PARAMS], acts[NUM_ACTS], grads[NUM_ACTS], stream[NUM_ACTS];
-    size_t rows = (size_t)o->batch * o->seq;
+// Bytes that training takes: weights, gradients and both moments; activations and their gradients; the stream's.
+double memory_needed(const Options* o) {
+    Spec params[NUM_PARAMS], acts[NUM_ACTS], shared[NUM_ACTS]; // of one timestep
     param_specs(params, &o->model);
-    act_specs(acts, &o->model, rows, o->recompute ? KEEP_BLOCKS : KEEP_ALL);
-    act_specs(grads, &o->model, rows, KEEP_NONE);
-    act_specs(stream, &o->model, o->model.chunk_size, KEEP_NONE);
-    return sizeof(float) * (4 * specs_size(params, NUM_PARAMS) + specs_size(acts, NUM_ACTS) + specs_size(grads, NUM_ACTS)
-                            + specs_size(stream, NUM_ACTS));
+    act_specs(acts, &o->model, 1, o->recompute ? KEEP_BLOCKS : KEEP_ALL);
+    act_specs(shared, &o->model, 1, KEEP_NONE);
+    double rows = (double)o->batch * o->seq, each = specs_size(acts, NUM_ACTS), once = specs_size(shared, NUM_ACTS);
+    return 4 * (4.0 * specs_size(params, NUM_PARAMS) + rows * (each + once) + min_int(o->model.chunk_size, STREAM_TOKENS) * once);
 }
 
 // Reads the command line: a preset first, then what a file says, then the flags, whatever their order. With --load or
@@ -2234,7 +2160,6 @@ size_t memory_needed(const Options* o) {
 void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
     bool given[NUM_OPTIONS] = {0};
     Options flags = default_options;
-    *o = default_options;
     for (int a = 1; a < argc; a++) {
         int i = option_find(argv[a]);
         bool flag = option_rows[i].kind == FLAG;
@@ -2242,23 +2167,28 @@ void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
         if (!flag && a + 1 == argc) { die("%s needs a value", argv[a]); }
         given[i] = true;
         option_set(&flags, i, flag ? "1" : argv[++a], "");
+        if (!*argv[a] && strcmp(argv[a - 1], "--prompt")) { die("%s \"\": expected a name", argv[a - 1]); }
     }
-    if (flags.help) { print_help(stdout); exit(0); }
+    if (flags.help) { print_help(); exit(0); }
     int preset = 0;
     while (preset < NUM_PRESETS && strcmp(presets[preset].name, flags.preset)) { preset++; }
     if (preset == NUM_PRESETS) { die("--preset %s: expected one of " PRESET_NAMES, flags.preset); }
+    bool preset_given = given[option_find("--preset")];
+    *o = default_options;
     o->model = presets[preset].config;
     for (int i = 0; i < NUM_OPTIONS; i++) {
-        char text[PATH_MAX];
-        if (given[i]) { option_set(o, i, strdup(option_text(&flags, i, text)), ""); }
-        given[i] = given[i] || (option_rows[i].group == MODEL_GROUP && *flags.preset && strcmp(flags.preset, default_options.preset));
+        char text[32];
+        if (given[i]) { option_set(o, i, option_text(&flags, i, text), ""); }
+        given[i] = given[i] || (preset_given && option_rows[i].group == MODEL_GROUP);
     }
     if (*o->load && *o->resume) { die("--load takes weights, --resume a whole run: give one of them"); }
     if (*o->load) { safetensors_open(st, o->load); }
-    if (*o->resume) { checkpoint_open(st, o->resume); }
-    if (*o->load || *o->resume) { options_from_file(o, st, given, *o->resume != 0); }
-    if (*flags.resume && !*flags.out) { o->out = o->resume = flags.resume; }
-    o->load = flags.load;
+    if (*o->resume) {
+        checkpoint_open(st, flags.resume);
+        options_from_file(o, st, given, true);
+        if (!*flags.out) { o->out = flags.resume; }
+    }
+    if (*o->load) { options_from_file(o, st, given, false); }
     config_check(&o->model);
     if (strcmp(o->schedule, "cosine") && strcmp(o->schedule, "linear") && strcmp(o->schedule, "constant")) {
         die("--schedule %s: expected cosine, linear or constant", o->schedule);
@@ -2267,69 +2197,75 @@ void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
     if (o->top_p == 0) { die("--top-p 0: expected a number above 0, up to 1"); }
     if (o->checkpoint_every && !*o->out) { die("--checkpoint-every needs --out, the folder to save to"); }
     if (o->generate && *o->eval) { die("--generate and --eval: give one of them"); }
-    if ((o->generate || *o->eval) && !*o->load && !*o->resume) { die("--generate and --eval need --load FILE or --resume DIR"); }
+    if ((o->generate || *o->eval) && !*o->load && !*o->resume) {
+        die("--generate and --eval need weights: --load FILE or --resume DIR");
+    }
+    if (strlen(o->out) > PATH_MAX - 64) { die("--out: the name is too long"); }
 }
 
 #ifndef TESTING
 int main(int argc, char** argv) {
     Options o;
     SafeTensors st;
+    Model model;
+    Spec specs[NUM_PARAMS];
+    Dataset data = {NULL, 0, 0}, held_out = {NULL, 0, 0};
     options_parse(&o, argc, argv, &st);
     bool loaded = *o.load || *o.resume, training = !o.generate && !*o.eval;
-    FILE* info = o.generate ? stderr : stdout;
+    FILE* info = o.generate ? stderr : stdout; // a sample has stdout for itself
 #ifdef _OPENMP
     if (o.threads) { omp_set_num_threads(o.threads); }
     o.threads = omp_get_max_threads();
 #else
     o.threads = 1;
 #endif
-    Spec specs[NUM_PARAMS];
     param_specs(specs, &o.model);
     options_print(&o, info);
     fprintf(info, "num_parameters: %zu\n", specs_size(specs, NUM_PARAMS));
     if (training) { fprintf(info, "memory: %.1f MB\n", memory_needed(&o) / 1e6); }
+    if (memory_needed(&o) > 1e15) { die("--batch %d --seq %d: more than any machine has", o.batch, o.seq); }
     if (o.dry_run) { return 0; }
 
-    Dataset data = {NULL, 0, 0}, held_out = {NULL, 0, 0};
-    int step = 0;
     if (*o.eval) { dataset_open(&data, NULL, "--eval", o.eval); }
+    if (data.size == 1) { die("--eval %s: at least 2 tokens are needed", o.eval); }
     if (training) {
         dataset_open(&data, *o.val ? NULL : &held_out, "--train", o.train);
         if (*o.val) { dataset_open(&held_out, NULL, "--val", o.val); }
         printf("tokens: %zu to train on, %zu held out\n", data.size, held_out.size);
-        if (data.size <= (size_t)o.seq) { die("--train %s: %zu tokens are not enough for --seq %d and one more", o.train, data.size, o.seq); }
-        if (*o.out && !*o.resume) {
-            char pattern[PATH_MAX + 32];
-            glob_t found;
-            snprintf(pattern, sizeof(pattern), "%s/step_*.safetensors", o.out);
-            if (!glob(pattern, 0, NULL, &found)) { die("--out %s holds checkpoints: --resume it, or name another folder", o.out); }
+        if (data.size <= (size_t)o.seq) {
+            die("--train %s: %zu tokens to train on, --seq %d needs one more than that", o.train, data.size, o.seq);
         }
+        if (strcmp(o.out, o.resume) && checkpoint_newest(o.out, INT_MAX) >= 0) {
+            die("--out %s holds checkpoints: --resume it, or name another folder", o.out);
+        }
+        dataset_check(&held_out, o.model.vocab_size);
         if (*o.out && mkdir(o.out, 0777) && errno != EEXIST) { die("--out %s: %s", o.out, strerror(errno)); }
     }
-    Model model;
+    if (loaded) { params_load(specs, NULL, &st, ""); } // before the memory is taken that the file says it needs
     model_alloc(&model, &o.model, training);
     if (loaded) { model_load(&model, &st); } else { model_init(&model, o.seed); }
-    if (*o.resume && training) {
-        params_load(&model, model.adam_m, &st, "adam_m.");
-        params_load(&model, model.adam_v, &st, "adam_v.");
-        step = atoi(safetensors_meta(&st, "step"));
-    }
-    if (loaded) { fprintf(info, "weights: %s\n", st.path); safetensors_close(&st); }
-    if (training) { train(&model, &o, step, &data, &held_out); }
-    else {
+    if (loaded) { fprintf(info, "weights: %s\n", st.path); }
+    if (training) {
+        int step = *o.resume ? atoi(safetensors_meta(&st, "step")) : 0;
+        if (*o.resume) { params_load(specs, &model.adam_m, &st, "adam_m."); }
+        if (*o.resume) { params_load(specs, &model.adam_v, &st, "adam_v."); }
+        if (step >= o.steps) { printf("step %d of %d: nothing left to do\n", step, o.steps); }
+        else { train(&model, &o, step, &data, &held_out); }
+    } else {
         Stream stream;
         size_t scored;
         stream_alloc(&stream, &o.model);
         if (o.generate) { generate(&model, &stream, &o, o.generate, 0); }
         else {
-            if (data.size < 2) { die("--eval %s: at least 2 tokens are needed", o.eval); }
             double loss = evaluate(&model, &stream, &data, &scored);
-            printf("eval: tokens %zu nats/token %.6f perplexity %.4f", scored, loss, exp(loss));
-            if (data.segments[0].width == 1) { printf(" bits/byte %.4f\n", loss / log(2)); } else { printf(" bits/byte unknown\n"); }
+            printf("eval: tokens %zu nats/token %.6f perplexity %.4f bits/byte ", scored, loss, exp(loss));
+            printf(data.segments[0].width == 1 ? "%.4f\n" : "unknown\n", loss / log(2));
         }
         stream_free(&stream);
     }
+    if (loaded) { safetensors_close(&st); }
     model_free(&model);
+    if (fflush(stdout) || ferror(stdout)) { die("standard output: %s", strerror(errno)); }
     return 0;
 }
 #endif

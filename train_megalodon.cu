@@ -256,17 +256,17 @@ template <int N> __device__ inline void row_sum(float (&v)[N], int& turn) {
     turn ^= 1;
 }
 
-// Geometry of a row kernel. Where it leaves partial sums, each (block, y) has a row of them: `parts` rows.
+// Geometry of a row kernel. Where it leaves partial sums, each block has a row of them: `parts` rows.
 struct RowGrid { dim3 grid, block; int parts; };
-static RowGrid row_grid(Gpu* gpu, size_t rows, int columns, int heads) {
+static RowGrid row_grid(Gpu* gpu, size_t rows, int columns, int heads, int per_sm = 4) {
     if (columns > MAX_ROW) { die("the GPU program takes rows of at most %d features, not %d", MAX_ROW, columns); }
     RowGrid r;
     int x = ceil_div(ceil_div(columns, 8), 32) * 32, y = x < 256 ? 256 / x : 1;
-    size_t blocks = (size_t)gpu->card.multiProcessorCount * (x > 512 ? 2 : 4);
+    size_t blocks = (size_t)gpu->card.multiProcessorCount * (x > 512 ? 2 : per_sm);
     blocks = min_size(ceil_div(blocks, heads), ceil_div(rows, y));
     r.block = dim3(x, y);
     r.grid = dim3(blocks, heads);
-    r.parts = blocks * y;
+    r.parts = blocks;
     return r;
 }
 
@@ -297,9 +297,27 @@ static void reduce_columns(Gpu& gpu, int parts, Sums sums) {
                                                                                 gpu.accumulate);
     LAUNCHED();
 }
-// The place of this thread's row of partial sums number i.
-__device__ inline float* partial_row(float* partials, int count, int width, int i) {
-    return partials + ((size_t)(blockIdx.x * blockDim.y + threadIdx.y) * count + i) * width;
+// Adds v over the threads y of the block and writes it as row number i (of count) of the block's partial sums; columns of
+// this head start at `first`. All threads of the block take part.
+template <bool WIDE>
+__device__ inline void store_partial(float* partials, int count, int width, int i, const float (&v)[8], int columns, int first = 0) {
+    __shared__ float lines[8][256];
+    float sum[8];
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        sum[e] = v[e];
+        if (blockDim.y > 1) { lines[e][threadIdx.y * blockDim.x + threadIdx.x] = v[e]; }
+    }
+    if (blockDim.y > 1) {
+        __syncthreads();
+        for (int y = 1; threadIdx.y == 0 && y < blockDim.y; y++) {
+#pragma unroll
+            for (int e = 0; e < 8; e++) { sum[e] += lines[e][y * blockDim.x + threadIdx.x]; }
+        }
+        __syncthreads();
+        if (threadIdx.y) { return; }
+    }
+    store_row<WIDE>(partials + ((size_t)blockIdx.x * count + i) * width + first, sum, columns);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -478,18 +496,19 @@ template <typename X> struct Piece<X, 1> {
     __device__ void get(float* v) const { v[0] = to_float(x); }
 };
 
-// Where a thread of the timestep norm's kernels stands.
+// Where a thread of the timestep norm's kernels stands. The second pass goes backwards: what the first one read last is still
+// in the cache.
 struct NormPlace {
     int warp, sub, team, g0, g, segment, steps, F, width; // g0: the block's first group; steps: of this warp, up to STEPS
     size_t row, t0, at, line;                         // at: first element; line: index of (row, g, segment)
     bool active;
-    __device__ NormPlace(int T, int D, int G, int lanes, int VEC) {
+    __device__ NormPlace(int T, int D, int G, int lanes, int VEC, bool back) {
         int lane = threadIdx.x % 32, teams = 32 / lanes, tiles = (G + teams - 1) / teams, count = (T + SEGMENT - 1) / SEGMENT;
-        size_t b = blockIdx.x / tiles;
+        size_t block = back ? gridDim.x - 1 - blockIdx.x : blockIdx.x, b = block / tiles;
         warp = threadIdx.x / 32;
         sub = lane % lanes * VEC;
         team = lane / lanes;
-        g0 = blockIdx.x % tiles * teams;
+        g0 = block % tiles * teams;
         g = g0 + team;
         segment = b % count;
         row = b / count;
@@ -526,7 +545,7 @@ template <typename X, int VEC, int LANES, bool APPLY>
 __global__ void __launch_bounds__(32 * WARPS) timestepnorm_forward_kernel(X* out, float* mean, float* rstd, float4* segments,
         const X* inp, const float* w, const float* b, int T, int D, int G, int lanes, float eps) {
     __shared__ float3 totals[WARPS][32];
-    NormPlace p(T, D, G, lanes, VEC);
+    NormPlace p(T, D, G, lanes, VEC, APPLY);
     Piece<X, VEC> kept[STEPS];
     float m[STEPS], v[STEPS], a[VEC], n = 0, run_mean = 0, run_var = 0;
     if (LANES) {
@@ -707,7 +726,7 @@ __global__ void timestepnorm_again_kernel(X* out, const float* mean, const float
 template <typename X>
 static void timestepnorm_again(Gpu& gpu, X* out, const float* mean, const float* rstd, const X* inp, const float* w,
                                const float* b, size_t rows, int D, int G) {
-    RowGrid r = row_grid(&gpu, rows, D, 1);
+    RowGrid r = row_grid(&gpu, rows, D, 1, 8);
     auto kernel = wide(D / G) ? timestepnorm_again_kernel<X, true> : timestepnorm_again_kernel<X, false>;
     kernel<<<r.grid, r.block, 0, gpu.stream>>>(out, mean, rstd, inp, w, b, rows, D, G);
     LAUNCHED();
@@ -721,8 +740,8 @@ __global__ void __launch_bounds__(32 * WARPS) timestepnorm_backward_kernel(X* di
         const X* add1, const X* add2, const X* dout, const float* mean, const float* rstd, const NormState* start,
         const X* inp, const float* w, int T, int D, int G, int lanes) {
     __shared__ float2 totals[WARPS][32];
-    __shared__ float lines[2][APPLY ? 1 : WARPS][32 * VEC];
-    NormPlace p(T, D, G, lanes, VEC);
+    __shared__ alignas(16) float lines[2][APPLY ? 1 : WARPS][32 * VEC];
+    NormPlace p(T, D, G, lanes, VEC, APPLY);
     Piece<X, VEC> kept_x[STEPS], kept_dy[STEPS];
     float x[VEC], dy[VEC], mu[STEPS], r[STEPS], u[STEPS], v[STEPS];
     float n0 = start ? start[p.row * G + p.g].count : 0, c = mean[(p.row * T + T - 1) * G + p.g];
@@ -806,11 +825,8 @@ __global__ void __launch_bounds__(32 * WARPS) timestepnorm_backward_kernel(X* di
                     db[e] += dy[e];
                 }
             }
-#pragma unroll
-            for (int e = 0; e < VEC; e++) {
-                lines[0][p.warp][threadIdx.x % 32 * VEC + e] = dw[e];
-                lines[1][p.warp][threadIdx.x % 32 * VEC + e] = db[e];
-            }
+            float *to_dw = &lines[0][p.warp][threadIdx.x % 32 * VEC], *to_db = &lines[1][p.warp][threadIdx.x % 32 * VEC];
+            if (VEC == 8) { store8(to_dw, dw); store8(to_db, db); } else { *to_dw = dw[0]; *to_db = db[0]; }
             __syncthreads();
             for (int i = threadIdx.x; i < 2 * 32 * VEC; i += 32 * WARPS) {
                 int which = i / (32 * VEC), j = i % (32 * VEC), g = p.g0 + j / p.width, k = f0 + j % p.width;
@@ -906,13 +922,17 @@ static void timestepnorm_backward(Gpu& gpu, X* dinp, float* dw, float* db, NormS
 }
 
 // CEMA. With c = p g and s = h/p: s_t = q s_{t-1} + x_t, y_t = Re(sum_k c s_t) + omega x_t; p and g stay out of the scan.
-// A feature's N oscillators are shared by LANES neighbouring threads, MODES each, in registers; a warp is a block and has
-// 32/LANES neighbouring features of one batch row. Time is cut into segments only if that leaves too few warps (a warp for
+// A feature's N oscillators are shared by LANES neighbouring threads, MODES each, in registers; a warp has 32/LANES
+// neighbouring features of one batch row, and a block CEMA_WARPS warps that have nothing to do with each other. Time is cut into segments only if that leaves too few warps (a warp for
 // each of the card's schedulers is enough, since the MODES recurrences of a thread are independent): then the end states of
 // the segments are computed first, from zero, and handed on by q^length. Inputs come through shared memory, in STAGES pieces
-// of AHEAD timesteps that are copied while the warp computes.
-enum { MODES = 8, AHEAD = 16, STAGES = 4 };
-static int cema_lanes(int N) { return N <= 2 * MODES ? 2 : CEMA_MAX_NDIM / MODES; }
+// of AHEAD timesteps that are copied while the warp computes. The loop over timesteps is unrolled by UNROLL only: longer code
+// would not stay in the instruction cache, which one warp a scheduler cannot hide.
+#ifndef V_WARPS
+#define V_WARPS 4
+#endif
+enum { MODES = 8, AHEAD = 16, STAGES = 4, UNROLL = 4, CEMA_WARPS = V_WARPS, FEW = 16 / MODES, ALL = CEMA_MAX_NDIM / MODES };
+static int cema_lanes(int N) { return N <= FEW * MODES ? FEW : ALL; }
 
 // coef (5,K,D), K = N rounded up to whole threads: p, q, c = p g (zero for k >= N). In double, rounded once.
 enum { COEF_P, COEF_Q_RE, COEF_Q_IM, COEF_C_RE, COEF_C_IM, NUM_COEF };
@@ -947,7 +967,7 @@ static CemaGrid cema_grid(Gpu* gpu, int B, int T, int D, int N) {
     r.length = ceil_div(ceil_div(T, r.count), AHEAD) * AHEAD;
     if (r.length < 64) { r.length = 64; }
     r.count = ceil_div(T, r.length);
-    r.grid = dim3(tiles, B, r.count);
+    r.grid = dim3(ceil_div(tiles, CEMA_WARPS), B, r.count);
     return r;
 }
 
@@ -962,11 +982,12 @@ static const float* cema_coefficients(Gpu& gpu, const CemaGrid& r, const float* 
 // Where a thread of CEMA's kernels stands.
 struct CemaPlace {
     int d, k0, b, segment, t0, t1;
-    bool active;
+    bool active, beyond; // a feature of this thread, none of the whole warp
     size_t at, state;  // at: element (b,0,d) | state: of (segment,b,k0,d) among carries (segments,B,K,D)
     __device__ CemaPlace(int lanes, int length, int T, int D) {
-        d = blockIdx.x * (32 / lanes) + threadIdx.x / lanes;
+        d = (blockIdx.x * CEMA_WARPS + threadIdx.y) * (32 / lanes) + threadIdx.x / lanes;
         active = d < D;
+        beyond = (blockIdx.x * CEMA_WARPS + threadIdx.y) * (32 / lanes) >= D;
         if (!active) { d = D - 1; }
         k0 = threadIdx.x % lanes * MODES;
         b = blockIdx.y;
@@ -994,7 +1015,7 @@ template <typename X, int LANES> struct CemaStage {
 
     // Starts to copy timesteps t.. (clamped to those of [t0,t1)) from a tensor whose feature 0 of timestep 0 is at `from`.
     __device__ void fetch(const X* from, int t, int t0, int t1, int D) {
-        int d0 = blockIdx.x * TILE;
+        int d0 = (blockIdx.x * CEMA_WARPS + threadIdx.y) * TILE;
         if (D % TILE == 0) {
 #pragma unroll
             for (int i = threadIdx.x; i < AHEAD * PER_ROW; i += 32) {
@@ -1012,13 +1033,13 @@ template <typename X, int LANES> struct CemaStage {
     }
     // Writes all of it to timesteps t.. of a tensor.
     __device__ void put(X* to, int t, int D) const {
-        int d0 = blockIdx.x * TILE;
+        int d0 = (blockIdx.x * CEMA_WARPS + threadIdx.y) * TILE;
         if (D % TILE == 0) {
 #pragma unroll
             for (int i = threadIdx.x; i < AHEAD * PER_ROW; i += 32) {
                 char* at = (char*)(to + (size_t)(t + i / PER_ROW) * D + d0) + i % PER_ROW * CHUNK;
                 const char* src = (const char*)x[i / PER_ROW] + i % PER_ROW * CHUNK;
-                if (CHUNK == 16) { *(uint4*)at = *(const uint4*)src; } else { *(uint2*)at = *(const uint2*)src; }
+                if (CHUNK == 16) { *(uint4*)at = *(const uint4*)src; } else if (CHUNK == 8) { *(uint2*)at = *(const uint2*)src; } else { *(uint32_t*)at = *(const uint32_t*)src; }
             }
         } else {
             for (int i = threadIdx.x; i < AHEAD * TILE; i += 32) {
@@ -1036,12 +1057,14 @@ __device__ inline void stage_wait() { // for the oldest of STAGES - 1
 // With ENDS, only the segments' end states from zero, to carries; else the output, from carries (NULL for zero) on. end
 // (B,D,N,2) receives h after the last timestep if not NULL.
 template <typename X, int LANES, bool ENDS>
-__global__ void __launch_bounds__(32) cema_forward_kernel(X* out, float* end, float2* carries, const X* inp, const float* coef,
+__global__ void __launch_bounds__(32 * CEMA_WARPS) cema_forward_kernel(X* out, float* end, float2* carries, const X* inp, const float* coef,
                                                           const float* omega, int length, int T, int D, int N) {
     enum { K = LANES * MODES };
-    __shared__ CemaStage<X, LANES> stages[STAGES], result;
+    __shared__ CemaStage<X, LANES> memory[CEMA_WARPS][STAGES + 1]; // for each warp; they go their own ways
+    CemaStage<X, LANES> *stages = memory[threadIdx.y], &result = stages[STAGES];
     CemaPlace p(LANES, length, T, D);
-    float q_re[MODES], q_im[MODES], c_re[MODES], c_im[MODES], s_re[MODES], s_im[MODES], y[AHEAD];
+    if (p.beyond) { return; }
+    float q_re[MODES], q_im[MODES], c_re[MODES], c_im[MODES], s_re[MODES], s_im[MODES], y[UNROLL];
     const X* from = inp + (size_t)p.b * T * D;
     int f = threadIdx.x / LANES, pieces = (p.t1 - p.t0 + AHEAD - 1) / AHEAD;
 #pragma unroll
@@ -1087,14 +1110,27 @@ __global__ void __launch_bounds__(32) cema_forward_kernel(X* out, float* end, fl
             }
             break;
         }
+        X x[UNROLL];
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) { y[i] = step(to_float(now.x[i][f])); }
-        if (ENDS) { continue; }
+        for (int i = 0; i < UNROLL; i++) { x[i] = now.x[i][f]; }
+#pragma unroll 1
+        for (int i0 = 0; i0 < AHEAD; i0 += UNROLL) {
+            float given[UNROLL];
 #pragma unroll
-        for (int i = 0; i < AHEAD; i += 2) {
-            float sum = pair_sum<LANES>(y[i], y[i + 1]);
-            if (threadIdx.x % LANES < 2) { result.x[i + (threadIdx.x & 1)][f] = from_float<X>(sum); }
+            for (int i = 0; i < UNROLL; i++) {
+                given[i] = to_float(x[i]);
+                x[i] = now.x[(i0 + UNROLL + i) % AHEAD][f]; // the next ones, while these are worked on
+            }
+#pragma unroll
+            for (int i = 0; i < UNROLL; i++) { y[i] = step(given[i]); }
+            if (ENDS) { continue; }
+#pragma unroll
+            for (int i = 0; i < UNROLL; i += 2) {
+                float sum = pair_sum<LANES>(y[i], y[i + 1]);
+                if (threadIdx.x % LANES < 2) { result.x[i0 + i + (threadIdx.x & 1)][f] = from_float<X>(sum); }
+            }
         }
+        if (ENDS) { continue; }
         __syncwarp();
         result.put(out + (size_t)p.b * T * D, t, D);
     }
@@ -1162,18 +1198,18 @@ static void cema_forward(Gpu& gpu, X* out, float* end, float* carries, const flo
     const float* coef = cema_coefficients(gpu, r, alpha, delta, theta, gamma, D, N);
     float2* c = r.count > 1 || start ? (float2*)carries : NULL;
     size_t states = (size_t)B * r.K * D;
-    auto ends = r.lanes == 2 ? cema_forward_kernel<X, 2, true> : cema_forward_kernel<X, 8, true>;
-    auto scan = r.lanes == 2 ? cema_forward_kernel<X, 2, false> : cema_forward_kernel<X, 8, false>;
+    auto ends = r.lanes == FEW ? cema_forward_kernel<X, FEW, true> : cema_forward_kernel<X, ALL, true>;
+    auto scan = r.lanes == FEW ? cema_forward_kernel<X, FEW, false> : cema_forward_kernel<X, ALL, false>;
     if (c && r.count > 1) {
         dim3 grid = r.grid;
         grid.z--; // nobody asks where the last one ends
-        ends<<<grid, 32, 0, gpu.stream>>>(out, NULL, c, inp, coef, omega, r.length, T, D, N);
+        ends<<<grid, dim3(32, CEMA_WARPS), 0, gpu.stream>>>(out, NULL, c, inp, coef, omega, r.length, T, D, N);
     }
     if (c) {
         if (r.count == 1) { CUDA(cudaMemsetAsync(c, 0, states * sizeof(float2), gpu.stream)); }
         cema_carries_kernel<<<ceil_div(states, 128), 128, 0, gpu.stream>>>(c, start, coef, r.count, r.length, false, B, D, N, r.K);
     }
-    scan<<<r.grid, 32, 0, gpu.stream>>>(out, end, c, inp, coef, omega, r.length, T, D, N);
+    scan<<<r.grid, dim3(32, CEMA_WARPS), 0, gpu.stream>>>(out, end, c, inp, coef, omega, r.length, T, D, N);
     LAUNCHED();
 }
 
@@ -1182,14 +1218,16 @@ static void cema_forward(Gpu& gpu, X* out, float* end, float* carries, const flo
 // zero, to adjoints. Else dinp, and sums (segments,B,K,D,4): Q and R; first (segments,B,K,D): a at the first timestep;
 // domega by (segment, b). a'_{t-1} = ~q a'_t + a_t.
 template <typename X, int LANES, bool ENDS>
-__global__ void __launch_bounds__(32) cema_backward_kernel(X* dinp, float4* sums, float2* first, float* domega,
+__global__ void __launch_bounds__(32 * CEMA_WARPS) cema_backward_kernel(X* dinp, float4* sums, float2* first, float* domega,
         float2* adjoints, const float2* carries, const X* dout, const X* inp, const float* coef, const float* omega,
         int length, int T, int D) {
     enum { K = LANES * MODES };
     CemaPlace p(LANES, length, T, D);
     float q_re[MODES], q_im[MODES], c_re[MODES], c_im[MODES], a_re[MODES], a_im[MODES], b_re[MODES], b_im[MODES]; // b is a'
     float Q_re[MODES], Q_im[MODES], R_re[MODES], R_im[MODES], dw = 0;
-    __shared__ CemaStage<X, LANES> stages_x[ENDS ? 1 : STAGES], stages_dy[STAGES], result;
+    __shared__ CemaStage<X, LANES> memory[CEMA_WARPS][2 * STAGES + 1];
+    CemaStage<X, LANES> *stages_x = memory[threadIdx.y], *stages_dy = stages_x + STAGES, &result = stages_dy[STAGES];
+    if (p.beyond) { return; }
     const X *from_x = inp + (size_t)p.b * T * D, *from_dy = dout + (size_t)p.b * T * D;
     int f = threadIdx.x / LANES, pieces = (p.t1 - p.t0 + AHEAD - 1) / AHEAD;
     auto fetch = [&](int j) { // piece j, counted from the end
@@ -1239,7 +1277,6 @@ __global__ void __launch_bounds__(32) cema_backward_kernel(X* dinp, float4* sums
     };
     for (int j = 0; j < pieces; j++) {
         int t = p.t1 - (j + 1) * AHEAD, s = j % STAGES;
-        float dx[AHEAD];
         stage_wait(); // and all threads are done with the stage that is filled next
         fetch(j + STAGES - 1);
         if (t < p.t0) { // the first timesteps
@@ -1250,14 +1287,31 @@ __global__ void __launch_bounds__(32) cema_backward_kernel(X* dinp, float4* sums
             }
             break;
         }
+        X x[UNROLL], dy[UNROLL];
+        auto read = [&](int i0) {
 #pragma unroll
-        for (int i = AHEAD - 1; i >= 0; i--) { dx[i] = step(ENDS ? 0 : to_float(stages_x[s].x[i][f]), to_float(stages_dy[s].x[i][f])); }
-        if (ENDS) { continue; }
+            for (int i = 0; i < UNROLL; i++) {
+                dy[i] = stages_dy[s].x[i0 + i][f];
+                if (!ENDS) { x[i] = stages_x[s].x[i0 + i][f]; }
+            }
+        };
+        read(AHEAD - UNROLL);
+#pragma unroll 1
+        for (int i0 = AHEAD - UNROLL; i0 >= 0; i0 -= UNROLL) {
+            float given_x[UNROLL], given_dy[UNROLL], dx[UNROLL];
 #pragma unroll
-        for (int i = 0; i < AHEAD; i += 2) {
-            float sum = pair_sum<LANES>(dx[i], dx[i + 1]);
-            if (threadIdx.x % LANES < 2) { result.x[i + (threadIdx.x & 1)][f] = from_float<X>(sum); }
+            for (int i = 0; i < UNROLL; i++) { given_dy[i] = to_float(dy[i]); given_x[i] = ENDS ? 0 : to_float(x[i]); }
+            read((i0 + AHEAD - UNROLL) % AHEAD); // the next ones, while these are worked on
+#pragma unroll
+            for (int i = UNROLL - 1; i >= 0; i--) { dx[i] = step(given_x[i], given_dy[i]); }
+            if (ENDS) { continue; }
+#pragma unroll
+            for (int i = 0; i < UNROLL; i += 2) {
+                float sum = pair_sum<LANES>(dx[i], dx[i + 1]);
+                if (threadIdx.x % LANES < 2) { result.x[i0 + i + (threadIdx.x & 1)][f] = from_float<X>(sum); }
+            }
         }
+        if (ENDS) { continue; }
         __syncwarp();
         result.put(dinp + (size_t)p.b * T * D, t, D);
     }
@@ -1345,13 +1399,13 @@ static void cema_backward(Gpu& gpu, X* dinp, float* dalpha, float* ddelta, float
     float2 *first = (float2*)(sums + all), *a = first + all;
     float* dw = (float*)(a + all);
     const float2* c = r.count > 1 || start ? (const float2*)carries : NULL;
-    auto ends = r.lanes == 2 ? cema_backward_kernel<X, 2, true> : cema_backward_kernel<X, 8, true>;
-    auto sweep = r.lanes == 2 ? cema_backward_kernel<X, 2, false> : cema_backward_kernel<X, 8, false>;
+    auto ends = r.lanes == FEW ? cema_backward_kernel<X, FEW, true> : cema_backward_kernel<X, ALL, true>;
+    auto sweep = r.lanes == FEW ? cema_backward_kernel<X, FEW, false> : cema_backward_kernel<X, ALL, false>;
     if (r.count > 1) {
-        ends<<<r.grid, 32, 0, gpu.stream>>>(dinp, sums, first, dw, a, c, dout, inp, coef, omega, r.length, T, D);
+        ends<<<r.grid, dim3(32, CEMA_WARPS), 0, gpu.stream>>>(dinp, sums, first, dw, a, c, dout, inp, coef, omega, r.length, T, D);
         cema_carries_kernel<<<ceil_div(states, 128), 128, 0, gpu.stream>>>(a, NULL, coef, r.count, r.length, true, B, D, N, r.K);
     }
-    sweep<<<r.grid, 32, 0, gpu.stream>>>(dinp, sums, first, dw, r.count > 1 ? a : NULL, c, dout, inp, coef, omega, r.length, T, D);
+    sweep<<<r.grid, dim3(32, CEMA_WARPS), 0, gpu.stream>>>(dinp, sums, first, dw, r.count > 1 ? a : NULL, c, dout, inp, coef, omega, r.length, T, D);
     cema_gradients_kernel<<<ceil_div(D, 256 / r.K), dim3(r.K, 256 / r.K), 0, gpu.stream>>>(dalpha, ddelta, dtheta, dgamma, domega,
         dstart, sums, first, dw, start, coef, alpha, delta, theta, gamma, r.count, gpu.accumulate, B, D, N, r.K);
     LAUNCHED();
@@ -1382,7 +1436,7 @@ __global__ void rmsnorm_forward_kernel(X* out, int ldo, float* rstd, const X* in
 }
 template <typename X>
 static void rmsnorm_forward(Gpu& gpu, X* out, int ldo, float* rstd, const X* inp, const float* w, size_t rows, int D, float eps) {
-    RowGrid r = row_grid(&gpu, rows, D, 1);
+    RowGrid r = row_grid(&gpu, rows, D, 1, 8);
     auto kernel = wide(D, ldo) ? rmsnorm_forward_kernel<X, true> : rmsnorm_forward_kernel<X, false>;
     kernel<<<r.grid, r.block, 0, gpu.stream>>>(out, ldo, rstd, inp, w, rows, D, eps);
     LAUNCHED();
@@ -1395,19 +1449,12 @@ __global__ void rmsnorm_backward_kernel(X* dinp, float* partials, X* again, cons
     float scale[8], dw[8] = {0}, x[8], dy[8], s[1];
     int turn = 0;
     load_row<WIDE>(scale, w, D);
-    RowPiece<X, WIDE> next_x, next_dy;
-    size_t first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
-    auto fetch = [&](size_t r) {
-        next_x.load(inp + r * D, r < rows ? D : 0);
-        next_dy.load(dout + r * ld, r < rows ? D : 0);
-    };
-    fetch(first);
-    for (size_t r = first; r - threadIdx.y < rows; r += step) {
+    for (size_t r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
+        size_t r = r0 + threadIdx.y;
         int columns = r < rows ? D : 0;
+        load_row<WIDE>(x, inp + r * D, columns);
+        load_row<WIDE>(dy, dout + r * ld, columns);
         float k = r < rows ? rstd[r] : 0;
-        next_x.get(x);
-        next_dy.get(dy);
-        fetch(r + step);
         s[0] = 0;
 #pragma unroll
         for (int e = 0; e < 8; e++) {
@@ -1425,7 +1472,7 @@ __global__ void rmsnorm_backward_kernel(X* dinp, float* partials, X* again, cons
         store_row<WIDE>(dinp + r * D, dy, columns);
         store_row<WIDE>(again + r * ld, x, columns);
     }
-    store_row<WIDE>(partial_row(partials, 1, D, 0), dw, D);
+    store_partial<WIDE>(partials, 1, D, 0, dw, D);
 }
 template <typename X>
 static void rmsnorm_backward(Gpu& gpu, X* dinp, float* dw, X* again, const X* dout, int ld, const float* rstd, const X* inp,
@@ -1441,7 +1488,7 @@ static void rmsnorm_backward(Gpu& gpu, X* dinp, float* dw, X* again, const X* do
 template <typename X, bool WIDE>
 __global__ void layernorm_forward_kernel(X* out, float* mean, float* rstd, const X* inp, const float* w, const float* b,
                                          size_t rows, int D, float eps) {
-    float scale[8], shift[8], x[8], s[1];
+    float scale[8], shift[8], x[8], s[2];
     int turn = 0;
     load_row<WIDE>(scale, w, D);
     load_row<WIDE>(shift, b, D);
@@ -1451,16 +1498,16 @@ __global__ void layernorm_forward_kernel(X* out, float* mean, float* rstd, const
     for (size_t r = first; r - threadIdx.y < rows; r += step) { // all threads of a block take part in the last round
         next.get(x);
         next.load(inp + (r + step) * D, r + step < rows ? D : 0);
-        s[0] = 0;
+        float near = r < rows ? to_float(inp[r * D]) : 0; // sums about one of the values: nothing cancels badly
+        s[0] = s[1] = 0;
 #pragma unroll
-        for (int e = 0; e < 8; e++) { s[0] += x[e]; }
+        for (int e = 0; e < 8; e++) {
+            float y = column<WIDE>(e) < D ? x[e] - near : 0;
+            s[0] += y;
+            s[1] += y * y;
+        }
         row_sum(s, turn);
-        float m = s[0] / D;
-        s[0] = 0;
-#pragma unroll
-        for (int e = 0; e < 8; e++) { s[0] += column<WIDE>(e) < D ? (x[e] - m) * (x[e] - m) : 0; }
-        row_sum(s, turn);
-        float k = 1 / sqrtf(s[0] / D + eps);
+        float off = s[0] / D, m = near + off, k = 1 / sqrtf(fmaxf(s[1] / D - off * off, 0) + eps);
 #pragma unroll
         for (int e = 0; e < 8; e++) { x[e] = (x[e] - m) * k * (scale[e] + 1) + shift[e]; }
         store_row<WIDE>(out + r * D, x, r < rows ? D : 0);
@@ -1470,7 +1517,7 @@ __global__ void layernorm_forward_kernel(X* out, float* mean, float* rstd, const
 template <typename X>
 static void layernorm_forward(Gpu& gpu, X* out, float* mean, float* rstd, const X* inp, const float* w, const float* b,
                               size_t rows, int D, float eps) {
-    RowGrid r = row_grid(&gpu, rows, D, 1);
+    RowGrid r = row_grid(&gpu, rows, D, 1, 8);
     auto kernel = wide(D) ? layernorm_forward_kernel<X, true> : layernorm_forward_kernel<X, false>;
     kernel<<<r.grid, r.block, 0, gpu.stream>>>(out, mean, rstd, inp, w, b, rows, D, eps);
     LAUNCHED();
@@ -1517,14 +1564,14 @@ __global__ void layernorm_backward_kernel(X* dinp, float* partials, X* again, co
         store_row<WIDE>(dinp + r * D, dy, columns);
         store_row<WIDE>(again + r * D, x, columns);
     }
-    store_row<WIDE>(partial_row(partials, 3, D, 0), dw, D);
-    store_row<WIDE>(partial_row(partials, 3, D, 1), db, D);
-    store_row<WIDE>(partial_row(partials, 3, D, 2), dx, D);
+    store_partial<WIDE>(partials, 3, D, 0, dw, D);
+    store_partial<WIDE>(partials, 3, D, 1, db, D);
+    store_partial<WIDE>(partials, 3, D, 2, dx, D);
 }
 template <typename X>
 static void layernorm_backward(Gpu& gpu, X* dinp, float* dw, float* db, float* dinp_sum, X* again, const X* dout, const float* mean,
                                const float* rstd, const X* inp, const float* w, const float* b, size_t rows, int D) {
-    RowGrid r = row_grid(&gpu, rows, D, 1);
+    RowGrid r = row_grid(&gpu, rows, D, 1, 2);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * 3 * D);
     auto kernel = wide(D) ? layernorm_backward_kernel<X, true> : layernorm_backward_kernel<X, false>;
     kernel<<<r.grid, r.block, 0, gpu.stream>>>(dinp, partials, again, dout, mean, rstd, inp, w, b, rows, D);
@@ -1584,7 +1631,7 @@ __global__ void qk_forward_kernel(X* q, X* k, X* znorm, float* znorm_rstd, const
 template <typename X>
 static void qk_forward(Gpu& gpu, X* q, X* k, X* znorm, float* znorm_rstd, const X* z, int ldz, const float* gamma, const float* beta,
                        const float* rotations, int B, int T, int K, int pos, int at_k, int c, int Z, int H, float eps) {
-    RowGrid r = row_grid(&gpu, (size_t)B * T, Z / H, H);
+    RowGrid r = row_grid(&gpu, (size_t)B * T, Z / H, H, 8);
     auto kernel = wide(Z / H, ldz) ? qk_forward_kernel<X, true> : qk_forward_kernel<X, false>;
     kernel<<<r.grid, r.block, 0, gpu.stream>>>(q, k, znorm, znorm_rstd, z, ldz, gamma, beta, rotations, B * T, T, K, pos, at_k, c,
                                                Z, Z / H, eps);
@@ -1642,12 +1689,12 @@ __global__ void qk_backward_kernel(X* dz, float* partials, X* dznorm, const X* d
         store_row<WIDE>(dz + (size_t)r * ldz + h * zd, dx, columns);
     }
 #pragma unroll
-    for (int i = 0; i < 5; i++) { store_row<WIDE>(partial_row(partials, 5, Z, i) + h * zd, sums[i], zd); }
+    for (int i = 0; i < 5; i++) { store_partial<WIDE>(partials, 5, Z, i, sums[i], zd, h * zd); }
 }
 template <typename X>
 static void qk_backward(Gpu& gpu, X* dz, float* dgamma, float* dbeta, float* dz_sum, X* dznorm, const X* dq, const X* dk, const X* z,
                         int ldz, const float* gamma, const float* rotations, int B, int T, int c, int Z, int H, float eps) {
-    RowGrid r = row_grid(&gpu, (size_t)B * T, Z / H, H);
+    RowGrid r = row_grid(&gpu, (size_t)B * T, Z / H, H, 2);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * 5 * Z);
     auto kernel = wide(Z / H, ldz) ? qk_backward_kernel<X, true> : qk_backward_kernel<X, false>;
     kernel<<<r.grid, r.block, 0, gpu.stream>>>(dz, partials, dznorm, dq, dk, z, ldz, gamma, rotations, B * T, T, c, Z, Z / H, eps);
@@ -1676,7 +1723,7 @@ __global__ void value_forward_kernel(X* v, const X* inp, unsigned rows, int T, i
 }
 template <typename X>
 static void value_forward(Gpu& gpu, X* v, const X* inp, int B, int T, int K, int at_k, int V, int H) {
-    RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H);
+    RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H, 8);
     auto kernel = wide(V / H) ? value_forward_kernel<X, true> : value_forward_kernel<X, false>;
     kernel<<<r.grid, r.block, 0, gpu.stream>>>(v, inp, B * T, T, K, at_k, V, V / H);
     LAUNCHED();
@@ -1706,7 +1753,7 @@ __global__ void value_backward_kernel(X* dinp, float* partials, const X* dv, con
         }
         store_row<WIDE>(dinp + at, d, vd);
     }
-    store_row<WIDE>(partial_row(partials, 1, V, 0) + blockIdx.y * vd, sum, vd);
+    store_partial<WIDE>(partials, 1, V, 0, sum, vd, blockIdx.y * vd);
 }
 template <typename X>
 static void value_backward(Gpu& gpu, X* dinp, float* dinp_sum, const X* dv, const X* inp, int B, int T, int V, int H) {
@@ -1740,7 +1787,7 @@ __global__ void gate_forward_kernel(X* gated, int ldg, const X* attention, const
 }
 template <typename X>
 static void gate_forward(Gpu& gpu, X* gated, int ldg, const X* attention, const X* inp, int ldi, int B, int T, int V, int H) {
-    RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H);
+    RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H, 8);
     auto kernel = wide(V / H, ldg, ldi) ? gate_forward_kernel<X, true> : gate_forward_kernel<X, false>;
     kernel<<<r.grid, r.block, 0, gpu.stream>>>(gated, ldg, attention, inp, ldi, B * T, T, V / H);
     LAUNCHED();
@@ -1753,22 +1800,13 @@ __global__ void gate_backward_kernel(X* dattention, X* dinp, float* partials, fl
                                      const X* attention, const X* inp, int ldi, unsigned rows, int T, int V, int vd) {
     float sum[8] = {0}, x[8], o[8], d[8], y[8], s[1];
     int turn = 0;
-    RowPiece<X, WIDE> next_x, next_o, next_d;
-    unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
-    auto fetch = [&](unsigned r) {
-        int columns = r < rows ? vd : 0;
-        next_x.load(inp + (size_t)r * ldi + blockIdx.y * vd, columns);
-        next_o.load(attention + head_major(r, T, T, 0, vd), columns);
-        next_d.load(dgated + (size_t)r * ldg + blockIdx.y * vd, columns);
-    };
-    fetch(first);
-    for (unsigned r = first; r - threadIdx.y < rows; r += step) {
+    for (unsigned r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
+        unsigned r = r0 + threadIdx.y;
         int columns = r < rows ? vd : 0;
         size_t at = head_major(r, T, T, 0, vd), at_g = (size_t)r * ldg + blockIdx.y * vd, at_i = (size_t)r * ldi + blockIdx.y * vd;
-        next_x.get(x);
-        next_o.get(o);
-        next_d.get(d);
-        fetch(r + step);
+        load_row<WIDE>(x, inp + at_i, columns);
+        load_row<WIDE>(o, attention + at, columns);
+        load_row<WIDE>(d, dgated + at_g, columns);
         s[0] = 0;
 #pragma unroll
         for (int e = 0; e < 8; e++) {
@@ -1785,7 +1823,7 @@ __global__ void gate_backward_kernel(X* dattention, X* dinp, float* partials, fl
         store_row<WIDE>(again + at_g, y, columns);
         if (threadIdx.x == 0 && columns) { dot[at / vd] = s[0]; }
     }
-    store_row<WIDE>(partial_row(partials, 1, V, 0) + blockIdx.y * vd, sum, vd);
+    store_partial<WIDE>(partials, 1, V, 0, sum, vd, blockIdx.y * vd);
 }
 template <typename X>
 static void gate_backward(Gpu& gpu, X* dattention, X* dinp, float* dinp_sum, float* dot, X* again, const X* dgated, int ldg,
@@ -1884,7 +1922,7 @@ __global__ void rescale_kernel(X* out, float* partials, const X* inp, const X* o
         }
         store_row<WIDE>(out + r * D, x, D);
     }
-    if (partials) { store_row<WIDE>(partial_row(partials, 1, D, 0), sum, D); }
+    if (partials) { store_partial<WIDE>(partials, 1, D, 0, sum, D); }
 }
 template <typename X>
 static void rescale_forward(Gpu& gpu, X* out, const X* inp, const X* add, const float* w, size_t rows, int D) {
@@ -1968,7 +2006,8 @@ __global__ void __launch_bounds__(256) softmax_forward_kernel(X* S, int ld, size
     if (lane == 0) { lse[blockIdx.y * stride + i] = all + logf(sum); }
 }
 
-// In place: S becomes P = exp(S - lse) and dP becomes dS = P (dP - dot). Columns up to the end of the row's block.
+// In place: S becomes P = exp(S - lse) and dP becomes dS = P (dP - dot). Columns up to the end of the row's block. In bf16 dot
+// is the sum of dout * out, which is more exact than that of the rounded P dP.
 template <typename X, bool WIDE>
 __global__ void __launch_bounds__(256) softmax_backward_kernel(X* S, X* dP, int ld, size_t step, const float* lse, const float* dot,
                                                                size_t stride, int rows) {
@@ -1978,6 +2017,12 @@ __global__ void __launch_bounds__(256) softmax_backward_kernel(X* S, X* dP, int 
     size_t at = blockIdx.y * step + (size_t)i * ld;
     int keys = min((i / BLOCK + 1) * BLOCK, rows);
     float norm = lse[blockIdx.y * stride + i], d = dot[blockIdx.y * stride + i];
+    if (std::is_same<X, float>::value) { // sum_s P dP of the very numbers that it is taken from: a lone key gives exactly 0
+        d = 0;
+        for (int j = lane; j <= i; j += 32) { d += exp_of<X>(to_float(S[at + j]) - norm) * to_float(dP[at + j]); }
+#pragma unroll
+        for (int o = 16; o; o /= 2) { d += __shfl_xor_sync(~0u, d, o); }
+    }
 #pragma unroll 4
     for (int j = lane * E; j < keys; j += 32 * E) {
         Piece<X, E> a, b;
@@ -2400,6 +2445,14 @@ template <typename X> static X* block_input(const ActPlace* places, char* block,
     return l ? acts_layer<X>(places, block, l - 1).out : acts_layer<X>(places, block, 0).embed;
 }
 
+// n numbers of type X at the start of x become floats, in place.
+template <typename X> static void to_floats(float* x, size_t n) {
+    while (sizeof(X) == 2 && n-- > 0) { // from the end
+        uint32_t bits = (uint32_t)((const uint16_t*)x)[n] << 16;
+        memcpy(x + n, &bits, sizeof(float));
+    }
+}
+
 // Activation i of layer l, or with grads its gradient, in the CPU's layout: (B,T,...) floats. False if it is not there.
 template <typename X> static bool pass_fetch(Gpu& gpu, const PassOf<X>* s, const Config* c, int i, int l, bool grads, float* out) {
     const ActPlace* p = grads ? &s->dplaces[i] : &s->places[i];
@@ -2407,17 +2460,14 @@ template <typename X> static bool pass_fetch(Gpu& gpu, const PassOf<X>* s, const
     const size_t* dims = s->specs[i].dims;
     size_t BT = (size_t)s->B * s->T, n = dims[0] * (dims[1] ? dims[1] : 1), bytes = act_is_float(i) ? sizeof(float) : sizeof(X);
     int H = act_is_head_major(i) ? c->num_heads : 1;
-    char* raw = (char*)xcalloc(BT * n, bytes);
+    float* raw = (float*)xcalloc(BT * n, sizeof(float));
     gpu_sync(&gpu);
     CUDA(cudaMemcpy2D(raw, n * bytes, (grads ? s->grads : s->acts) + p->offset + l * p->step, p->pitch * bytes, n * bytes, BT,
                       cudaMemcpyDeviceToHost));
-    for (size_t k = 0; k < BT * n; k++) {
-        size_t d = n / H, b = k / (s->T * n), t = k / n % s->T, h = k % n / d, from = ((b * H + h) * s->T + t) * d + k % d;
-        if (act_is_float(i) || sizeof(X) == 4) { out[k] = ((const float*)raw)[from]; }
-        else {
-            uint32_t bits = (uint32_t)((const uint16_t*)raw)[from] << 16;
-            memcpy(&out[k], &bits, 4);
-        }
+    if (!act_is_float(i)) { to_floats<X>(raw, BT * n); }
+    for (size_t k = 0; k < BT * n; k++) { // from head-major, or with H = 1 as it is
+        size_t d = n / H, b = k / (s->T * n), t = k / n % s->T, h = k % n / d;
+        out[k] = raw[((b * H + h) * s->T + t) * d + k % d];
     }
     free(raw);
     return true;
@@ -2527,12 +2577,11 @@ template <typename X> static void model_init(Gpu& gpu, ModelOf<X>* m, int seed) 
                 LAUNCHED();
                 continue;
             }
-            for (int j = 0; j < D; j++) { theta[j] = j + 1; } // sigmoid(theta) = D^(-i/D), i in random order
-            for (int j = D - 1; j >= 0; j--) {
+            for (int j = 0; j < D; j++) { // sigmoid(theta) = D^(-i/D), i = 1..D in random order
                 int other = random_bits(seed, stream, j) % (j + 1);
-                double turn = exp(-theta[other] * log(D) / D);
-                theta[other] = theta[j];
-                theta[j] = log(turn / (1.0 - turn));
+                double turn = exp(-(j + 1) * log(D) / D);
+                theta[j] = theta[other];
+                theta[other] = log(turn / (1.0 - turn));
             }
             gpu_sync(&gpu);
             CUDA(cudaMemcpy(w, theta, D * sizeof(float), cudaMemcpyHostToDevice));
@@ -2667,17 +2716,6 @@ static void model_forward(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int
     if (end) { end->pos = ((start ? start->pos : 0) + T) % c->chunk_size; }
 }
 
-// Losses of the last forward pass, on the device, and with dloss != 0 their gradients: logits become dlogits.
-template <typename X>
-static void model_losses(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* targets, float dloss) {
-    ActsOf<X> a = acts_layer<X>(s->places, s->acts, 0);
-    size_t rows = (size_t)s->B * s->T;
-    CUDA(cudaEventSynchronize(s->copied));
-    memcpy(s->host + (s->targets - s->tokens), targets, rows * sizeof(int));
-    pass_upload(gpu, s, s->targets, rows);
-    crossentropy(gpu, a.losses, a.logits, s->targets, dloss, dloss != 0, rows, m->config.vocab_size);
-}
-
 __global__ void sum_kernel(double* out, const float* inp, size_t n) { // one block
     __shared__ double sums[256];
     double s = 0;
@@ -2690,16 +2728,26 @@ __global__ void sum_kernel(double* out, const float* inp, size_t n) { // one blo
     }
     if (threadIdx.x == 0) { *out = sums[0]; }
 }
+// Losses of the last forward pass and their sum, on the device; with dloss != 0 logits become dlogits, and so the backward
+// pass has begun.
+template <typename X>
+static void model_losses(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* targets, float dloss, double* sum) {
+    ActsOf<X> a = acts_layer<X>(s->places, s->acts, 0);
+    size_t rows = (size_t)s->B * s->T;
+    CUDA(cudaEventSynchronize(s->copied));
+    memcpy(s->host + (s->targets - s->tokens), targets, rows * sizeof(int));
+    pass_upload(gpu, s, s->targets, rows);
+    crossentropy(gpu, a.losses, a.logits, s->targets, dloss, dloss != 0, rows, m->config.vocab_size);
+    sum_kernel<<<1, 256, 0, gpu.stream>>>(sum, a.losses, rows);
+    LAUNCHED();
+}
 
-// Sum of the losses in nats, see the CPU's; waits for the GPU. With dloss != 0 the backward pass has begun.
+// Sum of the losses in nats, see the CPU's; waits for the GPU.
 template <typename X>
 static double model_loss(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* targets, size_t* scored, float dloss = 0) {
-    size_t rows = (size_t)s->B * s->T;
     double sum;
-    model_losses(gpu, m, s, targets, dloss);
-    for (size_t r = 0; r < rows; r++) { *scored += targets[r] != IGNORE; }
-    sum_kernel<<<1, 256, 0, gpu.stream>>>(m->sums, acts_layer<X>(s->places, s->acts, 0).losses, rows);
-    LAUNCHED();
+    model_losses(gpu, m, s, targets, dloss, m->sums);
+    for (size_t r = 0; r < (size_t)s->B * s->T; r++) { *scored += targets[r] != IGNORE; }
     CUDA(cudaMemcpyAsync(&sum, m->sums, sizeof(sum), cudaMemcpyDeviceToHost, gpu.stream));
     gpu_sync(&gpu);
     return sum;
@@ -2803,18 +2851,16 @@ template <typename X> static void model_update(Gpu& gpu, ModelOf<X>* m, const Op
 // Streaming: evaluation and generation in constant memory
 
 template <typename X> struct StreamOf {
-    PassOf<X> pass;
-    StateOf<X> state;
-    int capacity;
-    int* tokens;   // of a chunk and one more, on the host
-    float* logits; // of the last timestep of each batch row, on the host
+    PassOf<X> pass;   // of at most a chunk
+    StateOf<X> state; // what it carries
+    int* tokens;      // of a chunk and one more, on the host
+    float* logits;    // of the last timestep of each batch row, on the host
 };
 
 template <typename X> static void stream_alloc(Gpu& gpu, StreamOf<X>* s, const Config* c, int B) {
-    s->capacity = c->chunk_size;
-    pass_alloc(gpu, &s->pass, c, B, s->capacity, KEEP_NONE, KEEP_NONE);
+    pass_alloc(gpu, &s->pass, c, B, c->chunk_size, KEEP_NONE, KEEP_NONE);
     state_alloc(gpu, &s->state, c, B, true);
-    s->tokens = (int*)xcalloc((size_t)B * (s->capacity + 1), sizeof(int));
+    s->tokens = (int*)xcalloc((size_t)B * (c->chunk_size + 1), sizeof(int));
     s->logits = (float*)xcalloc((size_t)B * c->vocab_size, sizeof(float));
 }
 
@@ -2825,23 +2871,13 @@ template <typename X> static void stream_free(Gpu& gpu, StreamOf<X>* s) {
     free(s->logits);
 }
 
-// Runs as many of the n tokens (of each batch row) as the current chunk has room for; returns how many.
-template <typename X> static int stream_forward(Gpu& gpu, const ModelOf<X>* m, StreamOf<X>* s, const int* tokens, size_t n) {
-    s->pass.T = min_size(n, m->config.chunk_size - s->state.pos);
-    model_forward(gpu, m, &s->pass, tokens, &s->state, &s->state);
-    return s->pass.T;
-}
-
 // The last timestep's logits of every batch row, on the host.
 template <typename X> static const float* stream_logits(Gpu& gpu, const ModelOf<X>* m, StreamOf<X>* s) {
     size_t vocab = m->config.vocab_size, T = s->pass.T, B = s->pass.B;
     const X* logits = acts_layer<X>(s->pass.places, s->pass.acts, 0).logits + (T - 1) * vocab;
-    CUDA(cudaMemcpy2DAsync(s->logits, vocab * sizeof(X), logits, T * vocab * sizeof(X), vocab * sizeof(X), B, cudaMemcpyDeviceToHost, gpu.stream));
     gpu_sync(&gpu);
-    for (size_t i = B * vocab; sizeof(X) == 2 && i-- > 0;) { // from bf16 to float in place, from the end
-        uint32_t bits = (uint32_t)((const uint16_t*)s->logits)[i] << 16;
-        memcpy(s->logits + i, &bits, sizeof(float));
-    }
+    CUDA(cudaMemcpy2D(s->logits, vocab * sizeof(X), logits, T * vocab * sizeof(X), vocab * sizeof(X), B, cudaMemcpyDeviceToHost));
+    to_floats<X>(s->logits, B * vocab);
     return s->logits;
 }
 
@@ -2851,9 +2887,9 @@ template <typename X> static double evaluate(Gpu& gpu, const ModelOf<X>* m, Stre
     state_reset(gpu, &s->state, &m->config);
     *scored = 0;
     for (size_t at = 0; at + 1 < d->size; at += s->pass.T) {
-        size_t n = min_size(d->size - 1 - at, s->capacity);
-        dataset_read(d, at, n + 1, s->tokens, m->config.vocab_size);
-        stream_forward(gpu, m, s, s->tokens, n);
+        s->pass.T = min_size(d->size - 1 - at, m->config.chunk_size);
+        dataset_read(d, at, s->pass.T + 1, s->tokens, m->config.vocab_size);
+        model_forward(gpu, m, &s->pass, s->tokens, &s->state, &s->state);
         sum += model_loss(gpu, m, &s->pass, s->tokens + 1, scored);
     }
     return sum / *scored;
@@ -2864,73 +2900,54 @@ template <typename X> static void generate(Gpu& gpu, const ModelOf<X>* m, Stream
     const char* prompt = *o->prompt ? o->prompt : "\n";
     int vocab = m->config.vocab_size;
     state_reset(gpu, &s->state, &m->config);
-    while (*prompt) {
-        int length = 0;
-        for (; length < s->capacity && prompt[length]; length++) {
-            s->tokens[length] = (unsigned char)prompt[length];
-            if (s->tokens[length] >= vocab) { die("--prompt: byte %d is not below vocab_size %d", s->tokens[length], vocab); }
+    for (size_t left = strlen(prompt); left; left -= s->pass.T, prompt += s->pass.T) { // as much as the chunk has room for
+        s->pass.T = min_size(left, m->config.chunk_size - s->state.pos);
+        for (int i = 0; i < s->pass.T; i++) {
+            s->tokens[i] = (unsigned char)prompt[i];
+            if (s->tokens[i] >= vocab) { die("--prompt: byte %d is not below vocab_size %d", s->tokens[i], vocab); }
         }
-        prompt += stream_forward(gpu, m, s, s->tokens, length);
+        model_forward(gpu, m, &s->pass, s->tokens, &s->state, &s->state);
     }
     for (int i = 0; i < n; i++) {
         int token = sample(stream_logits(gpu, m, s), vocab, o, random_uniform(o->seed, ((uint64_t)2 << 56) + stream, i));
         if (vocab <= 256) { putchar(token); } else { printf("%d ", token); }
         fflush(stdout);
-        if (i + 1 < n) { stream_forward(gpu, m, s, &token, 1); }
+        s->pass.T = 1;
+        if (i + 1 < n) { model_forward(gpu, m, &s->pass, &token, &s->state, &s->state); }
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Training
 
-// What training will take, in bytes: weights, gradients, both moments; activations and their gradients; the stream; scratch.
-template <typename X> static size_t memory_needed(Gpu& gpu, const Options* o, bool training) {
+// Bytes that training takes: weights, gradients and both moments; activations and their gradients; the stream's; scratch.
+template <typename X> static size_t memory_needed(Gpu& gpu, const Options* o) {
     const Config* c = &o->model;
-    size_t D = c->model_dim, rows = (size_t)o->batch * o->seq, widest = c->value_dim > (int)D ? c->value_dim : D;
-    size_t chunk = min_int(c->chunk_size, o->seq), scratch = (size_t)1 << 27;
-    size_t total = model_bytes<X>(c, training) + pass_bytes<X>(gpu, c, 1, c->chunk_size, KEEP_NONE, KEEP_NONE) + state_bytes<X>(c, 1, true);
-    if (training) {
-        total += pass_bytes<X>(gpu, c, o->batch, o->seq, o->recompute ? KEEP_BLOCKS : KEEP_CHEAPLY, KEEP_NONE);
-        scratch = sizeof(X) * 2 * chunk * chunk;
-        if (scratch < 2 * (size_t)SCORES_BYTES) { scratch = 2 * (size_t)SCORES_BYTES; }
-    }
-    return total + scratch + WORKSPACE + rows * D / 8 + 4 * 132 * 8 * 5 * widest;
+    size_t rows = (size_t)o->batch * o->seq, chunk = min_int(c->chunk_size, o->seq);
+    size_t widest = c->value_dim > c->model_dim ? c->value_dim : c->model_dim, scores = sizeof(X) * 2 * chunk * chunk;
+    size_t scratch = WORKSPACE + (scores > 2 * (size_t)SCORES_BYTES ? scores : 2 * (size_t)SCORES_BYTES);
+    scratch += rows * c->model_dim / 4 + sizeof(float) * gpu.card.multiProcessorCount * 8 * 5 * widest;
+    return model_bytes<X>(c, true) + pass_bytes<X>(gpu, c, 1, c->chunk_size, KEEP_NONE, KEEP_NONE) + state_bytes<X>(c, 1, true) + scratch
+           + pass_bytes<X>(gpu, c, o->batch, o->seq, o->recompute ? KEEP_BLOCKS : KEEP_CHEAPLY, KEEP_NONE);
 }
 
 // Refuses what does not fit the card, with the numbers and what would fit.
 template <typename X> static void memory_check(Gpu& gpu, const Options* o) {
-    size_t free, total, needed = memory_needed<X>(gpu, o, true);
+    size_t free, total, needed = memory_needed<X>(gpu, o);
+    char advice[128] = "; not even --batch 1 --seq 1 --recompute 1 would fit";
     CUDA(cudaMemGetInfo(&free, &total));
     if (needed <= free) { return; }
     Options less = *o;
-    char advice[256] = "";
+    auto fits = [&] { return memory_needed<X>(gpu, &less) <= free; };
     less.recompute = 1;
-    if (!o->recompute && memory_needed<X>(gpu, &less, true) <= free) { snprintf(advice, sizeof(advice), "; --recompute 1 would fit"); }
-    less.recompute = o->recompute;
-    while (less.batch > 1 && memory_needed<X>(gpu, &less, true) > free) { less.batch--; }
-    if (memory_needed<X>(gpu, &less, true) <= free) { snprintf(advice + strlen(advice), sizeof(advice) - strlen(advice), "; --batch %d would fit", less.batch); }
-    less = *o;
-    less.batch = 1;
-    while (less.seq > 1 && memory_needed<X>(gpu, &less, true) > free) { less.seq /= 2; }
-    if (!*advice && memory_needed<X>(gpu, &less, true) <= free) { snprintf(advice, sizeof(advice), "; --batch 1 --seq %d would fit", less.seq); }
-    die("training needs %.1f MB of GPU memory, %.1f MB of %.1f MB are free%s", needed / 1e6, free / 1e6, total / 1e6,
-        *advice ? advice : "; no batch of this model fits");
+    while (!fits() && less.batch > 1) { less.batch--; }
+    while (!fits() && less.seq > 1) { less.seq /= 2; }
+    if (fits()) { snprintf(advice, sizeof(advice), "; --batch %d --seq %d --recompute 1 would fit", less.batch, less.seq); }
+    die("training needs %.1f MB of GPU memory, %.1f MB of %.1f MB are free%s", needed / 1e6, free / 1e6, total / 1e6, advice);
 }
 
-// FLOPs of a training step per token: 6 for every weight in matrix products, and attention's.
-static double flops_per_token(const Config* c) {
-    double D = c->model_dim, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim, L = c->num_layers;
-    return 6 * (L * (D * V * 3 + D * Z + D * D + D * F * (c->swiglu ? 3 : 2)) + D * c->vocab_size) + 3 * L * c->chunk_size * (Z + V);
-}
-// The dense bf16 rate of cards that are known, in FLOP/s; 0 for others.
-static double peak_flops(const Gpu* gpu) {
-    const struct { const char* name; double peak; } cards[] = {{"H100", 989e12}, {"H200", 989e12}, {"A100", 312e12}, {"GH200", 989e12}};
-    for (size_t i = 0; i < sizeof(cards) / sizeof(cards[0]); i++) { if (strstr(gpu->card.name, cards[i].name)) { return cards[i].peak; } }
-    return 0;
-}
-
-// A Model of the CPU with the weights and moments of the GPU's, for checkpoints: no gradients.
-template <typename X> static void model_save(Gpu& gpu, const ModelOf<X>* m, const Options* o, int step) {
+// Writes a checkpoint through a Model of the CPU, which has no gradients here.
+template <typename X> static void checkpoint_save(Gpu& gpu, const ModelOf<X>* m, const Options* o, int step) {
     Model host;
     model_alloc(&host, &m->config, false);
     specs_place(&host.adam_m, (float*)xcalloc(m->num_parameters, sizeof(float)), host.specs, NUM_PARAMS);
@@ -2942,133 +2959,114 @@ template <typename X> static void model_save(Gpu& gpu, const ModelOf<X>* m, cons
     model_free(&host);
 }
 
-template <typename X> static void train(Gpu& gpu, ModelOf<X>* m, const Options* o, int first_step, const Dataset* data, const Dataset* held_out) {
+template <typename X>
+static void train(Gpu& gpu, ModelOf<X>* m, const Options* o, int first_step, const Dataset* data, const Dataset* held_out) {
     const Config* c = &m->config;
-    int B = o->batch, T = o->seq;
+    int B = o->batch, T = o->seq, *row = (int*)xcalloc((size_t)T + 1, sizeof(int));
     size_t rows = (size_t)B * T, scored;
     int *tokens = (int*)xcalloc(rows * o->accum, sizeof(int)), *targets = (int*)xcalloc(rows * o->accum, sizeof(int));
+    double *losses = (double*)gpu_alloc(&gpu, o->accum * sizeof(double)), *sums = (double*)xcalloc(o->accum, sizeof(double));
     PassOf<X> pass;
     StreamOf<X> stream;
     pass_alloc(gpu, &pass, c, B, T, o->recompute ? KEEP_BLOCKS : KEEP_CHEAPLY, KEEP_NONE);
     stream_alloc(gpu, &stream, c, 1);
-    double* losses = (double*)gpu_alloc(&gpu, o->accum * sizeof(double));
-    double* sums = (double*)xcalloc(o->accum, sizeof(double));
     FILE* log = *o->out ? log_open(o, first_step) : NULL;
-    struct sigaction action;
-    memset(&action, 0, sizeof(action));
-    action.sa_handler = on_signal;
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
-    auto sample_step = [&](int step) {
+    signal(SIGINT, on_signal);
+    signal(SIGTERM, on_signal);
+    auto read_step = [&](int step) { // all micro-steps' tokens
         for (size_t r = 0; r < (size_t)B * o->accum; r++) {
-            dataset_sample(data, o->seed, step, r, T, c->vocab_size, tokens + r * T, targets + r * T);
+            dataset_sample(data, o->seed, step, r, T, c->vocab_size, row);
+            memcpy(tokens + r * T, row, T * sizeof(int));
+            memcpy(targets + r * T, row + 1, T * sizeof(int));
         }
     };
-
-    double started = seconds(), peak = std::is_same<X, bf16>::value ? peak_flops(&gpu) : 0;
-    sample_step(first_step);
-    for (int step = first_step; step < o->steps; step++) {
-        double step_started = seconds(), loss = 0, lr = learning_rate(o, step), dloss = 1.0 / ((double)rows * o->accum);
+    read_step(first_step);
+    double started = seconds();
+    for (int step = first_step; step < o->steps && !stop_asked; step++) {
+        double step_started = seconds(), loss = 0, val = NAN, lr = learning_rate(o, step), dloss = 1.0 / rows / o->accum;
         for (int micro = 0; micro < o->accum; micro++) {
             gpu.accumulate = micro > 0;
             model_forward<X>(gpu, m, &pass, tokens + micro * rows, NULL, NULL);
-            model_losses(gpu, m, &pass, targets + micro * rows, dloss);
-            sum_kernel<<<1, 256, 0, gpu.stream>>>(losses + micro, acts_layer<X>(pass.places, pass.acts, 0).losses, rows);
+            model_losses(gpu, m, &pass, targets + micro * rows, dloss, losses + micro);
             model_backward<X>(gpu, m, &pass, tokens + micro * rows, NULL, NULL);
         }
-        if (step + 1 < o->steps) { sample_step(step + 1); } // while the GPU works
+        if (step + 1 < o->steps) { read_step(step + 1); } // while the GPU works
         double norm = model_grad_norm(gpu, m);
+        int done = step + 1;
+        bool last = done == o->steps;
         CUDA(cudaMemcpy(sums, losses, o->accum * sizeof(double), cudaMemcpyDeviceToHost));
         for (int micro = 0; micro < o->accum; micro++) { loss += sums[micro] * dloss; }
-        int done = step + 1;
         if (!isfinite(loss) || !isfinite(norm)) {
-            die("step %d: loss %g, gradient norm %g: training stops before the weights change; checkpoints stay as they are",
+            die("step %d: loss %g, gradient norm %g: stopped before the weights change; checkpoints stay as they are",
                 done, loss, norm);
         }
         model_update(gpu, m, o, lr, done, clip_scale(norm, o->clip));
         gpu_sync(&gpu);
-        double now = seconds(), ms = 1e3 * (now - step_started), rate = rows * o->accum / (now - step_started);
-        double left = (now - started) / (done - first_step) * (o->steps - done);
-        printf("step %*d/%d | loss %.4f | norm %.3f | lr %.2e | %.0f tok/s | %.1f ms", snprintf(NULL, 0, "%d", o->steps), done, o->steps,
-               loss, norm, lr, rate, ms);
-        if (peak) { printf(" | %.1f%% of peak", 100 * rate * flops_per_token(c) / peak); }
-        printf(" | %d:%02d left\n", (int)left / 60, (int)left % 60);
-
-        bool last = done == o->steps || stop_asked;
-        double val = NAN;
-        if (held_out->size > 1 && (done == o->steps || (o->val_every && done % o->val_every == 0))) {
+        double ms = 1e3 * (seconds() - step_started);
+        if (held_out->size > 1 && (last || (o->val_every && done % o->val_every == 0))) {
             val = evaluate(gpu, m, &stream, held_out, &scored);
-            printf("step %d: val loss %.4f\n", done, val);
         }
-        if (log) {
-            fprintf(log, "%d\t%.0f\t%.9g\t%.9g\t%.9g\t%.1f\t%.3f\t", done, (double)done * rows * o->accum, loss, norm, lr, rate, ms);
-            fprintf(log, isnan(val) ? "\n" : "%.9g\n", val);
-            if (fflush(log)) { die("cannot write %s/log.tsv: %s", o->out, strerror(errno)); }
-        }
-        if (o->sample_every && (done % o->sample_every == 0 || done == o->steps)) {
+        log_step(o, log, done, loss, norm, lr, ms, (seconds() - started) / (done - first_step) * (o->steps - done), val);
+        if (o->sample_every && (last || done % o->sample_every == 0)) {
             printf("---- sample ----\n");
             generate(gpu, m, &stream, o, 400, done);
             printf("\n----------------\n");
         }
-        if (*o->out && (last || (o->checkpoint_every && done % o->checkpoint_every == 0))) { model_save(gpu, m, o, done); }
-        fflush(stdout);
-        if (stop_asked) {
-            printf("stopped by a signal after step %d%s\n", done, *o->out ? "; go on with --resume" : ": no --out, so nothing was saved");
-            break;
-        }
+        bool due = last || stop_asked || (o->checkpoint_every && done % o->checkpoint_every == 0);
+        if (*o->out && due) { checkpoint_save(gpu, m, o, done); }
+        if (stop_asked) { printf("stopped by a signal after step %d, %s\n", done, *o->out ? "saved" : "not saved: no --out"); }
     }
     if (log) { fclose(log); }
     pass_free(gpu, &pass);
     stream_free(gpu, &stream);
     cudaFree(losses);
-    free(sums);
-    free(tokens);
-    free(targets);
+    void* blocks[4] = {row, tokens, targets, sums};
+    for (int i = 0; i < 4; i++) { free(blocks[i]); }
 }
 
 #ifndef TESTING
-// The CPU's main, on the GPU. st: open with --load and --resume.
-template <typename X> static int run(Gpu& gpu, Options* o, SafeTensors* st) {
+// The CPU's main, on the GPU. st is open with --load and --resume.
+template <typename X> static void run(Gpu& gpu, const Options* o, SafeTensors* st) {
     bool loaded = *o->load || *o->resume, training = !o->generate && !*o->eval;
-    FILE* info = o->generate ? stderr : stdout;
+    FILE* info = o->generate ? stderr : stdout; // a sample has stdout for itself
+    ModelOf<X> model;
     Spec specs[NUM_PARAMS];
+    Dataset data = {NULL, 0, 0}, held_out = {NULL, 0, 0};
+    int step = *o->resume && training ? atoi(safetensors_meta(st, "step")) : 0;
     param_specs(specs, &o->model);
     options_print(o, info);
-    fprintf(info, "gpu: %s, precision %s\n", gpu.card.name, std::is_same<X, float>::value ? "fp32" : "bf16");
-    fprintf(info, "num_parameters: %zu\n", specs_size(specs, NUM_PARAMS));
-    if (training) { fprintf(info, "memory: %.1f MB\n", memory_needed<X>(gpu, o, true) / 1e6); }
-    if (o->dry_run) { return 0; }
+    fprintf(info, "gpu: %s, in %s\nnum_parameters: %zu\n", gpu.card.name, sizeof(X) == 2 ? "bf16" : "fp32", specs_size(specs, NUM_PARAMS));
+    if (training) { fprintf(info, "memory: %.1f MB\n", memory_needed<X>(gpu, o) / 1e6); }
+    if (o->dry_run) { return; }
 
-    Dataset data = {NULL, 0, 0}, held_out = {NULL, 0, 0};
-    int step = 0;
     if (*o->eval) { dataset_open(&data, NULL, "--eval", o->eval); }
+    if (data.size == 1) { die("--eval %s: at least 2 tokens are needed", o->eval); }
     if (training) {
+        char pattern[PATH_MAX];
+        glob_t found;
         dataset_open(&data, *o->val ? NULL : &held_out, "--train", o->train);
         if (*o->val) { dataset_open(&held_out, NULL, "--val", o->val); }
         printf("tokens: %zu to train on, %zu held out\n", data.size, held_out.size);
-        if (data.size <= (size_t)o->seq) { die("--train %s: %zu tokens are not enough for --seq %d and one more", o->train, data.size, o->seq); }
-        if (*o->out && !*o->resume) {
-            char pattern[PATH_MAX + 32];
-            glob_t found;
-            snprintf(pattern, sizeof(pattern), "%s/step_*.safetensors", o->out);
-            if (!glob(pattern, 0, NULL, &found)) { die("--out %s holds checkpoints: --resume it, or name another folder", o->out); }
+        if (data.size <= (size_t)o->seq) {
+            die("--train %s: %zu tokens to train on, --seq %d needs one more than that", o->train, data.size, o->seq);
+        }
+        snprintf(pattern, sizeof(pattern), "%s/step_*.safetensors", o->out);
+        if (*o->out && !*o->resume && !glob(pattern, 0, NULL, &found)) {
+            die("--out %s holds checkpoints: --resume it, or name another folder", o->out);
         }
         if (*o->out && mkdir(o->out, 0777) && errno != EEXIST) { die("--out %s: %s", o->out, strerror(errno)); }
         memory_check<X>(gpu, o);
     }
-    ModelOf<X> model;
     model_alloc(gpu, &model, &o->model, training);
-    if (loaded) {
+    if (loaded) { // by way of a Model of the CPU; the moments go through its params
         Model host;
         model_alloc(&host, &o->model, false);
         model_load(&host, st);
         model_copy(gpu, &model, model.params, host.params, false);
-        const char* prefixes[2] = {"adam_m.", "adam_v."};
         for (int i = 0; *o->resume && training && i < 2; i++) {
-            params_load(&host, host.params, st, prefixes[i]);
+            params_load(&host, host.params, st, i ? "adam_v." : "adam_m.");
             model_copy(gpu, &model, i ? model.adam_v : model.adam_m, host.params, false);
         }
-        if (*o->resume && training) { step = atoi(safetensors_meta(st, "step")); }
         fprintf(info, "weights: %s\n", st->path);
         model_free(&host);
         safetensors_close(st);
@@ -3081,15 +3079,13 @@ template <typename X> static int run(Gpu& gpu, Options* o, SafeTensors* st) {
         stream_alloc(gpu, &stream, &o->model, 1);
         if (o->generate) { generate(gpu, &model, &stream, o, o->generate, 0); }
         else {
-            if (data.size < 2) { die("--eval %s: at least 2 tokens are needed", o->eval); }
             double loss = evaluate(gpu, &model, &stream, &data, &scored);
-            printf("eval: tokens %zu nats/token %.6f perplexity %.4f", scored, loss, exp(loss));
-            if (data.segments[0].width == 1) { printf(" bits/byte %.4f\n", loss / log(2)); } else { printf(" bits/byte unknown\n"); }
+            printf("eval: tokens %zu nats/token %.6f perplexity %.4f bits/byte ", scored, loss, exp(loss));
+            printf(data.segments[0].width == 1 ? "%.4f\n" : "unknown\n", loss / log(2));
         }
         stream_free(gpu, &stream);
     }
     model_free(gpu, &model);
-    return 0;
 }
 
 int main(int argc, char** argv) {
@@ -3107,8 +3103,8 @@ int main(int argc, char** argv) {
     }
     options_parse(&o, argc, argv, &st);
     gpu_open(&gpu);
-    int status = fp32 ? run<float>(gpu, &o, &st) : run<bf16>(gpu, &o, &st);
+    if (fp32) { run<float>(gpu, &o, &st); } else { run<bf16>(gpu, &o, &st); }
     gpu_close(&gpu);
-    return status;
+    return 0;
 }
 #endif

@@ -6,9 +6,9 @@ Fuzzes the two readers that take files from strangers. libFuzzer's mutations are
     mkdir corpus
     ./fuzz_safetensors -detect_leaks=0 -close_fd_mask=2 -max_total_time=600 -rss_limit_mb=2048 corpus
 
-The first folder on the command line receives small valid files to start from. (No leak detection: die() ends the program,
-so nothing is freed on the way; no stderr: its messages.) Without clang, gcc -DPLAIN mutates the first of them blindly:
-./fuzz_plain ROUNDS 2>/dev/null
+The first folder on the command line receives small valid files to start from. (No leak detection: die() ends the
+program, so nothing is freed on the way; no stderr: its messages.) Without clang, gcc -DPLAIN mutates the first of them
+blindly: ./fuzz_plain ROUNDS 2>/dev/null
 */
 #include <setjmp.h>
 #include <stdlib.h>
@@ -30,7 +30,7 @@ static void read_file(const char* path) {
     size_t half = d.size / 2;
     int* tokens = (int*)malloc((d.size + 1) * sizeof(int)); // exact, so that AddressSanitizer sees one too many
     if (setjmp(after_exit) == 0) {
-        if (d.size > 1) { dataset_sample(&d, 1, 2, 3, half, vocab, tokens, tokens + half); }
+        if (d.size > 1) { dataset_sample(&d, 1, 2, 3, half, vocab, tokens); }
         dataset_read(&d, half, d.size - half, tokens, vocab);
         dataset_read(&d, 0, half, tokens, vocab);
     }
@@ -73,7 +73,8 @@ static void read_file(const char* path) {
 
 // Seed k: one tensor of each dtype, 24 + 2 + 4 + 4 + 8 bytes of data; none at all.
 static size_t seed_file(unsigned char* out, int k) {
-    const char* header = k ? "{}" : "{\"__metadata__\":{\"num_layers\":\"2\",\"norm_eps\":\"1e-5\",\"flag.train\":\"a\\\\b\\\"\"},"
+    const char* header = k ? "{}" :
+        "{\"__metadata__\":{\"num_layers\":\"2\",\"norm_eps\":\"1e-5\",\"flag.train\":\"a\\\\b\\\"\"},"
         "\"a\":{\"dtype\":\"F32\",\"shape\":[2,3],\"data_offsets\":[0,24]},"
         "\"b\":{\"dtype\":\"F16\",\"shape\":[],\"data_offsets\":[24,26]},"
         "\"c\":{\"shape\":[2,1],\"dtype\":\"BF16\",\"data_offsets\":[26,30]},"
@@ -105,7 +106,9 @@ int main(int argc, char** argv) {
     size_t size = seed_file(seed, 0);
     for (long round = argc > 1 ? atol(argv[1]) : 100000; round >= 0; round--) {
         memcpy(input, seed, size);
-        for (long k = round % 5; k > 0; k--) { input[random() % size] = random() % 3 ? "{}[]\",:0189"[random() % 11] : random(); }
+        for (long k = round % 5; k > 0; k--) {
+            input[random() % size] = random() % 3 ? "{}[]\",:0189"[random() % 11] : random();
+        }
         LLVMFuzzerTestOneInput(input, round % 7 ? size : random() % size);
     }
     return 0;

@@ -1,6 +1,6 @@
 #!/bin/sh
-# kill -9 at a random moment while a checkpoint is written at every step: what is left must load, 50 times. From the project
-# folder, after make: sh dev/test_kill.sh [TIMES]
+# kill -9 at a random moment while a checkpoint is written at every step: what is left must load, 50 times. From the
+# project folder, after make: sh dev/test_kill.sh [TIMES]
 export LC_ALL=C OMP_NUM_THREADS=1
 program=$PWD/train_megalodon times=${1:-50}
 folder=$(mktemp -d) || exit 1
@@ -11,12 +11,15 @@ seq 1 500 > text.txt
 head -c 40 text.txt > few.txt
 bad=0 parts=0 resumed=0
 
-# What --eval finds in the folder: the file of the weights, or nothing.
-newest() { "$program" --resume run --eval few.txt 2> err | sed -n 's/^weights: //p; s/^eval: tokens 39 .*perplexity [0-9].*/scored/p' | tr '\n' ' '; }
+# What --eval finds in the folder: the file with the weights and "scored", or nothing.
+newest() {
+    "$program" --resume run --eval few.txt 2> err |
+        sed -n 's/^weights: //p; s/^eval: tokens 39 .*perplexity [0-9].*/scored/p' | tr '\n' ' '
+}
 check() { [ "$2" = "$3" ] || { bad=$((bad + 1)); echo "FAILED $1: expected \"$2\", got \"$3\": $(tail -n 1 err)"; }; }
 
 # 5 MB a checkpoint, and next to no computing: most of the time goes into writing
-"$program" --num-layers 1 --model-dim 256 --norm-num-groups 4 --seq 16 --batch 1 --train text.txt --steps 1 --out run > out || exit 1
+"$program" --num-layers 1 --model-dim 256 --seq 16 --batch 1 --train text.txt --steps 1 --out run > out || exit 1
 size=$(wc -c < run/step_00000001.safetensors)
 for round in $(seq "$times"); do
     "$program" --resume run --steps 100000 --checkpoint-every 1 --val-every 0 > out 2>&1 &
@@ -29,7 +32,7 @@ for round in $(seq "$times"); do
     ls run/step_*.safetensors | head -n -3 | xargs rm -f # the last three will do
 done
 
-# The newest is damaged: the one before it is taken. So with a name that is not a checkpoint's, and one of another length.
+# Files that only look like checkpoints are passed over. The newest is damaged: the one before it is taken.
 latest=$(ls run/step_*.safetensors | tail -n 1) before=$(ls run/step_*.safetensors | tail -n 2 | head -n 1)
 echo > run/step_99999999.txt
 echo > run/step_99999999.safetensors.part

@@ -8,9 +8,10 @@ of awkward shapes, then of a dump; and times it.
 */
 #define TESTING
 #include "../../train_megalodon.cu"
+#include <cuda_profiler_api.h>
 
 static int num_checked, num_failed;
-static bool verbose;
+static bool verbose, profile;
 
 // Prints errors above the bound. kind: max|a-b| / max|b| (over at least floor), or 1 - cosine.
 static void compare(const char* name, const float* got, const float* expected, size_t n, double floor, double bound, bool cosine) {
@@ -83,7 +84,7 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     model_init(&m, 7);
     bytes = m.num_parameters * sizeof(float);
     for (size_t i = 0; i < m.num_parameters; i++) { // so that norms and biases take part; bf16 sees the same weights
-        m.params.embed[i] += 0.1 * random_normal(11, 0, i);
+        m.params.embed[i] += 0.1 * random_normal(11, 0, i, INFINITY);
         if (!fp32) { m.params.embed[i] = round_bf16(m.params.embed[i]); }
     }
     pass_alloc(&s, &c, B, T, KEEP_ALL, KEEP_ALL);
@@ -94,10 +95,10 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     size_t norms = (size_t)(c.num_layers + 1) * B * c.norm_num_groups, hs = (size_t)c.num_layers * B * c.model_dim * c.cema_ndim * 2;
     for (size_t i = 0; i < norms; i++) {
         start.norm[i].count = 5;
-        start.norm[i].mean = 0.3 * random_normal(12, 0, i);
+        start.norm[i].mean = 0.3 * random_normal(12, 0, i, INFINITY);
         start.norm[i].var = 1 + 0.5 * random_uniform(12, 1, i);
     }
-    for (size_t i = 0; i < hs; i++) { start.h[i] = 0.3 * random_normal(12, 2, i); }
+    for (size_t i = 0; i < hs; i++) { start.h[i] = 0.3 * random_normal(12, 2, i, INFINITY); }
     int *x = (int*)xcalloc(rows, sizeof(int)), *y = (int*)xcalloc(rows, sizeof(int));
     for (size_t i = 0; i < rows; i++) {
         x[i] = random_bits(13, 0, i) % c.vocab_size;
@@ -116,7 +117,8 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     pass_alloc(gpu, &gp, &c, B, T, KEEP_ALL, KEEP_ALL);
     CUDA(cudaMemset(gp.acts, 0xff, gp.acts_size)); // NaN
     CUDA(cudaMemset(gp.grads, 0xff, gp.grads_size));
-    CUDA(cudaMemset(gm.grads, 0xff, gm.size * sizeof(float)));
+    for (size_t i = 0; i < m.num_parameters; i++) { got.params.embed[i] = NAN; }
+    model_copy(gpu, &gm, gm.grads, got.params, false);
     state_alloc(gpu, &gs, &c, B, false);
     state_alloc(gpu, &gd, &c, B, false);
     state_copy(gpu, &gs, &start, &c, false);
@@ -142,7 +144,8 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
         for (int t = 0; t < T; t += st.pass.T) {
             int n = min_int(min_int(piece, T - t), c.chunk_size - st.state.pos);
             for (int b = 0; b < B; b++) { memcpy(tokens + b * n, x + (size_t)b * T + t, n * sizeof(int)); }
-            stream_forward(gpu, &gm, &st, tokens, n);
+            st.pass.T = n;
+            model_forward(gpu, &gm, &st.pass, tokens, &st.state, &st.state);
             pass_fetch(gpu, &st.pass, &c, A_logits, 0, false, part);
             for (int b = 0; b < B; b++) {
                 memcpy(logits + ((size_t)b * T + t) * c.vocab_size, part + (size_t)b * n * c.vocab_size, sizeof(float) * n * c.vocab_size);
@@ -189,7 +192,9 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
         pass_alloc(gpu, &plain, &c, B, T, keep, KEEP_NONE);
         CUDA(cudaMemset(plain.acts, 0xff, plain.acts_size));
         CUDA(cudaMemset(plain.grads, 0xff, plain.grads_size));
-        CUDA(cudaMemset(gm.grads, 0xff, gm.size * sizeof(float)));
+        for (size_t i = 0; i < m.num_parameters; i++) { m.adam_m.embed[i] = NAN; }
+        model_copy(gpu, &gm, gm.grads, m.adam_m, false);
+        memset(m.adam_m.embed, 0, bytes);
         model_forward<X>(gpu, &gm, &plain, x, gpast, NULL);
         model_loss(gpu, &gm, &plain, y, &gscored, dloss);
         model_backward<X>(gpu, &gm, &plain, x, gpast, NULL);
@@ -275,6 +280,9 @@ template <typename X> static void check_dump(Gpu& gpu, const char* path) {
     const Tensor* shape = safetensors_find(&st, "x");
     int B = shape->dims[0], T = shape->dims[1], vocab = c->vocab_size;
     size_t rows = (size_t)B * T, scored = 0;
+    for (int i = 0; i < st.num_tensors; i++) {
+        if (!strncmp(st.tensors[i].name, "state.", 6)) { printf("%s: has a past, skipped\n", path); return; }
+    }
     float *fx = dump(&st, "x", rows), *fy = dump(&st, "y", rows);
     int *x = (int*)xcalloc(rows, sizeof(int)), *y = (int*)xcalloc(rows, sizeof(int));
     for (size_t i = 0; i < rows; i++) { x[i] = fx[i]; y[i] = fy[i]; }
@@ -421,6 +429,12 @@ __global__ void noise_kernel(bf16* x, size_t n, float scale, uint64_t seed) {
     }
 }
 
+// FLOPs of a training step per token: 6 for every weight in matrix products, and attention's.
+static double flops_per_token(const Config* c) {
+    double D = c->model_dim, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim, L = c->num_layers;
+    return 6 * (L * (D * V * 3 + D * Z + D * D + D * F * (c->swiglu ? 3 : 2)) + D * c->vocab_size) + 3 * L * c->chunk_size * (Z + V);
+}
+
 template <typename X> static double bench_model(Gpu& gpu, const char* preset, int layers, int B, int T, int keep, double target) {
     Options o = default_options;
     for (int i = 0; i < NUM_PRESETS; i++) { if (!strcmp(presets[i].name, preset)) { o.model = presets[i].config; } }
@@ -441,8 +455,10 @@ template <typename X> static double bench_model(Gpu& gpu, const char* preset, in
     float dloss = 1.0 / rows;
     for (int i = 0; i < n; i++) {
         double t0 = seconds();
+        if (profile && i == 1) { cudaProfilerStart(); }
+        if (profile && i == 2) { cudaProfilerStop(); exit(0); }
         model_forward<X>(gpu, &m, &s, x, NULL, NULL);
-        model_losses(gpu, &m, &s, y, dloss);
+        model_losses(gpu, &m, &s, y, dloss, m.sums);
         model_backward<X>(gpu, &m, &s, x, NULL, NULL);
         norm = model_grad_norm(gpu, &m);
         model_update(gpu, &m, &o, 1e-4, ++step, clip_scale(norm, 1));
@@ -453,7 +469,7 @@ template <typename X> static double bench_model(Gpu& gpu, const char* preset, in
     double t = times[warm + (n - warm) / 2];
     cudaMemGetInfo(&free, &total);
     printf("%-14s %d x %-6d %8.1f ms  %9.0f tok/s (target %.0f: %.0f%%)  %.1f%% of 790T  used %.1f GB (forecast %.1f)  norm %.3g\n", preset, B, T, 1e3 * t, rows / t, target,
-           100 * rows / t / target, 100 * rows / t * flops_per_token(&o.model) / 790e12, (total - free) / 1e9, memory_needed<X>(gpu, &o, true) / 1e9, norm);
+           100 * rows / t / target, 100 * rows / t * flops_per_token(&o.model) / 790e12, (total - free) / 1e9, memory_needed<X>(gpu, &o) / 1e9, norm);
     fflush(stdout);
     model_free(gpu, &m);
     pass_free(gpu, &s);
@@ -473,7 +489,7 @@ static void bench_kernels(Gpu& gpu) {
     };
     auto floats = [&](size_t n, float scale, uint64_t seed) {
         float *p = (float*)gpu_alloc(&gpu, n * sizeof(float)), *h = (float*)xcalloc(n, sizeof(float));
-        for (size_t i = 0; i < n; i++) { h[i] = scale * random_normal(seed, 0, i); }
+        for (size_t i = 0; i < n; i++) { h[i] = scale * random_normal(seed, 0, i, INFINITY); }
         CUDA(cudaMemcpy(p, h, n * sizeof(float), cudaMemcpyHostToDevice));
         free(h);
         return p;
@@ -542,11 +558,18 @@ int main(int argc, char** argv) {
     gpu_open(&gpu);
     printf("%s, cuBLASLt %zu\n", gpu.card.name, cublasLtGetVersion());
     if (argc > 1 && !strcmp(argv[1], "--kernels")) { bench_kernels(gpu); return 0; }
+    if (argc > 1 && !strcmp(argv[1], "--profile")) { // one step of two layers, for ncu --profile-from-start off
+        profile = true;
+        bench_model<bf16>(gpu, "mega1.3B_pg19", 2, 4, 4096, KEEP_CHEAPLY, 0);
+    }
     if (argc > 1 && !strcmp(argv[1], "--bench")) {
         int from = argc > 2 ? atoi(argv[2]) : 0, to = argc > 3 ? atoi(argv[3]) : 5;
         struct { const char* preset; int layers, B, T; double target; } r[] = {{"mega200M", 0, 8, 4096, 330000}, {"mega200M", 0, 1, 32768, 315000},
-            {"mega1.3B_pg19", 0, 4, 4096, 57000}, {"mega1.3B_pg19", 0, 1, 32768, 56000}, {"mega7.3B", 8, 2, 4096, 45500}};
-        for (int i = from; i < to; i++) { bench_model<bf16>(gpu, r[i].preset, r[i].layers, r[i].B, r[i].T, KEEP_CHEAPLY, r[i].target); }
+            {"mega1.3B_pg19", 0, 4, 4096, 57000}, {"mega1.3B_pg19", 0, 1, 32768, 56000}, {"mega7.3B", 8, 2, 4096, 45500},
+            {"mega200M", 0, 1, 8192, 0}, {"mega200M", 0, 1, 131072, 0}, {"mega7.3B", 32, 1, 4096, 0}};
+        for (int i = from; i < to; i++) {
+            bench_model<bf16>(gpu, r[i].preset, r[i].layers, r[i].B, r[i].T, i == 7 ? KEEP_BLOCKS : KEEP_CHEAPLY, r[i].target);
+        }
         return 0;
     }
     for (int a = 1; a < argc; a++) {
