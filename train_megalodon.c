@@ -901,14 +901,15 @@ void silu_forward(float* out, const float* inp, const float* mul, size_t n) {
 // silu'(a) = s (1 + a (1 - s)) with s = sigmoid(a). dmul is assigned like dinp, and NULL where mul is.
 void silu_backward(float* dinp, float* dmul, const float* dout, const float* inp, const float* mul, size_t n) {
     OMP(omp parallel for simd schedule(static))
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < (mul ? n : 0); i++) {
         float s = 1.0f / (1.0f + exp_fast(-inp[i]));
-        dinp[i] = dout[i] * s * (1.0f + inp[i] * (1.0f - s));
+        dmul[i] = dout[i] * inp[i] * s;
+        dinp[i] = dout[i] * mul[i] * s * (1.0f + inp[i] * (1.0f - s));
     }
     OMP(omp parallel for simd schedule(static))
-    for (size_t i = 0; i < (mul ? n : 0); i++) {
-        dinp[i] *= mul[i];
-        dmul[i] = dout[i] * inp[i] / (1.0f + exp_fast(-inp[i]));
+    for (size_t i = 0; i < (mul ? 0 : n); i++) {
+        float s = 1.0f / (1.0f + exp_fast(-inp[i]));
+        dinp[i] = dout[i] * s * (1.0f + inp[i] * (1.0f - s));
     }
 }
 
@@ -944,7 +945,6 @@ void attention_forward(float* out, float* lse, const float* q, const float* k, c
                     for (int i = 0; i < rows; i++) {
                         float *s = S + (size_t)i * keys, top = -INFINITY, sum = 0;
                         int n = keys - rows + i + 1;
-                        OMP(omp simd reduction(max:top))
                         for (int j = 0; j < n; j++) { top = s[j] > top ? s[j] : top; }
                         OMP(omp simd reduction(+:sum))
                         for (int j = 0; j < n; j++) { s[j] = exp_fast(s[j] - top); sum += s[j]; }
@@ -1013,7 +1013,6 @@ void crossentropy_forward(float* losses, const float* logits, const int* targets
         float top = -INFINITY;
         double sum = 0;
         if (targets[r] == IGNORE) { losses[r] = 0; continue; }
-        OMP(omp simd reduction(max:top))
         for (int i = 0; i < vocab; i++) { top = x[i] > top ? x[i] : top; }
         OMP(omp simd reduction(+:sum))
         for (int i = 0; i < vocab; i++) { sum += exp_fast(x[i] - top); }
@@ -2265,7 +2264,7 @@ int main(int argc, char** argv) {
     }
     if (loaded) { safetensors_close(&st); }
     model_free(&model);
-    if (fflush(stdout) || ferror(stdout)) { die("standard output: %s", strerror(errno)); }
+    if (fflush(stdout) || ferror(stdout)) { die("stdout: %s", strerror(errno)); }
     return 0;
 }
 #endif

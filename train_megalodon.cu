@@ -3064,7 +3064,7 @@ template <typename X> static void run(Gpu& gpu, const Options* o, SafeTensors* s
         model_load(&host, st);
         model_copy(gpu, &model, model.params, host.params, false);
         for (int i = 0; *o->resume && training && i < 2; i++) {
-            params_load(&host, host.params, st, i ? "adam_v." : "adam_m.");
+            params_load(host.specs, &host.params, st, i ? "adam_v." : "adam_m.");
             model_copy(gpu, &model, i ? model.adam_v : model.adam_m, host.params, false);
         }
         fprintf(info, "weights: %s\n", st->path);

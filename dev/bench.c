@@ -16,36 +16,41 @@ double median(double* x, int n) {
     return x[n / 2];
 }
 
-// The three products of a linear layer, [512x1024] x [1024x2048]: out, dinp, dweight. In turn, medians of 15.
+// The three products of a linear layer, [512x1024] x [1024x2048]: out, dinp, dweight. Rounds of ours and theirs in turn,
+// with a pause between, because each library's threads spin for a while after its last product.
 void bench_matmul(void) {
-    enum { M = 512, K = 1024, N = 2048, RUNS = 15 };
+    enum { M = 512, K = 1024, N = 2048, ROUNDS = 5, RUNS = 6, WARM = 2 };
     const char* names[3] = {"forward", "dinp", "dweight"};
     float *inp = (float*)xcalloc(M * K, 4), *weight = (float*)xcalloc(N * K, 4), *out = (float*)xcalloc(M * N, 4);
     float *dinp = (float*)xcalloc(M * K, 4), *dweight = (float*)xcalloc(N * K, 4);
     for (int i = 0; i < M * K; i++) { inp[i] = random_normal(1, 0, i, INFINITY); }
     for (int i = 0; i < N * K; i++) { weight[i] = random_normal(1, 1, i, INFINITY); }
-    for (int i = 0; i < M * N; i++) { out[i] = random_normal(1, 2, i, INFINITY); }
     for (int form = 0; form < 3; form++) {
-        double ours[RUNS], blas[RUNS], gflop = 2e-9 * M * K * N;
-        for (int r = 0; r < RUNS; r++) {
-            double t0 = seconds();
-            if (form == 0) { gemm(out, N, inp, K, 1, weight, 1, K, M, N, K, NULL, NULL); }
-            if (form == 1) { gemm(dinp, K, out, N, 1, weight, K, 1, M, K, N, NULL, NULL); }
-            if (form == 2) { gemm(dweight, K, out, 1, N, inp, K, 1, N, K, M, dweight, NULL); }
-            ours[r] = seconds() - t0;
+        double times[2][ROUNDS * (RUNS - WARM)], rate[2];
+        int n[2] = {0, 0}, contestants = 1;
 #ifdef OPENBLAS
-            t0 = seconds();
-            if (form == 0) { cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, M, N, K, 1, inp, K, weight, K, 0, out, N); }
-            if (form == 1) { cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, M, K, N, 1, out, N, weight, K, 0, dinp, K); }
-            if (form == 2) { cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, N, K, M, 1, out, N, inp, K, 1, dweight, K); }
-            blas[r] = seconds() - t0;
-#else
-            blas[r] = 0;
+        contestants = 2;
 #endif
+        for (int i = 0; i < M * N; i++) { out[i] = random_normal(1, 2, i, INFINITY); }
+        for (int r = 0; r < ROUNDS * contestants * RUNS; r++) {
+            int who = r / RUNS % contestants;
+            if (r % RUNS == 0) { usleep(200000); }
+            double t0 = seconds();
+            if (who == 0 && form == 0) { gemm(out, N, inp, K, 1, weight, 1, K, M, N, K, NULL, NULL); }
+            if (who == 0 && form == 1) { gemm(dinp, K, out, N, 1, weight, K, 1, M, K, N, NULL, NULL); }
+            if (who == 0 && form == 2) { gemm(dweight, K, out, 1, N, inp, K, 1, N, K, M, dweight, NULL); }
+#ifdef OPENBLAS
+            const enum CBLAS_ORDER R = CblasRowMajor;
+            const enum CBLAS_TRANSPOSE T = CblasTrans, F = CblasNoTrans;
+            if (who == 1 && form == 0) { cblas_sgemm(R, F, T, M, N, K, 1, inp, K, weight, K, 0, out, N); }
+            if (who == 1 && form == 1) { cblas_sgemm(R, F, F, M, K, N, 1, out, N, weight, K, 0, dinp, K); }
+            if (who == 1 && form == 2) { cblas_sgemm(R, T, F, N, K, M, 1, out, N, inp, K, 1, dweight, K); }
+#endif
+            if (r % RUNS >= WARM) { times[who][n[who]++] = seconds() - t0; }
         }
-        double a = median(ours, RUNS), b = median(blas, RUNS);
-        printf("matmul %-8s %6.1f GFLOP/s", names[form], gflop / a);
-        if (b > 0) { printf("   OpenBLAS %6.1f   ratio %.2f (wanted: 0.70)\n", gflop / b, b / a); }
+        for (int who = 0; who < contestants; who++) { rate[who] = 2e-9 * M * N * K / median(times[who], n[who]); }
+        printf("matmul %-8s %6.1f GFLOP/s", names[form], rate[0]);
+        if (contestants == 2) { printf("   OpenBLAS %6.1f   ratio %.2f (wanted: 0.70)\n", rate[1], rate[0] / rate[1]); }
         else { printf("   (OpenBLAS not found: nothing to compare with)\n"); }
     }
     float* blocks[5] = {inp, weight, out, dinp, dweight};
@@ -58,7 +63,7 @@ double time_step(Options* o, int runs) {
     Pass pass;
     size_t rows = (size_t)o->batch * o->seq, scored = 0;
     int* tokens = (int*)xcalloc(rows + 1, sizeof(int));
-    double times[16];
+    double times[16] = {0};
     model_alloc(&m, &o->model, true);
     model_init(&m, 1);
     pass_alloc(&pass, &o->model, o->batch, o->seq, KEEP_ALL, KEEP_NONE);

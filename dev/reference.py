@@ -12,7 +12,7 @@ It does what the released implementation (XuezheMax/megalodon) does; where the p
 B batch, T time, D model_dim, Z z_dim, V value_dim, F ffn_hidden_dim, H num_heads, N cema_ndim, G norm_num_groups,
 c chunk_size. Needs torch >= 1.13 and safetensors.
 """
-import argparse, ctypes, json, math, os, statistics, sys, time
+import argparse, json, math, os, statistics, sys, time
 
 # PyTorch's OpenMP threads and OpenBLAS's own, where that is its BLAS, else spin while the others work: twice the time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -129,22 +129,6 @@ def timestep_norm(x, weight, bias, groups, eps, state=None):
     out = (x - mu.to(x.dtype)[..., None]) * (var + eps).rsqrt().to(x.dtype)[..., None]
     return torch.addcmul(bias, out.view(B, T, D), weight + 1), (count + T, mu[:, -1], var[:, -1])
 
-class CausalConvolution(torch.autograd.Function):
-    """out[b,d,t] = sum_j kernel[d,j] x[b,d,t-j], padded to a power of two so that nothing wraps around.
-    Autograd needs no backward here; this one reuses the spectra and stays with real transforms: half the time."""
-    @staticmethod
-    def forward(ctx, x, kernel):
-        ctx.T, ctx.n = x.shape[-1], 2 << (x.shape[-1] - 1).bit_length()
-        X, K = torch.fft.rfft(x, ctx.n), torch.fft.rfft(kernel, ctx.n)
-        ctx.save_for_backward(X, K)
-        return torch.fft.irfft(X * K, ctx.n)[..., :ctx.T]
-
-    @staticmethod
-    def backward(ctx, dout):
-        (X, K), Y = ctx.saved_tensors, torch.fft.rfft(dout, ctx.n)
-        dx, dkernel = Y * K.conj(), (Y * X.conj()).sum(0)
-        return torch.fft.irfft(dx, ctx.n)[..., :ctx.T], torch.fft.irfft(dkernel, ctx.n)[..., :ctx.T]
-
 def cema(x, alpha, delta, theta, gamma, omega, h=None):
     """eq. 2, 3, 5: complex exponential moving averages, N per channel; x (B,T,D)
 
@@ -164,8 +148,9 @@ def cema(x, alpha, delta, theta, gamma, omega, h=None):
     high, low = (g * p)[..., None] * power(torch.arange(0, T, S)), power(torch.arange(S))
     high, low = torch.cat([high.real, -high.imag], 1).to(x.dtype), torch.cat([low.real, low.imag], 1).to(x.dtype)
     kernel = torch.bmm(high.transpose(1, 2), low).view(D, -1)[:, :T]
-    out = CausalConvolution.apply(x.transpose(1, 2), kernel).transpose(1, 2).contiguous()
-    out = torch.addcmul(out, omega[:, 0], x)
+    n = 2 << (T - 1).bit_length() # padded to a power of two so that nothing wraps around
+    out = torch.fft.irfft(torch.fft.rfft(x.transpose(1, 2), n) * torch.fft.rfft(kernel, n), n)[..., :T].transpose(1, 2)
+    out = out + omega[:, 0] * x
     if h is not None:
         h = torch.view_as_complex(h.to(x.dtype))
         decay, inflow = power(torch.arange(1, T + 1)), p[..., None] * power(torch.arange(T - 1, -1, -1))
@@ -502,10 +487,6 @@ def evaluate(args):
 
 def bench(args):
     if args.threads: torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc: keep freed memory, rather than have every activation's pages zeroed anew
-        libc.mallopt(-3, 1 << 25), libc.mallopt(-1, 1 << 30)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     c = Config(**given_fields(args))
     model = Megalodon(c, {name: w.requires_grad_() for name, w in init_parameters(c, 1).items()})
     optimizer, times = adamw(model, 1e-3, 0.1, (0.9, 0.95), 1e-8), []

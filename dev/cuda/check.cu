@@ -414,10 +414,11 @@ template <typename Body> static double median_ms(Gpu& gpu, int times, Body body)
     for (int i = 0; i < 2; i++) { body(); }
     for (int i = 0; i < times; i++) {
         CUDA(cudaEventRecord(a, gpu.stream));
-        body();
+        for (int k = 0; k < 5; k++) { body(); }
         CUDA(cudaEventRecord(b, gpu.stream));
         CUDA(cudaEventSynchronize(b));
         CUDA(cudaEventElapsedTime(&all[i], a, b));
+        all[i] /= 5;
     }
     for (int i = 0; i < times; i++) { for (int k = i + 1; k < times; k++) { if (all[k] < all[i]) { float t = all[i]; all[i] = all[k]; all[k] = t; } } }
     return all[times / 2];
@@ -442,6 +443,7 @@ template <typename X> static double bench_model(Gpu& gpu, const char* preset, in
     o.batch = B;
     o.seq = T;
     o.recompute = keep == KEEP_BLOCKS;
+    if (keep != KEEP_BLOCKS) { keep = what_to_keep<X>(gpu, &o); }
     ModelOf<X> m;
     PassOf<X> s;
     size_t rows = (size_t)B * T, before = gpu.allocated, free, total;
@@ -469,7 +471,7 @@ template <typename X> static double bench_model(Gpu& gpu, const char* preset, in
     double t = times[warm + (n - warm) / 2];
     cudaMemGetInfo(&free, &total);
     printf("%-14s %d x %-6d %8.1f ms  %9.0f tok/s (target %.0f: %.0f%%)  %.1f%% of 790T  used %.1f GB (forecast %.1f)  norm %.3g\n", preset, B, T, 1e3 * t, rows / t, target,
-           100 * rows / t / target, 100 * rows / t * flops_per_token(&o.model) / 790e12, (total - free) / 1e9, memory_needed<X>(gpu, &o) / 1e9, norm);
+           100 * rows / t / target, 100 * rows / t * flops_per_token(&o.model) / 790e12, (total - free) / 1e9, memory_needed<X>(gpu, &o, keep) / 1e9, norm);
     fflush(stdout);
     model_free(gpu, &m);
     pass_free(gpu, &s);
@@ -477,6 +479,32 @@ template <typename X> static double bench_model(Gpu& gpu, const char* preset, in
     ::free(y);
     gpu.allocated = before;
     return rows / t;
+}
+
+static void bench_decode(Gpu& gpu, const char* preset, int B) {
+    Options o = default_options;
+    for (int i = 0; i < NUM_PRESETS; i++) { if (!strcmp(presets[i].name, preset)) { o.model = presets[i].config; } }
+    ModelOf<bf16> m;
+    StreamOf<bf16> s;
+    model_alloc(gpu, &m, &o.model, false);
+    model_init(gpu, &m, 1);
+    stream_alloc(gpu, &s, &o.model, B);
+    state_reset(gpu, &s.state, &o.model);
+    int n = 512, skip = 768;
+    s.pass.T = 1;
+    double t0 = 0;
+    s.state.pos = skip;
+    for (int i = 0; i < n + 10; i++) {
+        if (i == 10) { gpu_sync(&gpu); t0 = seconds(); }
+        for (int b = 0; b < B; b++) { s.tokens[b] = (i * 7 + b) % o.model.vocab_size; }
+        model_forward(gpu, &m, &s.pass, s.tokens, &s.state, &s.state);
+        stream_logits(gpu, &m, &s);
+    }
+    double t = (seconds() - t0) / n, D = o.model.model_dim, V = o.model.value_dim, Z = o.model.z_dim;
+    double bytes = 2.0 * m.num_parameters - (o.model.share_emb ? 0 : 2 * D * o.model.vocab_size) + 2.0 * B * o.model.num_layers * 1024 * (V + Z);
+    printf("decode %-14s batch %-3d %.0f tok/s, %.3f ms a token; reading weights and cache at 4.3 TB/s: %.3f ms, %.0f%%\n", preset, B, B / t, 1e3 * t, bytes / 4.3e9, 100 * bytes / 4.3e12 / t);
+    model_free(gpu, &m);
+    stream_free(gpu, &s);
 }
 
 static void bench_kernels(Gpu& gpu) {
@@ -558,6 +586,10 @@ int main(int argc, char** argv) {
     gpu_open(&gpu);
     printf("%s, cuBLASLt %zu\n", gpu.card.name, cublasLtGetVersion());
     if (argc > 1 && !strcmp(argv[1], "--kernels")) { bench_kernels(gpu); return 0; }
+    if (argc > 1 && !strcmp(argv[1], "--decode")) {
+        for (int B = 1; B <= 64; B *= 64) { bench_decode(gpu, "mega200M", B); bench_decode(gpu, "mega1.3B", B); }
+        return 0;
+    }
     if (argc > 1 && !strcmp(argv[1], "--profile")) { // one step of two layers, for ncu --profile-from-start off
         profile = true;
         bench_model<bf16>(gpu, "mega1.3B_pg19", 2, 4, 4096, KEEP_CHEAPLY, 0);
