@@ -5,21 +5,36 @@
 # make bench       speed, as ratios to OpenBLAS and PyTorch where they are there
 CFLAGS ?= -O3 -march=native
 PYTHON ?= python3
+NVCC ?= nvcc
 THIS_CFLAGS = -std=gnu11 -Wall -Wextra $(CFLAGS)
 
-# Each is found by compiling and linking a probe.
-probe = $(shell echo '$(1)' | $(CC) -x c - $(2) -o /dev/null 2>/dev/null && echo '$(3)')
-OPENMP := $(call probe,int main(void) { return 0; },-fopenmp,-fopenmp)
+# What there is, found by compiling and linking a probe. CUDA's takes seconds, so only a plain `make` asks for it.
+probe = $(shell echo '$(1)' | $(2) -o /dev/null 2>/dev/null && echo '$(3)')
+OPENMP := $(call probe,int main(void) { return 0; },$(CC) -x c - -fopenmp,-fopenmp)
 ifeq ($(OPENMP),)
-  OPENMP := $(call probe,int main(void) { return 0; },-Xclang -fopenmp -lomp,-Xclang -fopenmp -lomp)
+  OPENMP := $(call probe,int main(void) { return 0; },$(CC) -x c - -Xclang -fopenmp -lomp,-Xclang -fopenmp -lomp)
 endif
-OPENBLAS = $(call probe,void cblas_sgemm(void); int main(void) { cblas_sgemm(); return 0; },-lopenblas,-DOPENBLAS -lopenblas)
+OPENBLAS = $(call probe,void cblas_sgemm(void); int main(void) { cblas_sgemm(); },$(CC) -w -x c - -lopenblas,-DOPENBLAS -lopenblas)
+CUDA = $(call probe,#include <cublasLt.h>,(cat; echo "int main() { return cublasLtGetVersion() == 0; }") | $(NVCC) -x cu - -lcublasLt,yes)
+
+# For the GPUs that are here, or else for compute capability 8.0 and 9.0.
+CUDA_ARCH ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u),80 90)
+NVCCFLAGS = -std=c++17 -O3 $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -Xcompiler -fopenmp -lcublasLt
 
 all: train_megalodon test_megalodon
-	@echo "OpenMP: $(if $(OPENMP),yes,not found - one thread)"
+	@echo "OpenMP: $(if $(OPENMP),yes,not found, one thread)"
+	@if [ -n "$(CUDA)" ]; then echo "CUDA: yes, for compute capability $(CUDA_ARCH)"; $(MAKE) cuda; else echo "CUDA: not found"; fi
+
+cuda: train_megalodon_cuda test_megalodon_cuda
 
 train_megalodon test_megalodon: %: %.c train_megalodon.c
 	$(CC) $(THIS_CFLAGS) $< $(OPENMP) -o $@ -lm
+
+train_megalodon_cuda: train_megalodon.cu train_megalodon.c
+	$(NVCC) $(NVCCFLAGS) $< -o $@
+
+test_megalodon_cuda: test_megalodon.c train_megalodon.cu train_megalodon.c
+	$(NVCC) $(NVCCFLAGS) -DGPU -x cu $< -o $@
 
 dev/bin/bench: dev/bench.c train_megalodon.c
 	@mkdir -p dev/bin
@@ -43,6 +58,6 @@ bench: dev/bin/bench
 	dev/bin/bench $(PYTHON)
 
 clean:
-	rm -rf train_megalodon test_megalodon dev/bin
+	rm -rf train_megalodon test_megalodon train_megalodon_cuda test_megalodon_cuda dev/bin
 
-.PHONY: all train test test-long bench clean
+.PHONY: all cuda train test test-long bench clean

@@ -1,23 +1,31 @@
 /*
-Compares train_megalodon.c with tensors dumped from PyTorch.
+Compares train_megalodon.c, or built with -DGPU train_megalodon.cu, with tensors dumped from PyTorch.
 
-    ./test_megalodon                  the dumps in data/reference
-    ./test_megalodon FILE...          any dumps: safetensors files with weights and whatever was recorded of a run (the names
-                                      are those of dev/reference.py; every name that is known and in the file is checked)
-    ./test_megalodon --break NAME FILE   must fail: flips the signs of NAME if it is a param.*, else moves its largest entry
-                                      by 1% before checking
-    ./test_megalodon --long           timestep norm and CEMA streamed over 10 million timesteps, against float64
+    ./test_megalodon                     the dumps in data/reference
+    ./test_megalodon FILE...             any dumps: safetensors files with weights and whatever was recorded of a run (names
+                                         as dev/reference.py writes them; each that is known and in the file is checked)
+    ./test_megalodon --break NAME FILE   must fail: before checking, flips the signs of NAME if it is a param.*, else moves
+                                         its largest entry by 1%
+    ./test_megalodon --long              timestep norm and CEMA streamed over 10 million timesteps, against float64
+    ./test_megalodon_cuda [--precision bf16|fp32] [FILE]...
 
 One line per tensor: name, error, bound, where it is largest. Then "overall okay: 1" and exit status 0, or 0 and 1.
 */
 #define TESTING
+#ifdef GPU
+#include "train_megalodon.cu"
+#else
 #include "train_megalodon.c"
+#endif
 
 // Error of an activation: max|a-b| / max|b|. Of a gradient: the same over max(max|b|, 1e-4 of the largest of its kind).
 // Two correct fp32 programs differ by about 1e-6, 3e-6 and 3e-7; an epsilon of 1e-6 for 1e-5, or tf32, is above these.
-static const double act_bound = 1e-5, grad_bound = 2e-5, train_bound = 2e-6, final_bound = 1e-3, final_all_bound = 1e-4;
+// In bf16 gradients are judged by their direction, 1 - cosine, and final weights not at all.
+static double act_bound = 1e-5, grad_bound = 2e-5, train_bound = 2e-6;
+static const double final_bound = 1e-3, final_all_bound = 1e-4;
+static bool bf16_run;
 
-int num_checked, num_failed;
+static int num_checked, num_failed;
 
 // Prints a verdict; NaN fails.
 void verdict(const char* name, double error, double bound, size_t at, double got, double expected) {
@@ -29,16 +37,21 @@ void verdict(const char* name, double error, double bound, size_t at, double got
     printf("\n");
 }
 
-// max|got - expected| over max(max|expected|, floor).
+// max|got - expected| over max(max|expected|, floor); for gradients of a bf16 run 1 - cosine, 0 if both are nearly zero.
 void compare(const char* name, const float* got, const double* expected, size_t n, double floor, double bound) {
-    double worst = -1, largest = floor;
+    double worst = -1, largest = floor, dot = 0, norm = 0, norm_expected = 0;
     size_t at = 0;
     for (size_t i = 0; i < n; i++) {
         double e = fabs(got[i] - expected[i]);
         if (fabs(expected[i]) > largest) { largest = fabs(expected[i]); }
         if (!(e <= worst) && !isnan(worst)) { worst = e; at = i; } // a NaN stays
+        dot += got[i] * expected[i];
+        norm += (double)got[i] * got[i];
+        norm_expected += expected[i] * expected[i];
     }
-    verdict(name, n ? worst / (largest > 0 ? largest : 1) : 0, bound, at, got[at], expected[at]);
+    double error = n ? worst / (largest > 0 ? largest : 1) : 0;
+    if (bf16_run && bound == grad_bound && !(error <= bound)) { error = 1 - dot / sqrt(norm * norm_expected); }
+    verdict(name, error, bound, at, got[at], expected[at]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -213,31 +226,141 @@ void check_dstate(Dump* d, const Config* c, const State* s) {
     free(x);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// What runs the model. The test reads host memory: on a GPU, each call below copies what it has made into the same arrays.
+
+typedef struct { Model m; Pass s; State start, dstart; const State* past; } Host; // past: &start or NULL
+
+#ifdef GPU
+static Gpu gpu;
+template <typename X> struct Run { Host host; ModelOf<X> m; PassOf<X> s; StateOf<X> start, dstart, *past; };
+
+template <typename X> void run_open(Run<X>* r, int keep) { // after host's weights and past are set
+    const Config* c = &r->host.m.config;
+    model_alloc(gpu, &r->m, c, true);
+    model_copy(gpu, &r->m, r->m.params, r->host.m.params, false);
+    model_round(gpu, &r->m);
+    pass_alloc(gpu, &r->s, c, r->host.s.B, r->host.s.T, keep, keep == KEEP_ALL ? KEEP_ALL : KEEP_NONE);
+    state_alloc(gpu, &r->start, c, r->host.s.B, false);
+    state_alloc(gpu, &r->dstart, c, r->host.s.B, false);
+    state_copy(gpu, &r->start, &r->host.start, c, false);
+    r->past = r->host.past ? &r->start : NULL;
+}
+template <typename X> void run_close(Run<X>* r) {
+    model_free(gpu, &r->m);
+    pass_free(gpu, &r->s);
+    state_free(gpu, &r->start);
+    state_free(gpu, &r->dstart);
+}
+// Forward, losses and, where dloss is not 0, the backward pass from dlogits.
+template <typename X> double run_pass(Run<X>* r, const int* x, const int* y, float dloss) {
+    Host* h = &r->host;
+    size_t scored = 0;
+    model_forward<X>(gpu, &r->m, &r->s, x, r->past, NULL);
+    double loss = model_loss(gpu, &r->m, &r->s, y, &scored);
+    if (r->s.keep == KEEP_ALL) { pass_copy(gpu, &r->s, &h->m.config, h->s.acts, h->s.specs, false); }
+    if (dloss == 0) { return loss; }
+    gpu.accumulate = false;
+    model_loss(gpu, &r->m, &r->s, y, &scored, dloss);
+    state_reset(gpu, &r->dstart, &h->m.config);
+    model_backward<X>(gpu, &r->m, &r->s, x, r->past, r->past ? &r->dstart : NULL);
+    if (r->s.keep == KEEP_ALL) { pass_copy(gpu, &r->s, &h->m.config, h->s.grads, h->s.dspecs, true); }
+    model_copy(gpu, &r->m, r->m.grads, h->m.grads, true);
+    state_copy(gpu, &r->dstart, &h->dstart, &h->m.config, true);
+    return loss;
+}
+template <typename X> double run_update(Run<X>* r, const Options* o, double lr, int step) {
+    double norm = model_grad_norm(gpu, &r->m);
+    model_update(gpu, &r->m, o, lr, step, clip_scale(norm, o->clip));
+    model_copy(gpu, &r->m, r->m.params, r->host.m.params, true);
+    return norm;
+}
+template <typename X> struct RunStream { PassOf<X> pass; StateOf<X> state; };
+template <typename X> void run_stream_open(Run<X>* r, RunStream<X>* s, int B) {
+    const Config* c = &r->host.m.config;
+    pass_alloc(gpu, &s->pass, c, B, c->chunk_size, KEEP_NONE, KEEP_NONE);
+    state_alloc(gpu, &s->state, c, B, true);
+    if (r->past) { state_copy(gpu, &s->state, &r->host.start, c, false); }
+}
+template <typename X> void run_stream_close(RunStream<X>* s) {
+    pass_free(gpu, &s->pass);
+    state_free(gpu, &s->state);
+}
+// Logits (B,T,vocab) of a piece of T tokens.
+template <typename X> void run_stream(Run<X>* r, RunStream<X>* s, const int* tokens, int T, float* logits) {
+    s->pass.T = T;
+    model_forward<X>(gpu, &r->m, &s->pass, tokens, &s->state, &s->state);
+    pass_fetch(gpu, &s->pass, &r->host.m.config, A_logits, 0, false, logits);
+}
+#define RUN Run<X>
+#define RUN_STREAM RunStream<X>
+#define FOR_EITHER_TYPE template <typename X>
+#else
+typedef struct { Host host; Pass* s; } Run;
+void run_open(Run* r, int keep) {
+    Host* h = &r->host;
+    r->s = &h->s;
+    if (keep == KEEP_ALL) { return; }
+    r->s = (Pass*)xcalloc(1, sizeof(Pass));
+    pass_alloc(r->s, &h->m.config, h->s.B, h->s.T, keep, KEEP_NONE);
+}
+void run_close(Run* r) {
+    if (r->s == &r->host.s) { return; }
+    pass_free(r->s);
+    free(r->s);
+}
+double run_pass(Run* r, const int* x, const int* y, float dloss) {
+    Host* h = &r->host;
+    size_t scored = 0;
+    model_forward(&h->m, r->s, x, h->past, NULL);
+    double loss = model_loss(&h->m, r->s, y, &scored);
+    memset(h->m.grads.embed, 0, h->m.num_parameters * sizeof(float));
+    if (dloss != 0) { model_backward(&h->m, r->s, x, y, dloss, h->past, &h->dstart); }
+    return loss;
+}
+double run_update(Run* r, const Options* o, double lr, int step) {
+    double norm = model_grad_norm(&r->host.m);
+    model_update(&r->host.m, o, lr, step, clip_scale(norm, o->clip));
+    return norm;
+}
+typedef Stream RunStream;
+void run_stream_open(Run* r, RunStream* s, int B) {
+    const Config* c = &r->host.m.config;
+    const State* past = r->host.past;
+    pass_alloc(&s->pass, c, B, c->chunk_size, KEEP_NONE, KEEP_NONE);
+    state_alloc(&s->state, c, B, true);
+    if (!past) { return; }
+    memcpy(s->state.norm, past->norm, sizeof(NormState) * (c->num_layers + 1) * B * c->norm_num_groups);
+    memcpy(s->state.h, past->h, sizeof(float) * c->num_layers * B * c->model_dim * c->cema_ndim * 2);
+}
+void run_stream_close(RunStream* s) { stream_free(s); }
+void run_stream(Run* r, RunStream* s, const int* tokens, int T, float* logits) {
+    s->pass.T = T;
+    model_forward(&r->host.m, &s->pass, tokens, &s->state, &s->state);
+    memcpy(logits, s->pass.acts.logits, sizeof(float) * s->pass.B * T * r->host.m.config.vocab_size);
+}
+#define RUN Run
+#define RUN_STREAM RunStream
+#define FOR_EITHER_TYPE
+#endif
+
 // Logits (B,S,vocab) of x (B,T) fed through a cache: `first` tokens in pieces of a chunk, then one at a time. To be freed.
-float* stream_logits(const Model* m, const int* x, int B, int T, int S, int first, const State* start) {
-    const Config* c = &m->config;
-    float* logits = (float*)xcalloc((size_t)B * S * c->vocab_size, sizeof(float));
+FOR_EITHER_TYPE float* stream_logits(RUN* r, const int* x, int B, int T, int S, int first) {
+    const Config* c = &r->host.m.config;
+    size_t vocab = c->vocab_size;
+    float *logits = (float*)xcalloc(B * S * vocab, sizeof(float)), *out = (float*)xcalloc(B * c->chunk_size * vocab, sizeof(float));
     int* piece = (int*)xcalloc((size_t)B * c->chunk_size, sizeof(int));
-    Pass s;
-    State state;
-    pass_alloc(&s, c, B, c->chunk_size, KEEP_NONE, KEEP_NONE);
-    state_alloc(&state, c, B, true);
-    if (start) {
-        memcpy(state.norm, start->norm, sizeof(NormState) * (c->num_layers + 1) * B * c->norm_num_groups);
-        memcpy(state.h, start->h, sizeof(float) * c->num_layers * B * c->model_dim * c->cema_ndim * 2);
+    RUN_STREAM s;
+    run_stream_open(r, &s, B);
+    for (int t = 0, n; t < S; t += n) {
+        n = t < first ? min_int(c->chunk_size, first - t) : 1;
+        for (int b = 0; b < B; b++) { memcpy(piece + b * n, x + (size_t)b * T + t, n * sizeof(int)); }
+        run_stream(r, &s, piece, n, out);
+        for (int b = 0; b < B; b++) { memcpy(logits + (b * S + t) * vocab, out + b * n * vocab, sizeof(float) * n * vocab); }
     }
-    for (int t = 0; t < S; t += s.T) {
-        s.T = t < first ? min_int(c->chunk_size, first - t) : 1;
-        for (int b = 0; b < B; b++) { memcpy(piece + b * s.T, x + (size_t)b * T + t, s.T * sizeof(int)); }
-        model_forward(m, &s, piece, &state, &state);
-        for (int b = 0; b < B; b++) {
-            memcpy(logits + ((size_t)b * S + t) * c->vocab_size, s.acts.logits + (size_t)b * s.T * c->vocab_size,
-                   sizeof(float) * s.T * c->vocab_size);
-        }
-    }
-    pass_free(&s);
-    state_free(&state);
+    run_stream_close(&s);
     free(piece);
+    free(out);
     return logits;
 }
 
@@ -246,7 +369,7 @@ double meta_number(const SafeTensors* st, const char* key, double missing) {
     return text ? atof(text) : missing;
 }
 
-void test_dump(const char* path, const char* broken) {
+FOR_EITHER_TYPE void test_dump(const char* path, const char* broken) {
     Dump dump, *d = &dump;
     Options o = default_options;
     bool given[NUM_OPTIONS] = {0};
@@ -255,42 +378,45 @@ void test_dump(const char* path, const char* broken) {
     d->broken = broken;
     d->used = (bool*)xcalloc(d->st.num_tensors + 1, sizeof(bool));
     options_from_file(&o, &d->st, given, false);
+    config_check(&o.model);
     const Config* c = &o.model;
     const Tensor* shape = safetensors_find(&d->st, "x");
     if (!shape || shape->num_dims != 2) { die("%s: no tensor 'x' (B,T)", path); }
     int B = shape->dims[0], T = shape->dims[1], vocab = c->vocab_size, *x = dump_tokens(d, "x", B, T, vocab);
-    int* y = dump_tokens(d, "y", B, T, vocab);
-    size_t rows = (size_t)B * T, scored = 0;
+    int *y = dump_tokens(d, "y", B, T, vocab), scored = 0;
+    size_t rows = (size_t)B * T;
+    for (size_t i = 0; i < rows; i++) { scored += y[i] != IGNORE; }
     printf("%s: %d layers, (B,T) = (%d,%d)\n", path, c->num_layers, B, T);
 
-    Model m;
-    Pass s;
-    State start, dstart;
-    model_alloc(&m, c, true);
-    pass_alloc(&s, c, B, T, KEEP_ALL, KEEP_ALL);
-    state_alloc(&start, c, B, false);
-    state_alloc(&dstart, c, B, false);
+    RUN run, again;
+    Model* m = &run.host.m;
+    Pass* s = &run.host.s;
+    State *start = &run.host.start, *dstart = &run.host.dstart;
+    model_alloc(m, c, true);
+    pass_alloc(s, c, B, T, KEEP_ALL, KEEP_ALL);
+    state_alloc(start, c, B, false);
+    state_alloc(dstart, c, B, false);
     for (int i = 0; i < NUM_PARAMS; i++) {
-        for (int l = 0; m.specs[i].size && l < m.specs[i].slots; l++) {
-            double* w = dump_read(d, layer_name(name, "param.", m.specs[i].name, l), m.specs[i].size);
+        for (int l = 0; m->specs[i].size && l < m->specs[i].slots; l++) {
+            double* w = dump_read(d, layer_name(name, "param.", m->specs[i].name, l), m->specs[i].size);
             if (!w) { die("%s: tensor '%s' is missing", path, name); }
-            for (size_t k = 0; k < m.specs[i].size; k++) { (((float**)&m.params)[i] + l * m.specs[i].size)[k] = w[k]; }
+            for (size_t k = 0; k < m->specs[i].size; k++) { (((float**)&m->params)[i] + l * m->specs[i].size)[k] = w[k]; }
             free(w);
         }
     }
-    const State* past = read_state(d, c, &start) ? &start : NULL;
+    run.host.past = read_state(d, c, start) ? start : NULL;
+    run_open(&run, KEEP_ALL);
 
     // Forward, then streaming: from the dump, and against the one-shot logits in chunks and token by token.
-    model_forward(&m, &s, x, past, NULL);
-    float loss = model_loss(&m, &s, y, &scored) / scored;
-    check_acts(d, "act.", c, s.specs, &s.acts, 1 / embedding_scale(c), 0, act_bound);
-    check(d, "logits", s.acts.logits, 1, rows * vocab, 0, act_bound);
-    check(d, "losses", s.acts.losses, 1, rows, 0, act_bound);
+    float loss = run_pass(&run, x, y, 0) / scored;
+    check_acts(d, "act.", c, s->specs, &s->acts, 1 / embedding_scale(c), 0, act_bound);
+    check(d, "logits", s->acts.logits, 1, rows * vocab, 0, act_bound);
+    check(d, "losses", s->acts.losses, 1, rows, 0, act_bound);
     check(d, "loss", &loss, 1, 1, 0, act_bound);
     double* one_shot = (double*)xcalloc(rows * vocab, sizeof(double));
-    for (size_t i = 0; i < rows * vocab; i++) { one_shot[i] = s.acts.logits[i]; }
+    for (size_t i = 0; i < rows * vocab; i++) { one_shot[i] = s->acts.logits[i]; }
     for (int first = 0; first <= T; first += T) {
-        float* got = stream_logits(&m, x, B, T, T, first, past);
+        float* got = stream_logits(&run, x, B, T, T, first);
         compare(first ? "logits, chunk by chunk" : "logits, token by token", got, one_shot, rows * vocab, 0, act_bound);
         free(got);
     }
@@ -298,27 +424,24 @@ void test_dump(const char* path, const char* broken) {
     const Tensor* stream = safetensors_find(&d->st, "stream_logits");
     if (stream && stream->num_dims == 3 && stream->dims[1] <= (size_t)T) {
         int S = stream->dims[1];
-        float* got = stream_logits(&m, x, B, T, S, min_int(S, c->chunk_size), past);
+        float* got = stream_logits(&run, x, B, T, S, min_int(S, c->chunk_size));
         check(d, "stream_logits", got, 1, (size_t)B * S * vocab, 0, act_bound);
         free(got);
     }
 
-    // Backward, and the same with blocks recomputed: to the bit.
-    model_backward(&m, &s, x, y, 1.0 / scored, past, &dstart);
-    check_acts(d, "dact.", c, s.dspecs, &s.grads, embedding_scale(c), gradient_floor(d, "dact."), grad_bound);
-    check_params(d, "grad.", &m, &m.grads, gradient_floor(d, "grad."), grad_bound);
-    check_dstate(d, c, &dstart);
-    Pass again;
-    size_t bytes = m.num_parameters * sizeof(float);
-    float* kept = (float*)memcpy(xcalloc(m.num_parameters, sizeof(float)), m.grads.embed, bytes);
-    pass_alloc(&again, c, B, T, KEEP_BLOCKS, KEEP_NONE);
-    memset(m.grads.embed, 0, bytes);
-    model_forward(&m, &again, x, past, NULL);
-    model_loss(&m, &again, y, &scored);
-    model_backward(&m, &again, x, y, 2.0 / scored, past, NULL);
-    verdict("grad, recomputed", memcmp(kept, m.grads.embed, bytes) ? 1 : 0, 0, 0, 0, 0);
+    // Backward, and the same with blocks computed again: to the bit.
+    run_pass(&run, x, y, 1.0 / scored);
+    check_acts(d, "dact.", c, s->dspecs, &s->grads, embedding_scale(c), gradient_floor(d, "dact."), grad_bound);
+    check_params(d, "grad.", m, &m->grads, gradient_floor(d, "grad."), grad_bound);
+    check_dstate(d, c, dstart);
+    size_t bytes = m->num_parameters * sizeof(float);
+    float* kept = (float*)memcpy(xcalloc(m->num_parameters, sizeof(float)), m->grads.embed, bytes);
+    again.host = run.host;
+    run_open(&again, KEEP_BLOCKS);
+    run_pass(&again, x, y, 1.0 / scored);
+    verdict("grad, recomputed", memcmp(kept, m->grads.embed, bytes) ? 1 : 0, 0, 0, 0, 0);
+    run_close(&again);
     free(kept);
-    pass_free(&again);
 
     // Training on the same batch.
     int steps = meta_number(&d->st, "train_steps", 0);
@@ -329,18 +452,12 @@ void test_dump(const char* path, const char* broken) {
     o.clip = meta_number(&d->st, "grad_clip", 0);
     float *losses = (float*)xcalloc(steps, sizeof(float)), *norms = (float*)xcalloc(steps, sizeof(float));
     for (int i = 0; i < steps; i++) {
-        memset(m.grads.embed, 0, bytes);
-        scored = 0;
-        model_forward(&m, &s, x, past, NULL);
-        losses[i] = model_loss(&m, &s, y, &scored);
-        losses[i] /= scored;
-        model_backward(&m, &s, x, y, 1.0 / scored, past, NULL);
-        norms[i] = model_grad_norm(&m);
-        model_update(&m, &o, meta_number(&d->st, "learning_rate", 0), i + 1, clip_scale(norms[i], o.clip));
+        losses[i] = run_pass(&run, x, y, 1.0 / scored) / scored;
+        norms[i] = run_update(&run, &o, meta_number(&d->st, "learning_rate", 0), i + 1);
     }
     check(d, "train_losses", losses, 1, steps, 0, train_bound);
-    check(d, "train_gnorms", norms, 1, steps, 0, train_bound);
-    if (steps) { check_final(d, &m, &m.params); }
+    if (!bf16_run) { check(d, "train_gnorms", norms, 1, steps, 0, train_bound); }
+    if (steps && !bf16_run) { check_final(d, m, &m->params); }
 
     const Tensor* target = broken ? safetensors_find(&d->st, broken) : NULL;
     if (broken && (!target || !d->used[target - d->st.tensors])) { die("--break %s: not a tensor that is checked", broken); }
@@ -352,11 +469,20 @@ void test_dump(const char* path, const char* broken) {
     free(x);
     free(y);
     free(d->used);
-    model_free(&m);
-    pass_free(&s);
-    state_free(&start);
-    state_free(&dstart);
+    run_close(&run);
+    model_free(m);
+    pass_free(s);
+    state_free(start);
+    state_free(dstart);
     safetensors_close(&d->st);
+}
+
+void test_file(const char* path, const char* broken) {
+#ifdef GPU
+    if (bf16_run) { test_dump<bf16>(path, broken); } else { test_dump<float>(path, broken); }
+#else
+    test_dump(path, broken);
+#endif
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -418,16 +544,23 @@ void test_long(void) {
 int main(int argc, char** argv) {
     const char* broken = NULL;
     int first = 1;
-    if (argc > 1 && !strcmp(argv[1], "--long")) { test_long(); first = argc; }
-    else if (argc > 3 && !strcmp(argv[1], "--break")) { broken = argv[2]; first = 3; }
-    else if (argc > 1 && argv[1][0] == '-') { die("usage: test_megalodon [--long | --break NAME] [FILE]..."); }
-    if (argc == 1) {
+#ifdef GPU
+    gpu_open(&gpu);
+    bf16_run = argc < 3 || strcmp(argv[1], "--precision") || strcmp(argv[2], "fp32");
+    if (argc > 2 && !strcmp(argv[1], "--precision")) { first = 3; }
+    if (bf16_run) { act_bound = 3e-2; grad_bound = train_bound = 2e-3; }
+#endif
+    if (argc > first && !strcmp(argv[first], "--long")) { test_long(); first = -1; }
+    else if (argc > first + 2 && !strcmp(argv[first], "--break")) { broken = argv[first + 1]; first += 2; }
+    else if (argc > first && argv[first][0] == '-') { die("usage: test_megalodon [--long | --break NAME] [FILE]..."); }
+    if (argc == first) {
         glob_t found;
         if (glob("data/reference/*.safetensors", 0, NULL, &found)) { die("data/reference holds no dumps"); }
-        for (size_t i = 0; i < found.gl_pathc; i++) { test_dump(found.gl_pathv[i], NULL); }
+        for (size_t i = 0; i < found.gl_pathc; i++) { test_file(found.gl_pathv[i], NULL); }
         globfree(&found);
     }
-    for (int i = first; i < argc; i++) { test_dump(argv[i], broken); }
-    printf("%d tensors checked, %d failed\noverall okay: %d\n", num_checked, num_failed, num_failed == 0 && num_checked > 0);
+    for (int i = first; i > 0 && i < argc; i++) { test_file(argv[i], broken); }
+    printf("%d tensors checked, %d failed\n", num_checked, num_failed);
+    printf("overall okay: %d\n", num_failed == 0 && num_checked > 0);
     return num_failed || !num_checked;
 }

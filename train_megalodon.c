@@ -4,11 +4,11 @@ Megalodon (arXiv 2404.08801) in plain C: the reference implementation, fp32, on 
 Megalodon is a language model with unlimited context in linear time. A transformer block mixes positions by attention
 alone, over everything seen so far. A Megalodon block mixes them by three things, cheap and exact in any length:
 
-    timestep norm    normalizes each group of features by its mean and variance over all timesteps so far  (carries 3
-                     numbers per group to the next chunk)
-    CEMA             a moving average with complex decay, 16 damped oscillators per feature    (carries 16 complex
-                     numbers per feature)
-    chunk attention  softmax attention inside chunks of fixed size                                 (carries nothing)
+    timestep norm    each group of features normalized by its mean and variance over all timesteps so far
+                     (carries 3 numbers per group to the next chunk)
+    CEMA             a moving average with complex decay, 16 damped oscillators per feature
+                     (carries 16 complex numbers per feature)
+    chunk attention  softmax attention inside chunks of fixed size (carries nothing)
 
 What happened in earlier chunks reaches the present only through the first two. The file is meant to be read from top
 to bottom:
@@ -36,7 +36,6 @@ what the code does, because that is what checkpoints mean, and says so.
 #include <errno.h>
 #include <fcntl.h>
 #include <glob.h>
-#include <inttypes.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -73,15 +72,13 @@ __attribute__((noreturn, format(printf, 1, 2))) void die(const char* format, ...
     exit(1);
 }
 
-enum { HUGE_PAGE = 1 << 21 };
-
 // Zeroed memory for n elements of `size` bytes, aligned to cache lines.
 void* xcalloc(size_t n, size_t size) {
+    enum { HUGE_PAGE = 1 << 21 };
     void* p = NULL;
     if (size && n > SIZE_MAX / 2 / size) { die("out of memory: %zu x %zu bytes asked for", n, size); }
-    if (posix_memalign(&p, n * size < HUGE_PAGE ? 64 : HUGE_PAGE, n * size + 1)) {
-        die("out of memory: %.1f MB asked for", n * size / 1e6);
-    }
+    bool failed = posix_memalign(&p, n * size < HUGE_PAGE ? 64 : HUGE_PAGE, n * size + 1);
+    if (failed) { die("out of memory: %.1f MB asked for", n * size / 1e6); }
 #ifdef MADV_HUGEPAGE
     if (n * size >= HUGE_PAGE) { madvise(p, n * size, MADV_HUGEPAGE); } // fewer page faults and address translations
 #endif
@@ -96,6 +93,18 @@ void* list_grow(void* list, size_t count, size_t size) {
     return list;
 }
 
+// printf into one of 32 buffers, taken in turn: what it returns stands until 32 calls later.
+__attribute__((format(printf, 1, 2))) char* text_of(const char* format, ...) {
+    static char buffers[32][PATH_MAX + 64];
+    static unsigned turn;
+    va_list args;
+    va_start(args, format);
+    char* text = buffers[turn++ % 32];
+    vsnprintf(text, sizeof(buffers[0]), format, args);
+    va_end(args);
+    return text;
+}
+
 size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 int min_int(int a, int b) { return a < b ? a : b; }
 
@@ -108,7 +117,7 @@ int min_int(int a, int b) { return a < b ? a : b; }
     X(INT,  num_layers,         4, 1, 10000,      "blocks [L]") \
     X(INT,  model_dim,        128, 2, 1 << 20,    "features of the residual stream [D]") \
     X(INT,  num_heads,          1, 1, 1 << 16,    "attention heads [H]") \
-    X(INT,  z_dim,             64, 2, 1 << 20,    "shared representation that queries and keys are made of, all heads [Z]") \
+    X(INT,  z_dim,             64, 2, 1 << 20,    "what queries and keys are made of, all heads [Z]") \
     X(INT,  value_dim,        192, 1, 1 << 20,    "attention values, all heads [V]") \
     X(INT,  ffn_hidden_dim,   216, 1, 1 << 20,    "hidden features of the feed-forward layer [F]") \
     X(INT,  chunk_size,       128, 1, 1 << 24,    "timesteps that attend to each other [c]") \
@@ -151,7 +160,7 @@ int min_int(int a, int b) { return a < b ? a : b; }
 #define MODE_OPTIONS(X) \
     X(TEXT, preset,        "tiny", 0, 0,          "start from these model options: " PRESET_NAMES) \
     X(TEXT, load,              "", 0, 0,          "start from the weights of this safetensors file") \
-    X(TEXT, resume,            "", 0, 0,          "go on from the newest checkpoint in this folder, with all its flags") \
+    X(TEXT, resume,            "", 0, 0,          "go on from the newest checkpoint in this folder, with its flags") \
     X(INT,  generate,           0, 1, INT_MAX,    "print so many tokens") \
     X(TEXT, prompt,            "", 0, 0,          "text to go on from; empty starts from a newline") \
     X(REAL, temperature,      1.0, 0, 1e6,        "0 takes the likeliest token") \
@@ -232,7 +241,9 @@ enum { INIT_ZERO, INIT_EMBED, INIT_LINEAR, INIT_NORMAL, INIT_THETA, INIT_GAMMA, 
 enum { ONCE, LAYER, BLOCK_OUTPUT };
 
 // A row is: field, name in test dumps ("" where it is not in them), slots, shape after (B,T), 0 ends it. The same table
-// lays out the gradients of activations.
+// lays out the gradients of activations. All rows are kept for the backward pass, and nothing else: what is cheap it
+// computes again (normalized values from mean and rstd, sigmoids, attention probabilities from lse); CEMA's states it
+// does not need. With --recompute only the outputs of blocks are kept, and each block is run forward again first.
 #define ACTIVATIONS(X) \
     X(embed,         "embed",                         ONCE,  D, 0) \
     X(timenorm,      "layers.%d.mega.timenorm",       LAYER, D, 0)    /* n */ \
@@ -275,7 +286,7 @@ enum { NUM_PARAMS = sizeof(Params) / sizeof(float*), NUM_ACTS = sizeof(Acts) / s
 typedef struct {
     const char* name;  // in files, with %d for the layer; for activations possibly ""
     int slots;         // layers with their own memory, 1 where it is shared or stands once
-    size_t dims[3];    // shape of a slot (activations: of one timestep); trailing zeros where there are fewer dimensions
+    size_t dims[3];    // shape of a slot (activations: of one timestep), then zeros
     size_t size;       // elements of a slot
     int init;
 } Spec;
@@ -321,17 +332,12 @@ size_t specs_size(const Spec* specs, int n) {
 
 // Points the n fields of a Params or Acts struct into `memory`, one tensor after the other.
 void specs_place(void* fields, float* memory, const Spec* specs, int n) {
-    for (int i = 0; i < n; i++) {
-        ((float**)fields)[i] = memory;
-        memory += specs[i].slots * specs[i].size;
-    }
+    for (int i = 0; i < n; i++) { ((float**)fields)[i] = memory; memory += specs[i].slots * specs[i].size; }
 }
 
 // Moves the n fields on to layer l.
 void specs_layer(void* fields, const Spec* specs, int n, int l) {
-    for (int i = 0; i < n; i++) {
-        if (specs[i].slots > 1) { ((float**)fields)[i] += l * specs[i].size; }
-    }
+    for (int i = 0; i < n; i++) { ((float**)fields)[i] += specs[i].slots > 1 ? l * specs[i].size : 0; }
 }
 
 // "layers.%d.x" and 3 to "layers.3.x".
@@ -373,12 +379,12 @@ double random_normal(uint64_t seed, uint64_t stream, uint64_t index, double limi
 // ---------------------------------------------------------------------------------------------------------------------
 // Matrix products
 
-// The register tile (rows x columns of C): 12 x 32 sums fill 24 of AVX-512's registers. A panel of 512 x 32 operands (64 KB)
-// stays in the second cache, with the 16 strips of A that pass over it.
+// The register tile (rows x columns of C): 12 x 32 sums fill 24 of AVX-512's registers. A panel of 512 x 32 operands
+// (64 KB) stays in the second cache, with the 16 strips of A that pass over it.
 enum { TILE_M = 12, TILE_N = 32, PANEL_K = 512, BLOCK_M = 16 };
 
-// acc = A B for one tile: A[i][k] is a[i*a_i + k*a_k], B is packed as b (K,TILE_N). Kept out of line: alone, both gcc and
-// clang hold the sums in vector registers.
+// acc = A B for one tile: A[i][k] is a[i*a_i + k*a_k], B is packed as b (K,TILE_N). Not inlined: alone, gcc and clang
+// hold the sums in vector registers.
 __attribute__((noinline)) void gemm_tile(float acc[TILE_M][TILE_N], const float* __restrict a, size_t a_i, size_t a_k,
                                          const float* __restrict b, int K) {
     float c[TILE_M][TILE_N];
@@ -403,22 +409,18 @@ static inline void gemm_pack(float* packed, const float* x, size_t stride_i, siz
     }
 }
 
-// Memory of the calling thread, at least n floats, kept from call to call: fresh pages would cost more than the packing.
+// At least n floats of the calling thread's, kept from call to call: fresh pages would cost more than the packing.
 float* gemm_scratch(size_t n) {
     static __thread float* scratch;
     static __thread size_t capacity;
-    if (n > capacity) {
-        free(scratch);
-        scratch = (float*)xcalloc(n, sizeof(float));
-        capacity = n;
-    }
+    if (n > capacity) { free(scratch); scratch = (float*)xcalloc(n, sizeof(float)); capacity = n; }
     return scratch;
 }
 
-// C (M,N) = A (M,K) B (K,N) + add (M,N; may be C itself) + bias (N) on every row; both may be NULL. Row i of C and of add
-// starts at i*ldc; A[i][k] is a[i*a_i + k*a_k] and B[k][j] is b[k*b_k + j*b_j], so every transposition is a choice of strides. B is packed;
-// A only where its rows are not contiguous or run out. Each element is summed in the order of k by one thread. Called from
-// a parallel region it runs on the calling thread alone.
+// C (M,N) = A (M,K) B (K,N) + add (M,N; may be C itself) + bias (N) on every row; both may be NULL. Row i of C and add
+// starts at i*ldc; A[i][k] is a[i*a_i + k*a_k], B[k][j] is b[k*b_k + j*b_j]: to transpose is to choose strides. B is
+// packed, A only where its rows are not contiguous or run out. One thread sums an element, in the order of k. Called
+// from a parallel region it runs on the calling thread alone.
 void gemm(float* c, size_t ldc, const float* a, size_t a_i, size_t a_k, const float* b, size_t b_k, size_t b_j,
           int M, int N, int K, const float* add, const float* bias) {
     int strips_m = (M + TILE_M - 1) / TILE_M, strips_n = (N + TILE_N - 1) / TILE_N, depth = min_int(K, PANEL_K);
@@ -442,7 +444,8 @@ void gemm(float* c, size_t ldc, const float* a, size_t a_i, size_t a_k, const fl
         for (int block = 0; block < strips_m; block += BLOCK_M) { // BLOCK_M strips of A stay in the second cache
             for (int sn = 0; sn < strips_n; sn++) {
                 for (int sm = block; sm < min_int(block + BLOCK_M, strips_m); sm++) {
-                    int i0 = sm * TILE_M, j0 = sn * TILE_N, rows = min_int(TILE_M, M - i0), columns = min_int(TILE_N, N - j0);
+                    int i0 = sm * TILE_M, j0 = sn * TILE_N;
+                    int rows = min_int(TILE_M, M - i0), columns = min_int(TILE_N, N - j0);
                     const float* panel_b = packed_b + (size_t)sn * TILE_N * kn;
                     float acc[TILE_M][TILE_N];
                     for (int i = 0; i < rows; i++) { // C is fetched while the tile is computed
@@ -470,8 +473,8 @@ void matmul_forward(float* out, const float* inp, const float* weight, const flo
 }
 
 // dinp = dout weight + add; add (rows,I) may be NULL or dinp. dbias may be NULL.
-void matmul_backward(float* dinp, float* dweight, float* dbias, const float* dout, const float* inp, const float* weight,
-                     const float* add, size_t rows, int I, int O) {
+void matmul_backward(float* dinp, float* dweight, float* dbias, const float* dout, const float* inp,
+                     const float* weight, const float* add, size_t rows, int I, int O) {
     gemm(dinp, I, dout, O, 1, weight, I, 1, rows, I, O, add, NULL);
     gemm(dweight, I, dout, 1, O, inp, I, 1, O, I, rows, dweight, NULL); // dweight += dout^T inp
     if (!dbias) { return; }
@@ -507,21 +510,21 @@ void embedding_backward(float* dweight, const float* dout, const int* tokens, fl
 
 // Running statistics of one batch row and group: timesteps seen, mean and population variance of all their features.
 typedef struct { double count, mean, var; } NormState;
+static const NormState no_past = {0, 0, 0};
 
 // Timestep normalization, eq. 4: group norm over time, past only. For each batch row and group of D/G features,
 //     mean_t, var_t = mean and population variance of all features of the group in timesteps 1..t
-//     out = (inp - mean_t) / sqrt(var_t + eps) * (w + 1) + b                  (the scale is w + 1 in every norm, eq. 23)
+//     out = (inp - mean_t) / sqrt(var_t + eps) * (w + 1) + b        (plus-1, eq. 23: in every norm the scale is w + 1)
 // out, inp (B,T,D) | w, b (D) | mean, rstd (B,T,G): saved for the backward pass | start, end (B,G): statistics before
-// and after these T timesteps; start NULL is an empty past, end may be NULL or start. Statistics merge by Chan's formula,
-// a timestep at a time, in double: summed in floats, a stream of 10^7 timesteps would drift.
+// and after these T timesteps, all that is carried; start NULL is an empty past, end may be NULL or start. They merge
+// by Chan's formula, a timestep at a time, in double: summed in floats, a stream of 10^7 timesteps would drift.
 void timestepnorm_forward(float* out, float* mean, float* rstd, NormState* end, const NormState* start,
-                                 const float* inp, const float* w, const float* b, int B, int T, int D, int G, float eps) {
+                          const float* inp, const float* w, const float* b, int B, int T, int D, int G, float eps) {
     int F = D / G;
     OMP(omp parallel for collapse(2) schedule(static))
     for (int row = 0; row < B; row++) {
         for (int g = 0; g < G; g++) {
-            NormState s = {0, 0, 0};
-            if (start) { s = start[row * G + g]; }
+            NormState s = start ? start[row * G + g] : no_past;
             double m2 = s.count * s.var; // sum of squared deviations, over F
             const float *wg = w + g * F, *bg = b + g * F;
             for (int t = 0; t < T; t++) {
@@ -549,21 +552,20 @@ void timestepnorm_forward(float* out, float* mean, float* rstd, NormState* end, 
     }
 }
 
-// Added to dinp. mean_t pulls on every x_s with s <= t by 1/(n_t F), var_t by 2 (x_s - mean_t)/(n_t F), where n_t counts
-// the timesteps up to t. So with a_t = dL/dmean_t and b_t = dL/dvar_t,
+// Added to dinp. mean_t pulls on every x_s with s <= t by 1/(n_t F), var_t by 2 (x_s - mean_t)/(n_t F); n_t counts the
+// timesteps up to t. So with a_t = dL/dmean_t and b_t = dL/dvar_t,
 //     dinp_s = dout (w+1) rstd + (U_s + 2 (x_s - c) V_s) / F,   U_s = sum_{t>=s} (a_t - 2 (mean_t - c) b_t) / n_t,
 //                                                               V_s = sum_{t>=s} b_t / n_t
 // for any constant c (the last mean, so that little cancels): one sweep from the end. The statistics before the first
 // timestep count start.count timesteps; dstart (B,G) receives their gradients if not NULL.
-void timestepnorm_backward(float* dinp, float* dw, float* db, NormState* dstart, const float* dout,
-                                  const float* mean, const float* rstd, const NormState* start, const float* inp,
-                                  const float* w, int B, int T, int D, int G) {
+void timestepnorm_backward(float* dinp, float* dw, float* db, NormState* dstart, const float* dout, const float* mean,
+                           const float* rstd, const NormState* start, const float* inp, const float* w,
+                           int B, int T, int D, int G) {
     int F = D / G;
     OMP(omp parallel for schedule(static))
     for (int g = 0; g < G; g++) {
         for (int row = 0; row < B; row++) {
-            NormState s = {0, 0, 0};
-            if (start) { s = start[row * G + g]; }
+            NormState s = start ? start[row * G + g] : no_past;
             double U = 0, V = 0, c = mean[((size_t)row * T + T - 1) * G + g];
             for (int t = T - 1; t >= 0; t--) {
                 size_t k = ((size_t)row * T + t) * G + g;
@@ -596,10 +598,11 @@ void timestepnorm_backward(float* dinp, float* dw, float* db, NormState* dstart,
 }
 
 // Complex exponential moving average, eq. 2, 3 and 5. Feature d runs N damped oscillators k = 1..N:
-//     p = sigmoid(alpha)   q = (1 - p sigmoid(delta)) exp(i 2 pi k/N sigmoid(theta))   g = (gamma_re + i gamma_im)/sqrt(N)
+//     p = sigmoid(alpha)  q = (1 - p sigmoid(delta)) exp(i 2pi k/N sigmoid(theta))  g = (gamma_re + i gamma_im)/sqrt(N)
 //     h_t = q h_{t-1} + p x_t       y_t = Re(sum_k g h_t) + omega x_t
-// (Eq. 2 rotates the input too and has no omega; the released code is as here.) The features of a strip stand side by
-// side in vector lanes, each with its own N states; lanes past the last feature hold zeros. States stay in registers for TIMES timesteps.
+// The state h is complex, the output real: of g h only the real part is summed. (Eq. 2 rotates the input too and has no
+// omega; the released code is as here.) A strip's features stand side by side in vector lanes, each with its N states,
+// which stay in registers for TIMES timesteps; lanes past the last feature hold zeros.
 enum { LANES = 16, TIMES = 16 };
 typedef struct { float re[LANES], im[LANES]; } ComplexLanes;
 typedef struct { float p[LANES]; ComplexLanes q, g; } CemaMode; // the k-th oscillators of a strip
@@ -607,14 +610,12 @@ typedef struct { double re, im; } Complex;
 
 double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 Complex lane(const ComplexLanes* z, int j) { Complex c = {z->re[j], z->im[j]}; return c; }
-Complex conj_mul(Complex a, Complex b) { // ~a b
-    Complex c = {a.re * b.re + a.im * b.im, a.re * b.im - a.im * b.re};
-    return c;
-}
+// conj(a) b
+Complex conj_mul(Complex a, Complex b) { Complex c = {a.re * b.re + a.im * b.im, a.re * b.im - a.im * b.re}; return c; }
 
 // Coefficients of the strip of features that starts at d0.
-void cema_modes(CemaMode m[CEMA_MAX_NDIM], const float* alpha, const float* delta, const float* theta, const float* gamma,
-                int d0, int D, int N) {
+void cema_modes(CemaMode m[CEMA_MAX_NDIM], const float* alpha, const float* delta, const float* theta,
+                const float* gamma, int d0, int D, int N) {
     memset(m, 0, N * sizeof(*m));
     for (int j = 0; j < min_int(LANES, D - d0); j++) {
         double turn = 2.0 * M_PI / N * sigmoid(theta[d0 + j]);
@@ -622,10 +623,8 @@ void cema_modes(CemaMode m[CEMA_MAX_NDIM], const float* alpha, const float* delt
             size_t i = (size_t)(d0 + j) * N + k;
             double p = sigmoid(alpha[i]), radius = 1.0 - p * sigmoid(delta[i]);
             m[k].p[j] = p;
-            m[k].q.re[j] = radius * cos(turn * (k + 1));
-            m[k].q.im[j] = radius * sin(turn * (k + 1));
-            m[k].g.re[j] = gamma[2 * i] / sqrt(N);
-            m[k].g.im[j] = gamma[2 * i + 1] / sqrt(N);
+            m[k].q.re[j] = radius * cos(turn * (k + 1)); m[k].q.im[j] = radius * sin(turn * (k + 1));
+            m[k].g.re[j] = gamma[2 * i] / sqrt(N); m[k].g.im[j] = gamma[2 * i + 1] / sqrt(N);
         }
     }
 }
@@ -643,8 +642,7 @@ void cema_forward(float* out, float* end, const float* start, const float* inp, 
             size_t state = ((size_t)b * D + d0) * N * 2;
             ComplexLanes h[CEMA_MAX_NDIM] = {{{0}, {0}}};
             for (int i = 0; start && i < lanes * N; i++) {
-                h[i % N].re[i / N] = start[state + 2 * i];
-                h[i % N].im[i / N] = start[state + 2 * i + 1];
+                h[i % N].re[i / N] = start[state + 2 * i]; h[i % N].im[i / N] = start[state + 2 * i + 1];
             }
             for (int t0 = 0; t0 < T; t0 += TIMES) {
                 float x[TIMES][LANES] = {{0}}, y[TIMES][LANES] = {{0}};
@@ -658,8 +656,7 @@ void cema_forward(float* out, float* end, const float* start, const float* inp, 
                         for (int j = 0; j < LANES; j++) {
                             float re = m.q.re[j] * s.re[j] - m.q.im[j] * s.im[j] + m.p[j] * x[t][j];
                             float im = m.q.re[j] * s.im[j] + m.q.im[j] * s.re[j];
-                            s.re[j] = re;
-                            s.im[j] = im;
+                            s.re[j] = re; s.im[j] = im;
                             y[t][j] += m.g.re[j] * re - m.g.im[j] * im;
                         }
                     }
@@ -670,8 +667,7 @@ void cema_forward(float* out, float* end, const float* start, const float* inp, 
                 }
             }
             for (int i = 0; end && i < lanes * N; i++) {
-                end[state + 2 * i] = h[i % N].re[i / N];
-                end[state + 2 * i + 1] = h[i % N].im[i / N];
+                end[state + 2 * i] = h[i % N].re[i / N]; end[state + 2 * i + 1] = h[i % N].im[i / N];
             }
         }
     }
@@ -684,9 +680,10 @@ void cema_forward(float* out, float* end, const float* start, const float* inp, 
 // and dq = sum_t ~g a_t ~h_{t-1}, where h_{t-1} = q^{t-1} h_0 + p sum_{s<t} q^{t-1-s} x_s. Summed over t first:
 //     dq = ~g (p R + ~h_0 a'_0), R = sum_s x_s a'_s       a'_s = sum_{t>s} ~q^{t-1-s} a_t, or a'_{s-1} = ~q a'_s + a_s
 // dinp (B,T,D) is assigned; dstart (B,D,N,2) is added to and may be NULL.
-void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega, float* dstart,
-                   const float* dout, const float* start, const float* inp, const float* alpha, const float* delta,
-                   const float* theta, const float* gamma, const float* omega, int B, int T, int D, int N) {
+void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega,
+                   float* dstart, const float* dout, const float* start, const float* inp, const float* alpha,
+                   const float* delta, const float* theta, const float* gamma, const float* omega,
+                   int B, int T, int D, int N) {
     OMP(omp parallel for schedule(static))
     for (int d0 = 0; d0 < D; d0 += LANES) {
         int lanes = min_int(LANES, D - d0);
@@ -711,28 +708,22 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
                     ComplexLanes a = s[k].a, a1 = s[k].a1, Qt = {{0}, {0}}, Rt = {{0}, {0}};
                     for (int t = times - 1; t >= 0; t--) {
                         for (int j = 0; j < LANES; j++) {
-                            float re1 = m.q.re[j] * a1.re[j] + m.q.im[j] * a1.im[j] + a.re[j]; // a'_t from a'_{t+1}, a_{t+1}
+                            // a'_t = ~q a'_{t+1} + a_{t+1} and a_t = ~q a_{t+1} + dy_t
+                            float re1 = m.q.re[j] * a1.re[j] + m.q.im[j] * a1.im[j] + a.re[j];
                             float im1 = m.q.re[j] * a1.im[j] - m.q.im[j] * a1.re[j] + a.im[j];
-                            float re = m.q.re[j] * a.re[j] + m.q.im[j] * a.im[j] + dy[t][j];   // a_t from a_{t+1}
+                            float re = m.q.re[j] * a.re[j] + m.q.im[j] * a.im[j] + dy[t][j];
                             float im = m.q.re[j] * a.im[j] - m.q.im[j] * a.re[j];
-                            a1.re[j] = re1;
-                            a1.im[j] = im1;
-                            a.re[j] = re;
-                            a.im[j] = im;
-                            Qt.re[j] += x[t][j] * re;
-                            Qt.im[j] += x[t][j] * im;
-                            Rt.re[j] += x[t][j] * re1;
-                            Rt.im[j] += x[t][j] * im1;
+                            a1.re[j] = re1; a1.im[j] = im1;
+                            a.re[j] = re; a.im[j] = im;
+                            Qt.re[j] += x[t][j] * re; Qt.im[j] += x[t][j] * im;
+                            Rt.re[j] += x[t][j] * re1; Rt.im[j] += x[t][j] * im1;
                             dx[t][j] += m.p[j] * (m.g.re[j] * re + m.g.im[j] * im);
                         }
                     }
-                    s[k].a = a;
-                    s[k].a1 = a1;
+                    s[k].a = a; s[k].a1 = a1;
                     for (int j = 0; j < LANES; j++) {
-                        s[k].Q[j].re += Qt.re[j];
-                        s[k].Q[j].im += Qt.im[j];
-                        s[k].R[j].re += Rt.re[j];
-                        s[k].R[j].im += Rt.im[j];
+                        s[k].Q[j].re += Qt.re[j]; s[k].Q[j].im += Qt.im[j];
+                        s[k].R[j].re += Rt.re[j]; s[k].R[j].im += Rt.im[j];
                     }
                 }
                 for (int t = 0; t < times; t++) {
@@ -748,14 +739,14 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
                 double p = modes[k].p[j];
                 Complex q = lane(&modes[k].q, j), g = lane(&modes[k].g, j), h0 = {0, 0}, a = lane(&s[k].a, j);
                 if (start) { h0.re = start[h]; h0.im = start[h + 1]; }
-                Complex qa = conj_mul(q, a), qa1 = conj_mul(q, lane(&s[k].a1, j)), a1_0 = {a.re + qa1.re, a.im + qa1.im}; // a'_0
+                Complex qa = conj_mul(q, a), qa1 = conj_mul(q, lane(&s[k].a1, j));
+                Complex a1_0 = {a.re + qa1.re, a.im + qa1.im}; // a'_0
                 Complex hqa = conj_mul(h0, qa), ha = conj_mul(h0, a1_0), dh0 = conj_mul(g, qa);
                 Complex r = {p * s[k].R[j].re + ha.re, p * s[k].R[j].im + ha.im}, gr = conj_mul(g, r); // dq = ~g r
                 dgamma[w] += (p * s[k].Q[j].re + hqa.re) / sqrt(N);
                 dgamma[w + 1] += (p * s[k].Q[j].im + hqa.im) / sqrt(N);
                 dp[k][j] += conj_mul(g, s[k].Q[j]).re;
-                dq[k][j].re += gr.re;
-                dq[k][j].im += gr.im;
+                dq[k][j].re += gr.re; dq[k][j].im += gr.im;
                 if (dstart) { dstart[h] += dh0.re; dstart[h + 1] += dh0.im; }
                 if (k == 0) { domega[d0 + j] += dw[j]; }
             }
@@ -773,11 +764,11 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
     }
 }
 
-// Layer normalization over the D features of a row: out = (inp - mean) rstd (w + 1) + b. With mean and b NULL it is RMS
-// normalization, out = inp rstd (w + 1) where rstd = 1/sqrt(mean(inp^2) + eps); without a scale if w is NULL too (eq. 6).
+// Layer normalization over the D features of a row: out = (inp - mean) rstd (w + 1) + b. With mean and b NULL, RMS
+// normalization: out = inp rstd (w + 1), rstd = 1/sqrt(mean(inp^2) + eps); without a scale if w is NULL too (eq. 6).
 // out, inp (rows,D) | w, b (D) | mean, rstd (rows): saved
-void norm_forward(float* out, float* mean, float* rstd, const float* inp, const float* w, const float* b, size_t rows, int D,
-                  float eps) {
+void norm_forward(float* out, float* mean, float* rstd, const float* inp, const float* w, const float* b,
+                  size_t rows, int D, float eps) {
     OMP(omp parallel for schedule(static))
     for (size_t r = 0; r < rows; r++) {
         const float* x = inp + r * D;
@@ -807,10 +798,7 @@ void norm_backward(float* dinp, float* dw, float* db, const float* dout, const f
         float mu = mean ? mean[r] : 0;
         for (int d = 0; d < D; d++) { dx[d] = w ? dy[d] * (w[d] + 1.0f) : dy[d]; } // f
         OMP(omp simd reduction(+:s,sn))
-        for (int d = 0; d < D; d++) {
-            s += dx[d];
-            sn += (double)dx[d] * (x[d] - mu);
-        }
+        for (int d = 0; d < D; d++) { s += dx[d]; sn += (double)dx[d] * (x[d] - mu); }
         float m = mean ? s / D : 0, mn = sn * rstd[r] * rstd[r] / D;
         for (int d = 0; d < D; d++) { dx[d] = rstd[r] * (dx[d] - m - (x[d] - mu) * mn); }
     }
@@ -826,10 +814,10 @@ void norm_backward(float* dinp, float* dw, float* db, const float* dout, const f
 
 // Queries and keys from the normalized shared representation, eq. 7 and 8, then rotary embedding:
 //     q = znorm (gamma_0 + 1)/sqrt(Z/H) + beta_0       k = znorm (gamma_1 + 1)/sqrt(Z/H) + beta_1
-// and pair (2j, 2j+1) of each head is turned by the angle pos * base^(-2j/(Z/H)), pos counted from the start of the chunk.
+// and pair (2j, 2j+1) of each head is turned by the angle pos * base^(-2j/(Z/H)), pos counted from the chunk's start.
 // q, k, znorm (B,T,Z) | gamma, beta (2,Z) | rotations (c,Z/H/2,2): cos and sin | the first timestep stands at `pos`
-void qk_forward(float* q, float* k, const float* znorm, const float* gamma, const float* beta,
-                       const float* rotations, int B, int T, int pos, int c, int Z, int H) {
+void qk_forward(float* q, float* k, const float* znorm, const float* gamma, const float* beta, const float* rotations,
+                int B, int T, int pos, int c, int Z, int H) {
     int zd = Z / H;
     float scale = 1.0 / sqrt(zd);
     OMP(omp parallel for schedule(static))
@@ -839,7 +827,8 @@ void qk_forward(float* q, float* k, const float* znorm, const float* gamma, cons
             const float *x = znorm + r * Z, *ga = gamma + s * Z, *be = beta + s * Z;
             float* out = (s ? k : q) + r * Z;
             for (int i = 0, j = 0; i < Z; i += 2, j = j + 2 < zd ? j + 2 : 0) {
-                float re = x[i] * (ga[i] + 1.0f) * scale + be[i], im = x[i + 1] * (ga[i + 1] + 1.0f) * scale + be[i + 1];
+                float re = x[i] * (ga[i] + 1.0f) * scale + be[i];
+                float im = x[i + 1] * (ga[i + 1] + 1.0f) * scale + be[i + 1];
                 out[i] = re * turn[j] - im * turn[j + 1];
                 out[i + 1] = re * turn[j + 1] + im * turn[j];
             }
@@ -848,8 +837,8 @@ void qk_forward(float* q, float* k, const float* znorm, const float* gamma, cons
 }
 
 // dznorm is assigned. Turned back by the same angle, then through the affine map.
-void qk_backward(float* dznorm, float* dgamma, float* dbeta, const float* dq, const float* dk,
-                        const float* znorm, const float* gamma, const float* rotations, int B, int T, int c, int Z, int H) {
+void qk_backward(float* dznorm, float* dgamma, float* dbeta, const float* dq, const float* dk, const float* znorm,
+                 const float* gamma, const float* rotations, int B, int T, int c, int Z, int H) {
     int zd = Z / H;
     float scale = 1.0 / sqrt(zd);
     OMP(omp parallel for schedule(static))
@@ -864,20 +853,18 @@ void qk_backward(float* dznorm, float* dgamma, float* dbeta, const float* dq, co
                     float re = d[0] * cosine + d[1] * sine, im = d[1] * cosine - d[0] * sine;
                     dgamma[s * Z + i] += re * znorm[at] * scale;
                     dgamma[s * Z + i + 1] += im * znorm[at + 1] * scale;
-                    dbeta[s * Z + i] += re;
-                    dbeta[s * Z + i + 1] += im;
+                    dbeta[s * Z + i] += re; dbeta[s * Z + i + 1] += im;
                     dx0 += re * (gamma[s * Z + i] + 1.0f) * scale;
                     dx1 += im * (gamma[s * Z + i + 1] + 1.0f) * scale;
                 }
-                dznorm[at] = dx0;
-                dznorm[at + 1] = dx1;
+                dznorm[at] = dx0; dznorm[at + 1] = dx1;
             }
         }
     }
 }
 
-// exp(x) to 1.5 units in the last place, in operations that compilers turn into vector instructions (calls of libm's expf
-// stay scalar without fast-math, which would delete the checks for NaN): x = n ln 2 + r, exp(x) = 2^n exp(r).
+// exp(x) to 1.5 units in the last place, in operations that compilers vectorize (calls of libm's expf they do only with
+// fast-math, which would delete the checks for NaN): x = n ln 2 + r, exp(x) = 2^n exp(r).
 static inline float exp_fast(float x) {
     const float round = 12582912.0f; // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
     x = x > 88.0f ? 88.0f : x;       // written so that NaN stays NaN
@@ -913,22 +900,15 @@ void silu_backward(float* dinp, float* dmul, const float* dout, const float* inp
     }
 }
 
-// Chunk attention, eq. 9: out_t = sum_s softmax_s(q_t k_s) v_s over the s <= t of t's chunk of c timesteps; the last chunk
-// may be short. The scale of the scores is in q and k already.
-// out (B,T,H,V/H), q (B,T,H,Z/H) | k (B,K,H,Z/H), v (B,K,H,V/H) | lse (B,T,H): log sum exp of the scores, saved. In a whole
-// sequence pos = 0 and K = T. When streaming, K = c, k and v hold the current chunk from its start, and the queries stand
-// at pos, pos+1, ... in it (pos + T <= c). Queries go in blocks of ROWS, so no c x c matrix is ever there; the scores
-// right of a block's last query are not computed.
+// Chunk attention, eq. 9: out_t = sum_s softmax_s(q_t k_s) v_s over the s <= t in t's chunk of c timesteps. (The last
+// chunk may be short. The scale of the scores is in q and k already.)
+// out (B,T,H,V/H), q (B,T,H,Z/H) | k (B,K,H,Z/H), v (B,K,H,V/H) | lse (B,T,H): log sum exp of the scores, saved
+// In a whole sequence pos = 0 and K = T. When streaming, K = c, k and v hold the current chunk from its start, and the
+// queries stand at pos, pos+1, ... in it (pos + T <= c). Queries go in blocks of ROWS: no c x c matrix is ever there,
+// and the scores right of a block's last query are not computed.
 enum { ROWS = 96 };
-
-// Scores of the queries of one block against the keys from the start of their chunk: row i of S (rows, keys) sees the
-// first keys - rows + i + 1.
-void attention_scores(float* S, const float* q, const float* k, int rows, int keys, int Z, int zd) {
-    gemm(S, keys, q, Z, 1, k, 1, Z, rows, keys, zd, NULL, NULL);
-}
-
 void attention_forward(float* out, float* lse, const float* q, const float* k, const float* v,
-                              int B, int T, int K, int pos, int c, int H, int Z, int V) {
+                       int B, int T, int K, int pos, int c, int H, int Z, int V) {
     int zd = Z / H, vd = V / H, chunks = pos ? 1 : (T + c - 1) / c, blocks = (min_int(c, T) + ROWS - 1) / ROWS;
     OMP(omp parallel)
     {
@@ -941,8 +921,8 @@ void attention_forward(float* out, float* lse, const float* q, const float* k, c
                     int rows = min_int(ROWS, min_int(first + c, T) - t0), keys = pos + t0 - first + rows;
                     if (rows <= 0) { continue; }
                     size_t at = (size_t)b * T + t0, at_k = (size_t)b * K + first;
-                    attention_scores(S, q + at * Z + h * zd, k + at_k * Z + h * zd, rows, keys, Z, zd);
-                    for (int i = 0; i < rows; i++) {
+                    gemm(S, keys, q + at * Z + h * zd, Z, 1, k + at_k * Z + h * zd, 1, Z, rows, keys, zd, NULL, NULL);
+                    for (int i = 0; i < rows; i++) { // query i of the block sees the first n keys of its chunk
                         float *s = S + (size_t)i * keys, top = -INFINITY, sum = 0;
                         int n = keys - rows + i + 1;
                         for (int j = 0; j < n; j++) { top = s[j] > top ? s[j] : top; }
@@ -963,7 +943,7 @@ void attention_forward(float* out, float* lse, const float* q, const float* k, c
 //     dS = P (dP - sum_s P dP)       dq = dS k       dk = dS^T q       dv = P^T dout
 // dq, dk (B,T,H,Z/H), dv (B,T,H,V/H) are assigned.
 void attention_backward(float* dq, float* dk, float* dv, const float* dout, const float* lse, const float* q,
-                               const float* k, const float* v, int B, int T, int c, int H, int Z, int V) {
+                        const float* k, const float* v, int B, int T, int c, int H, int Z, int V) {
     int zd = Z / H, vd = V / H, chunks = (T + c - 1) / c;
     OMP(omp parallel)
     {
@@ -981,7 +961,7 @@ void attention_backward(float* dq, float* dk, float* dv, const float* dout, cons
                         size_t at = (size_t)b * T + t0;
                         const float *qb = q + at * Z + h * zd, *db = dout + at * V + h * vd;
                         float* dS = P + (size_t)rows * keys;
-                        attention_scores(P, qb, kc, rows, keys, Z, zd);
+                        gemm(P, keys, qb, Z, 1, kc, 1, Z, rows, keys, zd, NULL, NULL);
                         gemm(dS, keys, db, V, 1, vc, 1, V, rows, keys, vd, NULL, NULL);
                         for (int i = 0; i < rows; i++) {
                             float *p = P + (size_t)i * keys, *ds = dS + (size_t)i * keys, norm = lse[(at + i) * H + h];
@@ -1021,8 +1001,8 @@ void crossentropy_forward(float* losses, const float* logits, const int* targets
 }
 
 // In place: logits become dlogits = (softmax(logits) - onehot(target)) * dloss, 0 where the target is IGNORE.
-void crossentropy_backward(float* logits, const float* losses, const int* targets, float dloss, size_t rows,
-                                  int vocab) {
+void crossentropy_backward(float* logits, const float* losses, const int* targets, float dloss,
+                           size_t rows, int vocab) {
     OMP(omp parallel for schedule(static))
     for (size_t r = 0; r < rows; r++) {
         float* x = logits + r * vocab;
@@ -1037,7 +1017,7 @@ void crossentropy_backward(float* logits, const float* losses, const int* target
 // The model
 
 // What one call hands to the next: all that is left of the past. With it, any number of tokens is processed in constant
-// memory, and the result is that of one call on all of them. Slot l of each array belongs to layer l.
+// memory, with the result of one call on all of them. Slot l of each array belongs to layer l.
 typedef struct {
     int B, pos;      // batch rows; timesteps in the current chunk so far
     NormState* norm; // (L+1,B,G) timestep norms; slot L is output.final_norm's
@@ -1062,12 +1042,10 @@ typedef struct {
 
 // Refuses what no model can be.
 void config_check(const Config* c) {
-    int pairs = 2 * c->num_heads;
-    if (c->model_dim % c->norm_num_groups) {
-        die("model_dim %d must be divisible by norm_num_groups %d", c->model_dim, c->norm_num_groups);
-    }
-    if (c->z_dim % pairs) { die("z_dim %d must be divisible by 2 num_heads = %d (rotary pairs)", c->z_dim, pairs); }
-    if (c->value_dim % c->num_heads) { die("value_dim %d must be divisible by num_heads %d", c->value_dim, c->num_heads); }
+    int D = c->model_dim, G = c->norm_num_groups, H = c->num_heads, Z = c->z_dim, V = c->value_dim;
+    if (D % G) { die("model_dim %d must be divisible by norm_num_groups %d", D, G); }
+    if (Z % (2 * H)) { die("z_dim %d must be divisible by 2 num_heads = %d (rotary pairs)", Z, 2 * H); }
+    if (V % H) { die("value_dim %d must be divisible by num_heads %d", V, H); }
 }
 
 void model_alloc(Model* m, const Config* c, bool training) {
@@ -1092,16 +1070,13 @@ void model_alloc(Model* m, const Config* c, bool training) {
 }
 
 void model_free(Model* m) {
-    float* blocks[5] = {m->params.embed, m->grads.embed, m->adam_m.embed, m->adam_v.embed, m->rotations};
-    for (int i = 0; i < 5; i++) { free(blocks[i]); }
+    free(m->params.embed); free(m->grads.embed); free(m->adam_m.embed); free(m->adam_v.embed); free(m->rotations);
 }
 
 // keep_grads: KEEP_NONE, or KEEP_ALL where a test wants to see the gradients of every layer's activations.
 void pass_alloc(Pass* s, const Config* c, int B, int T, int keep, int keep_grads) {
     memset(s, 0, sizeof(*s));
-    s->B = B;
-    s->T = T;
-    s->keep = keep;
+    s->B = B; s->T = T; s->keep = keep;
     act_specs(s->specs, c, (size_t)B * T, keep);
     act_specs(s->dspecs, c, (size_t)B * T, keep_grads);
     specs_place(&s->acts, (float*)xcalloc(specs_size(s->specs, NUM_ACTS), sizeof(float)), s->specs, NUM_ACTS);
@@ -1110,45 +1085,33 @@ void pass_alloc(Pass* s, const Config* c, int B, int T, int keep, int keep_grads
     }
 }
 
-void pass_free(Pass* s) {
-    free(s->acts.embed);
-    free(s->grads.embed);
-}
+void pass_free(Pass* s) { free(s->acts.embed); free(s->grads.embed); }
 
 void state_alloc(State* s, const Config* c, int B, bool cache) {
     size_t layers = c->num_layers, chunk = cache ? (size_t)B * c->chunk_size : 0;
-    s->B = B;
-    s->pos = 0;
+    s->B = B; s->pos = 0;
     s->norm = (NormState*)xcalloc((layers + 1) * B * c->norm_num_groups, sizeof(NormState));
     s->h = (float*)xcalloc(layers * B * c->model_dim * c->cema_ndim * 2, sizeof(float));
     s->k = cache ? (float*)xcalloc(layers * chunk * c->z_dim, sizeof(float)) : NULL;
     s->v = cache ? (float*)xcalloc(layers * chunk * c->value_dim, sizeof(float)) : NULL;
 }
 
-void state_free(State* s) {
-    void* blocks[4] = {s->norm, s->h, s->k, s->v};
-    for (int i = 0; i < 4; i++) { free(blocks[i]); }
-}
+void state_free(State* s) { free(s->norm); free(s->h); free(s->k); free(s->v); }
 
-// Back to the empty past.
-void state_reset(State* s, const Config* c) {
+void state_reset(State* s, const Config* c) { // back to the empty past
     memset(s->norm, 0, sizeof(NormState) * (c->num_layers + 1) * s->B * c->norm_num_groups);
     memset(s->h, 0, sizeof(float) * c->num_layers * s->B * c->model_dim * c->cema_ndim * 2);
     s->pos = 0;
 }
 
-// Layer l's part of s; all NULL where s is NULL.
-State state_layer(const State* s, const Config* c, int l) {
+State state_layer(const State* s, const Config* c, int l) { // layer l's part of s; all NULL where s is NULL
     State r = {0, 0, NULL, NULL, NULL, NULL};
     if (!s) { return r; }
-    size_t chunk = (size_t)s->B * c->chunk_size;
+    size_t slot = (size_t)l * s->B;
     r = *s;
-    r.norm += (size_t)l * s->B * c->norm_num_groups;
-    r.h += (size_t)l * s->B * c->model_dim * c->cema_ndim * 2;
-    if (s->k) {
-        r.k += l * chunk * c->z_dim;
-        r.v += l * chunk * c->value_dim;
-    }
+    r.norm += slot * c->norm_num_groups;
+    r.h += slot * c->model_dim * c->cema_ndim * 2;
+    if (s->k) { r.k += slot * c->chunk_size * c->z_dim; r.v += slot * c->chunk_size * c->value_dim; }
     return r;
 }
 
@@ -1168,7 +1131,7 @@ void model_init(Model* m, int seed) {
                 w[j] = s->init == INIT_GAMMA && j % 2 ? 0 : std * random_normal(seed, stream, j, limit); // Im gamma = 0
             }
             for (size_t j = 0; s->init == INIT_RESCALE && j < s->size; j++) { w[j] = 0.1 * pow(0.5, l); }
-            for (int j = 0; s->init == INIT_THETA && j < D; j++) { // sigmoid(theta) = D^(-i/D), i = 1..D in random order
+            for (int j = 0; s->init == INIT_THETA && j < D; j++) { // sigmoid(theta) = D^(-i/D), i in random order
                 int other = random_bits(seed, stream, j) % (j + 1);
                 double turn = exp(-(j + 1) * log(D) / D);
                 w[j] = w[other];
@@ -1178,15 +1141,8 @@ void model_init(Model* m, int seed) {
     }
 }
 
-Params params_layer(const Model* m, Params p, int l) {
-    specs_layer(&p, m->specs, NUM_PARAMS, l);
-    return p;
-}
-
-Acts acts_layer(const Spec* specs, Acts a, int l) {
-    specs_layer(&a, specs, NUM_ACTS, l);
-    return a;
-}
+Params params_layer(const Model* m, Params p, int l) { specs_layer(&p, m->specs, NUM_PARAMS, l); return p; }
+Acts acts_layer(const Spec* specs, Acts a, int l) { specs_layer(&a, specs, NUM_ACTS, l); return a; }
 
 // The output of layer l - 1, or of the embedding.
 float* block_input(const Spec* specs, Acts a, int l) { return l ? acts_layer(specs, a, l - 1).out : a.embed; }
@@ -1204,31 +1160,26 @@ void block_forward(const Model* m, const Pass* s, int l, const State* start, Sta
     State in = state_layer(start, c, l), next = state_layer(end, c, l);
 
     // Long memory: n = timestep_norm(x), e = cema(n), m = rms_norm(e).
-    timestepnorm_forward(a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, in.norm, x, p.timenorm_w, p.timenorm_b,
-                         B, T, D, c->norm_num_groups, eps);
+    timestepnorm_forward(a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, in.norm, x, p.timenorm_w,
+                         p.timenorm_b, B, T, D, c->norm_num_groups, eps);
     cema_forward(a.cema, next.h, in.h, a.timenorm, p.cema_alpha, p.cema_delta, p.cema_theta, p.cema_gamma, p.cema_omega,
                  B, T, D, c->cema_ndim);
     norm_forward(a.rmsnorm, NULL, a.rmsnorm_rstd, a.cema, p.rmsnorm_w, NULL, rows, D, eps);
 
-    // Short memory: attention inside the chunk. Queries and keys see the past through m; values are made from n, what is
-    // new at this timestep (eq. 16), so that the moving average says where to look but does not blur what is found there.
+    // Short memory: attention inside the chunk. Queries and keys see the past through m; values are made from n, what
+    // is new at this timestep (eq. 16): the moving average says where to look, but does not blur what is found there.
     matmul_forward(a.wz, a.rmsnorm, p.wz, p.wz_b, NULL, rows, D, Z);
     norm_forward(a.znorm, NULL, a.znorm_rstd, a.wz, NULL, NULL, rows * H, Z / H, eps);
     qk_forward(a.q, a.k, a.znorm, p.gamma, p.beta, m->rotations, B, T, pos, c->chunk_size, Z, H);
     matmul_forward(a.wv, a.timenorm, p.wv, p.wv_b, NULL, rows, D, V);
     silu_forward(a.v, a.wv, NULL, rows * V);
-    const float *k = a.k, *v = a.v;
-    int keys = T;
-    if (next.k) { // streaming: attend to the cache, after adding these timesteps to it
-        keys = c->chunk_size;
-        for (int b = 0; b < B; b++) {
-            memcpy(next.k + ((size_t)b * keys + pos) * Z, k + (size_t)b * T * Z, sizeof(float) * T * Z);
-            memcpy(next.v + ((size_t)b * keys + pos) * V, v + (size_t)b * T * V, sizeof(float) * T * V);
-        }
-        k = next.k;
-        v = next.v;
+    int keys = next.k ? c->chunk_size : T;
+    for (int b = 0; next.k && b < B; b++) { // streaming: attend to the cache, after adding these timesteps to it
+        memcpy(next.k + ((size_t)b * keys + pos) * Z, a.k + (size_t)b * T * Z, sizeof(float) * T * Z);
+        memcpy(next.v + ((size_t)b * keys + pos) * V, a.v + (size_t)b * T * V, sizeof(float) * T * V);
     }
-    attention_forward(a.attention, a.attention_lse, a.q, k, v, B, T, keys, pos, c->chunk_size, H, Z, V);
+    attention_forward(a.attention, a.attention_lse, a.q, next.k ? next.k : a.k, next.k ? next.v : a.v, B, T, keys, pos,
+                      c->chunk_size, H, Z, V);
 
     // The gate r = silu(m Wr^T + br), and the first hop: y = m Wh1^T + bh1 + (o*r) Wh2^T + x.
     matmul_forward(a.wr, a.rmsnorm, p.wr, p.wr_b, NULL, rows, D, V);
@@ -1283,21 +1234,22 @@ void block_backward(const Model* m, const Pass* s, int l, const State* start, St
 
     norm_backward(d.cema, g.rmsnorm_w, NULL, d.rmsnorm, NULL, a.rmsnorm_rstd, a.cema, p.rmsnorm_w, rows, D);
     cema_backward(d.timenorm, g.cema_alpha, g.cema_delta, g.cema_theta, g.cema_gamma, g.cema_omega, din.h, d.cema, in.h,
-                  a.timenorm, p.cema_alpha, p.cema_delta, p.cema_theta, p.cema_gamma, p.cema_omega, B, T, D, c->cema_ndim);
+                  a.timenorm, p.cema_alpha, p.cema_delta, p.cema_theta, p.cema_gamma, p.cema_omega, B, T, D,
+                  c->cema_ndim);
     silu_backward(d.wv, NULL, d.v, a.wv, NULL, rows * V);
     matmul_backward(d.timenorm, g.wv, g.wv_b, d.wv, a.timenorm, p.wv, d.timenorm, rows, D, V);
 
     // x has three readers: the second hop, the first hop and the timestep norm. (dx may be d.out itself.)
     OMP(omp parallel for schedule(static))
     for (size_t i = 0; i < rows * D; i++) { dx[i] = d.out[i] + d.mega[i]; }
-    timestepnorm_backward(dx, g.timenorm_w, g.timenorm_b, din.norm, d.timenorm, a.timenorm_mean, a.timenorm_rstd, in.norm,
-                          x, p.timenorm_w, B, T, D, c->norm_num_groups);
+    timestepnorm_backward(dx, g.timenorm_w, g.timenorm_b, din.norm, d.timenorm, a.timenorm_mean, a.timenorm_rstd,
+                          in.norm, x, p.timenorm_w, B, T, D, c->norm_num_groups);
 }
 
 const float* output_weight(const Model* m, Params p) { return m->config.share_emb ? p.embed : p.output; }
 float embedding_scale(const Config* c) { return c->scale_emb ? sqrt(c->model_dim) : 1.0; }
 
-// tokens (B,T) to s->acts.logits (B,T,vocab). start: the past, NULL for none; end: receives the state after these tokens,
+// tokens (B,T) to s->acts.logits (B,T,vocab). start: the past, NULL for none; end: receives the state after the tokens,
 // may be NULL or start. When end has a cache for attention, all tokens must belong to one chunk: start->pos + T <= c.
 void model_forward(const Model* m, const Pass* s, const int* tokens, const State* start, State* end) {
     const Config* c = &m->config;
@@ -1306,9 +1258,9 @@ void model_forward(const Model* m, const Pass* s, const int* tokens, const State
     Acts a = s->acts;
     embedding_forward(a.embed, tokens, m->params.embed, embedding_scale(c), rows, D);
     for (int l = 0; l < L; l++) { block_forward(m, s, l, start, end); }
-    timestepnorm_forward(a.final, a.final_mean, a.final_rstd, state_layer(end, c, L).norm, state_layer(start, c, L).norm,
-                         block_input(s->specs, a, L), m->params.final_w, m->params.final_b, B, T, D, c->norm_num_groups,
-                         c->norm_eps);
+    timestepnorm_forward(a.final, a.final_mean, a.final_rstd, state_layer(end, c, L).norm,
+                         state_layer(start, c, L).norm, block_input(s->specs, a, L), m->params.final_w,
+                         m->params.final_b, B, T, D, c->norm_num_groups, c->norm_eps);
     matmul_forward(a.logits, a.final, output_weight(m, m->params), NULL, NULL, rows, D, c->vocab_size);
     if (end) { end->pos = ((start ? start->pos : 0) + T) % c->chunk_size; }
 }
@@ -1318,23 +1270,21 @@ double model_loss(const Model* m, const Pass* s, const int* targets, size_t* sco
     size_t rows = (size_t)s->B * s->T;
     double sum = 0;
     crossentropy_forward(s->acts.losses, s->acts.logits, targets, rows, m->config.vocab_size);
-    for (size_t r = 0; r < rows; r++) {
-        sum += s->acts.losses[r];
-        *scored += targets[r] != IGNORE;
-    }
+    for (size_t r = 0; r < rows; r++) { sum += s->acts.losses[r]; *scored += targets[r] != IGNORE; }
     return sum;
 }
 
 // Adds to m->grads the gradient of dloss * (sum of losses), after model_forward and model_loss.
 void model_backward(const Model* m, const Pass* s, const int* tokens, const int* targets, float dloss,
-                           const State* start, State* dstart) {
+                    const State* start, State* dstart) {
     const Config* c = &m->config;
     int B = s->B, T = s->T, D = c->model_dim, L = c->num_layers;
     size_t rows = (size_t)B * T;
     Acts a = s->acts, d = s->grads;
     float* dx = block_input(s->dspecs, d, L);
     crossentropy_backward(a.logits, a.losses, targets, dloss, rows, c->vocab_size);
-    matmul_backward(d.final, (float*)output_weight(m, m->grads), NULL, a.logits, a.final, output_weight(m, m->params), NULL, rows, D, c->vocab_size);
+    matmul_backward(d.final, (float*)output_weight(m, m->grads), NULL, a.logits, a.final, output_weight(m, m->params),
+                    NULL, rows, D, c->vocab_size);
     memset(dx, 0, sizeof(float) * rows * D);
     timestepnorm_backward(dx, m->grads.final_w, m->grads.final_b, state_layer(dstart, c, L).norm, d.final, a.final_mean,
                           a.final_rstd, state_layer(start, c, L).norm, block_input(s->specs, a, L), m->params.final_w,
@@ -1363,9 +1313,9 @@ double model_grad_norm(const Model* m) {
     return sqrt(sum);
 }
 
-// AdamW as in PyTorch: w -= lr decay w, then w -= lr m_hat / (sqrt(v_hat) + eps), with gradients times grad_scale and step
-// counted from 1. Every parameter decays, the norms' too: their scale is stored as an offset from one (plus-1, eq. 23), so
-// that decay draws a scale to 1, where it changes nothing, and not to 0, where it would shut the layer off (appendix B.2).
+// AdamW as in PyTorch: w -= lr decay w, then w -= lr m_hat / (sqrt(v_hat) + eps); gradients are times grad_scale, steps
+// count from 1. Every parameter decays, the norms' too. Plus-1 (eq. 23) makes that right and needs no line here: scales
+// are stored as offsets from 1, so decay draws them to 1, not to 0, where they would shut the layer off (appendix B.2).
 void model_update(Model* m, const Options* o, double lr, int step, double grad_scale) {
     float *w = m->params.embed, *g = m->grads.embed, *m1 = m->adam_m.embed, *m2 = m->adam_v.embed;
     float beta1 = o->beta1, beta2 = o->beta2, eps = o->adam_eps, scale = grad_scale;
@@ -1384,7 +1334,7 @@ void model_update(Model* m, const Options* o, double lr, int step, double grad_s
 double clip_scale(double norm, double limit) { return limit > 0 && norm + 1e-6 > limit ? limit / (norm + 1e-6) : 1; }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// safetensors: 8 bytes header length, JSON header, data. The reader takes files from strangers: what is not exactly as the
+// safetensors: 8 bytes header length, JSON header, data. The reader takes files from strangers: what is not just as the
 // format says is refused, and nothing is believed before it is checked against the size of the file.
 
 enum { MAX_DIMS = 8, HEADER_LIMIT = 100000000 };
@@ -1404,46 +1354,41 @@ typedef struct {
     size_t data;       // where the data starts in the file
 } SafeTensors;
 
-// A parser of the JSON that headers are made of. After an error it reads as the end of the text.
-typedef struct { char *p, *end; const char* error; } Json;
+// A parser of the JSON that headers are made of. After the first error it reads as the end of the text.
+typedef struct { char *p, *end; const char *error, *name; } Json; // name: of the tensor that an error is about, or ""
 
-void json_fail(Json* j, const char* error) {
-    if (!j->error) { j->error = error; }
-    j->p = j->end;
+bool json_check(Json* j, bool good, const char* error) {
+    if (!good && !j->error) { j->error = error; j->p = j->end; }
+    return good;
 }
-
 char json_peek(Json* j) { // the next character that is not space; 0 at the end
     while (j->p < j->end && (*j->p == ' ' || *j->p == '\t' || *j->p == '\n' || *j->p == '\r')) { j->p++; }
     return j->p < j->end ? *j->p : 0;
 }
-
 bool json_take(Json* j, char c) {
-    if (json_peek(j) != c || j->p == j->end) { return false; }
-    j->p++;
-    return true;
+    bool there = json_peek(j) == c;
+    j->p += there;
+    return there;
 }
-
 void json_expect(Json* j, char c) {
-    static char error[] = "'?' was expected in the header";
-    if (json_take(j, c) || j->error) { return; }
-    error[1] = c;
-    json_fail(j, error);
+    if (!json_take(j, c) && !j->error) { json_check(j, false, text_of("'%c' was expected in the header", c)); }
 }
 
 // A string, decoded in place and ended by a zero byte. "" after an error.
 const char* json_string(Json* j) {
+    static const char escapes[] = "\"\\/bfnrtu", meanings[] = "\"\\/\b\f\n\r\t?"; // \u.... becomes a question mark
     json_expect(j, '"');
     char *start = j->p, *to = j->p;
     for (; j->p < j->end && *j->p != '"'; j->p++) {
-        static const char escapes[] = "\"\\/bfnrtu", meanings[] = "\"\\/\b\f\n\r\t?"; // \u.... becomes a question mark
-        if ((unsigned char)*j->p < 0x20) { json_fail(j, "a control character in a string"); return ""; }
+        if (!json_check(j, (unsigned char)*j->p >= 0x20, "a control character in a string")) { return ""; }
         if (*j->p != '\\') { *to++ = *j->p; continue; }
         const char* known = ++j->p < j->end && *j->p ? strchr(escapes, *j->p) : NULL;
-        if (!known || (*known == 'u' && j->end - j->p < 5)) { json_fail(j, "a bad escape in a string"); return ""; }
+        bool whole = known && (*known != 'u' || j->end - j->p >= 5);
+        if (!json_check(j, whole, "a bad escape in a string")) { return ""; }
         *to++ = meanings[known - escapes];
         j->p += *known == 'u' ? 4 : 0;
     }
-    if (j->p >= j->end) { json_fail(j, "a string does not end"); return ""; }
+    if (!json_check(j, j->p < j->end, "a string does not end") || j->error) { return ""; }
     j->p++;
     *to = 0;
     return start;
@@ -1453,52 +1398,45 @@ const char* json_string(Json* j) {
 int json_counts(Json* j, size_t* numbers, int most) {
     int n = 0;
     json_expect(j, '[');
-    if (json_take(j, ']')) { return 0; }
-    do {
-        if (n == most) { json_fail(j, "a list is too long"); return 0; }
-        if (!isdigit((unsigned char)json_peek(j))) { json_fail(j, "a whole number was expected"); return 0; }
-        for (numbers[n] = 0; j->p < j->end && isdigit((unsigned char)*j->p); j->p++) {
-            if (numbers[n] > SIZE_MAX / 100) { json_fail(j, "a number is too large"); return 0; }
-            numbers[n] = numbers[n] * 10 + (*j->p - '0');
-        }
-        n++;
-    } while (json_take(j, ','));
+    for (bool more = json_peek(j) != ']'; more && !j->error; more = json_take(j, ',')) {
+        json_check(j, n < most, "a list is too long");
+        if (!json_check(j, isdigit((unsigned char)json_peek(j)), "a whole number was expected")) { return 0; }
+        numbers[n] = strtoull(j->p, &j->p, 10); // a zero byte follows the header
+        json_check(j, numbers[n++] <= SIZE_MAX / 100, "a number is too large");
+    }
     json_expect(j, ']');
     return n;
 }
 
 // One tensor's {"dtype":...,"shape":[...],"data_offsets":[begin,end]}, its size checked against its shape.
 void json_tensor(Json* j, Tensor* t) {
-    static const char* fields[] = {"dtype", "shape", "data_offsets"};
     size_t offsets[2] = {0, 0};
-    unsigned seen = 0;
+    int num_offsets = -1;
+    t->dtype = t->num_dims = -1;
     json_expect(j, '{');
     do {
         const char* key = json_string(j);
-        int field = 0;
-        while (field < 3 && strcmp(key, fields[field])) { field++; }
         json_expect(j, ':');
-        if (field == 3 || seen >> field & 1) { json_fail(j, "its entry has an unknown or repeated field"); return; }
-        seen |= 1 << field;
-        if (field == 0) {
+        if (!strcmp(key, "dtype") && t->dtype < 0) {
             const char* name = json_string(j);
-            while (t->dtype < NUM_DTYPES && strcmp(name, dtypes[t->dtype].name)) { t->dtype++; }
-        } else if (field == 1) { t->num_dims = json_counts(j, t->dims, MAX_DIMS); }
-        else if (json_counts(j, offsets, 2) != 2) { json_fail(j, "data_offsets are not two numbers"); }
+            do { t->dtype++; } while (t->dtype < NUM_DTYPES && strcmp(name, dtypes[t->dtype].name));
+        } else if (!strcmp(key, "shape") && t->num_dims < 0) { t->num_dims = json_counts(j, t->dims, MAX_DIMS); }
+        else if (!strcmp(key, "data_offsets") && num_offsets < 0) { num_offsets = json_counts(j, offsets, 2); }
+        else { json_check(j, false, "its entry has an unknown or repeated field"); }
     } while (json_take(j, ','));
     json_expect(j, '}');
-    if (seen != 7) { json_fail(j, "dtype, shape or data_offsets is missing"); return; }
-    if (t->dtype == NUM_DTYPES) { json_fail(j, "its dtype is none of F32 F16 BF16 I32 I64"); return; }
+    json_check(j, t->dtype >= 0 && t->num_dims >= 0 && num_offsets >= 0, "dtype, shape or data_offsets is missing");
+    json_check(j, num_offsets == 2, "data_offsets are not two numbers");
+    json_check(j, t->dtype < NUM_DTYPES, "its dtype is none of F32 F16 BF16 I32 I64");
     t->size = 1;
-    t->begin = offsets[0];
-    t->end = offsets[1];
     for (int i = 0; i < t->num_dims; i++) {
-        if (t->dims[i] && t->size > SIZE_MAX / 16 / t->dims[i]) { json_fail(j, "its shape overflows"); return; }
+        json_check(j, !t->dims[i] || t->size <= SIZE_MAX / 16 / t->dims[i], "its shape overflows");
         t->size *= t->dims[i];
     }
-    if (t->end < t->begin || t->end - t->begin != t->size * dtypes[t->dtype].bytes) {
-        json_fail(j, "its data_offsets do not fit its shape and dtype");
-    }
+    t->begin = offsets[0]; t->end = offsets[1];
+    if (j->error) { return; }
+    json_check(j, t->begin <= t->end && t->end - t->begin == t->size * dtypes[t->dtype].bytes,
+               "its data_offsets do not fit its shape and dtype");
 }
 
 int tensor_by_offset(const void* a, const void* b) { // empty tensors first
@@ -1507,26 +1445,25 @@ int tensor_by_offset(const void* a, const void* b) { // empty tensors first
 }
 int tensor_by_name(const void* a, const void* b) { return strcmp(((const Tensor*)a)->name, ((const Tensor*)b)->name); }
 
-// The whole header, for a file with `bytes` of data. Returns NULL or what is wrong, and with which tensor (or "").
-const char* header_parse(SafeTensors* st, Json* j, size_t bytes, const char** name) {
+// The whole header, for a file with `bytes` of data.
+void header_parse(SafeTensors* st, Json* j, size_t bytes) {
     size_t at = 0;
     bool had_meta = false;
-    *name = "";
     st->tensors = (Tensor*)list_grow(NULL, 0, sizeof(Tensor)); // a file may have none
-    if (j->p == j->end || *j->p != '{') { return "the header does not start with '{'"; }
-    j->p++;
+    json_check(j, j->p < j->end && *j->p == '{', "the header does not start with '{'");
+    json_take(j, '{');
     for (bool more = json_peek(j) != '}'; more && !j->error; more = json_take(j, ',')) {
-        *name = json_string(j);
+        j->name = json_string(j);
         json_expect(j, ':');
-        if (strcmp(*name, "__metadata__")) {
-            if (st->num_tensors) { st->tensors = (Tensor*)list_grow(st->tensors, st->num_tensors, sizeof(Tensor)); }
+        if (strcmp(j->name, "__metadata__")) {
+            st->tensors = (Tensor*)list_grow(st->tensors, st->num_tensors, sizeof(Tensor));
             Tensor* t = &st->tensors[st->num_tensors++];
             memset(t, 0, sizeof(*t));
-            t->name = *name;
+            t->name = j->name;
             json_tensor(j, t);
             continue;
         }
-        if (had_meta) { return "stands twice"; }
+        json_check(j, !had_meta, "stands twice");
         had_meta = true;
         json_expect(j, '{');
         for (bool pair = json_peek(j) != '}'; pair && !j->error; pair = json_take(j, ',')) {
@@ -1537,25 +1474,24 @@ const char* header_parse(SafeTensors* st, Json* j, size_t bytes, const char** na
         }
         json_expect(j, '}');
     }
-    if (j->error) { return j->error; }
-    *name = "";
+    if (j->error) { return; }
+    j->name = "";
     json_expect(j, '}');
-    if (json_peek(j) || j->p != j->end) { json_fail(j, "something follows the header's object"); }
-    if (j->error) { return j->error; }
+    json_check(j, !json_peek(j) && j->p == j->end, "something follows the header's object");
     qsort(st->tensors, st->num_tensors, sizeof(Tensor), tensor_by_offset);
-    for (int i = 0; i < st->num_tensors; at = st->tensors[i++].end) { // they must tile the data exactly
-        *name = st->tensors[i].name;
-        if (st->tensors[i].begin != at) { return "its data overlaps another's or leaves a hole"; }
+    for (int i = 0; i < st->num_tensors && !j->error; at = st->tensors[i++].end) { // they must tile the data exactly
+        j->name = st->tensors[i].name;
+        json_check(j, st->tensors[i].begin == at, "its data overlaps another's or leaves a hole");
     }
-    *name = "";
-    if (at > bytes) { return "truncated: the data is shorter than the header says"; }
-    if (at < bytes) { return "bytes follow the last tensor's data"; }
+    if (j->error) { return; }
+    j->name = "";
+    json_check(j, at <= bytes, "truncated: the data is shorter than the header says");
+    json_check(j, at >= bytes, "bytes follow the last tensor's data");
     qsort(st->tensors, st->num_tensors, sizeof(Tensor), tensor_by_name);
-    for (int i = 1; i < st->num_tensors; i++) {
-        *name = st->tensors[i].name;
-        if (!strcmp(*name, st->tensors[i - 1].name)) { return "stands twice"; }
+    for (int i = 1; i < st->num_tensors && !j->error; i++) {
+        j->name = st->tensors[i].name;
+        json_check(j, strcmp(j->name, st->tensors[i - 1].name), "stands twice");
     }
-    return NULL;
 }
 
 void safetensors_close(SafeTensors* st) {
@@ -1570,21 +1506,24 @@ const char* safetensors_try(SafeTensors* st, const char* path) {
     unsigned char length[8] = {0};
     struct stat info;
     uint64_t n = 0;
-    const char *error, *name = "";
+    Json json = {NULL, NULL, NULL, ""};
     memset(st, 0, sizeof(*st));
     snprintf(st->path, sizeof(st->path), "%s", path);
     if (!(st->file = fopen(path, "rb")) || fstat(fileno(st->file), &info)) { return strerror(errno); }
     size_t got = fread(length, 1, 8, st->file), bytes = S_ISREG(info.st_mode) ? info.st_size : 0;
     for (int i = 0; i < 8; i++) { n |= (uint64_t)length[i] << 8 * i; }
-    if (got < 8 || bytes < 8 || n > HEADER_LIMIT || n > bytes - 8) { error = "not a safetensors file, or a truncated one"; }
-    else {
+    if (got < 8 || bytes < 8 || n > HEADER_LIMIT || n > bytes - 8) {
+        json.error = "not a safetensors file, or a truncated one";
+    } else {
         st->data = 8 + n;
-        st->header = (char*)xcalloc(n + 1, 1);
-        Json json = {st->header, st->header + n, NULL};
-        error = fread(st->header, 1, n, st->file) == n ? header_parse(st, &json, bytes - st->data, &name) : strerror(errno);
+        json.p = st->header = (char*)xcalloc(n + 1, 1);
+        json.end = json.p + n;
+        if (fread(st->header, 1, n, st->file) != n) { json.error = strerror(errno); }
+        else { header_parse(st, &json, bytes - st->data); }
     }
-    if (!error) { return NULL; }
-    snprintf(st->error, sizeof(st->error), "%s%.200s%s%s", *name ? "tensor '" : "", name, *name ? "': " : "", error);
+    if (!json.error) { return NULL; }
+    const char* where = *json.name ? text_of("tensor '%.200s': ", json.name) : "";
+    snprintf(st->error, sizeof(st->error), "%s%s", where, json.error);
     safetensors_close(st);
     return st->error;
 }
@@ -1609,7 +1548,8 @@ const char* safetensors_meta(const SafeTensors* st, const char* key) {
 
 float half_to_float(uint16_t h) {
     int exponent = h >> 10 & 31, mantissa = h & 1023;
-    float x = exponent == 31 ? (mantissa ? NAN : INFINITY) : ldexpf(mantissa + (exponent ? 1024 : 0), (exponent ? exponent : 1) - 25);
+    float x = exponent == 31 ? (mantissa ? NAN : INFINITY)
+            : exponent ? ldexpf(mantissa + 1024, exponent - 25) : ldexpf(mantissa, -24);
     return h >> 15 ? -x : x;
 }
 
@@ -1620,36 +1560,35 @@ void tensor_read(const SafeTensors* st, const Tensor* t, float* out) {
     bool good = !fseeko(st->file, st->data + t->begin, SEEK_SET);
     for (size_t i = 0; i < t->size;) {
         size_t n = min_size(t->size - i, sizeof(buffer) / width);
-        if (!good || fread(buffer, width, n, st->file) != n) { die("%s: tensor '%s' cannot be read", st->path, t->name); }
+        good = good && fread(buffer, width, n, st->file) == n;
+        if (!good) { die("%s: tensor '%s' cannot be read", st->path, t->name); }
         for (const unsigned char* p = buffer; n > 0; n--, p += width) {
             uint64_t bits = 0;
             for (int b = 0; b < width; b++) { bits |= (uint64_t)p[b] << 8 * b; }
             uint32_t word = t->dtype == BF16 ? bits << 16 : bits;
             float f;
             memcpy(&f, &word, 4);
-            out[i++] = t->dtype == F16 ? half_to_float(bits) : t->dtype == I32 ? (int32_t)word : t->dtype == I64 ? (int64_t)bits : f;
+            out[i++] = t->dtype == F16 ? half_to_float(bits) : t->dtype == I32 ? (int32_t)word
+                     : t->dtype == I64 ? (int64_t)bits : f;
         }
     }
 }
 
-// "[ 2 3 4 ]" of the n dimensions.
-const char* shape_text(char buffer[256], const size_t* dims, int n) {
-    int at = snprintf(buffer, 256, "[ ");
-    for (int i = 0; i < n; i++) { at += snprintf(buffer + at, 256 - at, "%zu ", dims[i]); }
-    snprintf(buffer + at, 256 - at, "]");
-    return buffer;
+const char* shape_text(const size_t* dims, int n) { // "[ 2 3 4 ]"
+    const char* text = "[ ";
+    for (int i = 0; i < n; i++) { text = text_of("%s%zu ", text, dims[i]); }
+    return text_of("%s]", text);
 }
 
 // Reads the tensor `name` into out, or only checks it if out is NULL; it must have the shape that the spec says.
 void safetensors_read(const SafeTensors* st, const char* name, const Spec* spec, float* out) {
     const Tensor* t = safetensors_find(st, name);
-    char has[256], wants[256];
     int n = 0;
     if (!t) { die("%s: tensor '%s' is missing", st->path, name); }
     while (n < 3 && spec->dims[n]) { n++; }
     if (t->num_dims != n || memcmp(t->dims, spec->dims, n * sizeof(size_t))) {
-        die("%s: tensor '%s' has shape %s, expected %s", st->path, name, shape_text(has, t->dims, t->num_dims),
-            shape_text(wants, spec->dims, n));
+        die("%s: tensor '%s' has shape %s, expected %s", st->path, name, shape_text(t->dims, t->num_dims),
+            shape_text(spec->dims, n));
     }
     if (out) { tensor_read(st, t, out); }
 }
@@ -1659,89 +1598,93 @@ void safetensors_read(const SafeTensors* st, const char* name, const Spec* spec,
 
 enum { INT, REAL, BOOL, TEXT, FLAG };
 enum { MODEL_GROUP, TRAINING_GROUP, MODE_GROUP };
-#define MODEL_ROW(kind, name, d, low, high, help) {#name, kind, MODEL_GROUP, offsetof(Options, model.name), low, high, help},
-#define TRAINING_ROW(kind, name, d, low, high, help) {#name, kind, TRAINING_GROUP, offsetof(Options, name), low, high, help},
-#define MODE_ROW(kind, name, d, low, high, help) {#name, kind, MODE_GROUP, offsetof(Options, name), low, high, help},
+#define MODEL_ROW(kind, name, value, ...)    {#name, kind, MODEL_GROUP, offsetof(Options, model.name), __VA_ARGS__},
+#define TRAINING_ROW(kind, name, value, ...) {#name, kind, TRAINING_GROUP, offsetof(Options, name), __VA_ARGS__},
+#define MODE_ROW(kind, name, value, ...)     {#name, kind, MODE_GROUP, offsetof(Options, name), __VA_ARGS__},
 typedef struct { const char* name; int kind, group; size_t offset; double low, high; const char* help; } OptionRow;
-static const OptionRow option_rows[] = { MODEL_OPTIONS(MODEL_ROW) TRAINING_OPTIONS(TRAINING_ROW) MODE_OPTIONS(MODE_ROW) };
+static const OptionRow option_rows[] = {
+    MODEL_OPTIONS(MODEL_ROW) TRAINING_OPTIONS(TRAINING_ROW) MODE_OPTIONS(MODE_ROW)
+};
 enum { NUM_OPTIONS = sizeof(option_rows) / sizeof(option_rows[0]) };
 
 // The value of option i as text that option_set reads back exactly.
-const char* option_text(const Options* o, int i, char buffer[32]) {
+const char* option_text(const Options* o, int i) {
     const char* at = (const char*)o + option_rows[i].offset;
     if (option_rows[i].kind == TEXT) { return *(const char**)at; }
-    if (option_rows[i].kind != REAL) { snprintf(buffer, 32, "%d", *(int*)at); return buffer; }
-    for (int digits = 6; digits <= 17; digits++) { // as few as it takes
-        snprintf(buffer, 32, "%.*g", digits, *(double*)at);
-        if (strtod(buffer, NULL) == *(double*)at) { break; }
-    }
-    return buffer;
+    if (option_rows[i].kind != REAL) { return text_of("%d", *(int*)at); }
+    char text[32];
+    int digits = 5; // or as many as it takes
+    do { snprintf(text, sizeof(text), "%.*g", ++digits, *(double*)at); } while (strtod(text, NULL) != *(double*)at);
+    return text_of("%s", text);
 }
 
-// --with-dashes
-const char* option_flag(int i, char buffer[32]) {
-    snprintf(buffer, 32, "--%s", option_rows[i].name);
-    for (char* s = buffer; *s; s++) { *s = *s == '_' ? '-' : *s; }
-    return buffer;
+const char* option_flag(int i) { // --with-dashes
+    char* flag = text_of("--%s", option_rows[i].name);
+    for (char* s = flag; *s; s++) { *s = *s == '_' ? '-' : *s; }
+    return flag;
 }
 
-// Sets option i from text, which must outlive o; `source` names a file for the message if the text will not do, or is "".
+// In files the model's options have their own names, the others a prefix.
+const char* option_key(int i) {
+    return text_of("%s%s", option_rows[i].group == MODEL_GROUP ? "" : "flag.", option_rows[i].name);
+}
+
+// Sets option i from text, which must outlive o. `source`: for the message, the file that the text is from, or "".
 void option_set(Options* o, int i, const char* text, const char* source) {
     const OptionRow* row = &option_rows[i];
-    char *at = (char*)o + row->offset, *end, flag[32];
+    char *at = (char*)o + row->offset, *end;
     if (row->kind == TEXT) { *(const char**)at = text; return; }
     errno = 0;
     double x = row->kind == REAL ? strtod(text, &end) : strtol(text, &end, 10);
     if (errno || end == text || *end || isspace((unsigned char)*text) || !(x >= row->low && x <= row->high)) {
-        die("%s%s%s \"%s\": expected a %s from %.9g to %.9g", source, *source ? ": " : "", option_flag(i, flag), text,
+        die("%s%s%s \"%s\": expected a %s from %.9g to %.9g", source, *source ? ": " : "", option_flag(i), text,
             row->kind == REAL ? "number" : "whole number", row->low, row->high);
     }
     if (row->kind == REAL) { *(double*)at = x; } else { *(int*)at = x; }
 }
 
 void print_help(void) {
-    static const char* titles[] = {"The model (a preset first, then any of these):", "Data and training:", "Where to start, and what to do instead of training:"};
+    static const char* titles[] = {"The model (a preset first, then any of these):", "Data and training:",
+                                   "Where to start, and what to do instead of training:"};
     printf("Trains a Megalodon language model, or evaluates it (--eval), or samples from it (--generate).\n"
            "usage: train_megalodon [--flag value]...\n");
     for (int i = 0, group = -1; i < NUM_OPTIONS; i++) {
-        char text[32], flag[32];
-        const char* value = option_text(&default_options, i, text);
+        const char* value = option_text(&default_options, i);
         if (option_rows[i].group != group) { printf("\n%s\n", titles[group = option_rows[i].group]); }
-        printf("  %-20s %s", option_flag(i, flag), option_rows[i].help);
-        printf(option_rows[i].kind == FLAG || !*value ? "\n" : strlen(value) > 12 ? "\n%23s(%s)\n" : "%s (%s)\n", "", value);
+        printf("  %-20s %s", option_flag(i), option_rows[i].help);
+        bool none = option_rows[i].kind == FLAG || !*value;
+        printf(none ? "\n" : strlen(value) > 12 ? "\n%23s(%s)\n" : "%s (%s)\n", "", value);
     }
 }
 
 int option_find(const char* word) {
-    char flag[32];
     for (int i = 0; i < NUM_OPTIONS; i++) {
-        if (!strcmp(word, option_flag(i, flag))) { return i; }
+        if (!strcmp(word, option_flag(i))) { return i; }
     }
     die("unknown option \"%s\": --help lists all of them", word);
 }
 
-// The configuration that a file records, over o; a flag given that contradicts it is refused. all: not the model's alone.
+// What a file records, over o, only for the model unless `all`; a model's flag given that contradicts it is refused.
 void options_from_file(Options* o, const SafeTensors* st, const bool* given, bool all) {
     for (int i = 0; i < NUM_OPTIONS && option_rows[i].group <= (all ? TRAINING_GROUP : MODEL_GROUP); i++) {
-        char key[64], ours[32], theirs[32];
-        snprintf(key, sizeof(key), "%s%s", option_rows[i].group == MODEL_GROUP ? "" : "flag.", option_rows[i].name);
-        const char* text = safetensors_meta(st, key);
+        const char* text = safetensors_meta(st, option_key(i));
         Options file = *o;
         if (!text) { continue; }
         option_set(&file, i, text, st->path);
+        const char *theirs = option_text(&file, i), *ours = option_text(o, i);
         if (!given[i]) { option_set(o, i, option_rows[i].kind == TEXT ? strdup(text) : text, st->path); }
-        else if (option_rows[i].group == MODEL_GROUP && strcmp(option_text(&file, i, theirs), option_text(o, i, ours))) {
+        else if (option_rows[i].group == MODEL_GROUP && strcmp(theirs, ours)) {
             die("%s has %s %s, the flags say %s", st->path, option_rows[i].name, theirs, ours);
         }
     }
 }
 
 void options_print(const Options* o, FILE* f) {
-    for (int i = 0, column = 0; i < NUM_OPTIONS && option_rows[i].group != MODE_GROUP; i++) {
-        char text[32];
-        const char *value = option_text(o, i, text), *next = i + 1 == NUM_OPTIONS ? "" : option_rows[i + 1].name;
+    for (int i = 0, column = 0; option_rows[i].group != MODE_GROUP; i++) {
+        const char* value = option_text(o, i);
         if (*value) { column += fprintf(f, "%s%s %s", column ? " | " : "", option_rows[i].name, value); }
-        if (column + strlen(next) > 96 || option_rows[i + 1].group != option_rows[i].group) { column = 0; fputc('\n', f); }
+        bool full = column + strlen(option_rows[i + 1].name) > 96;
+        if (full || option_rows[i + 1].group != option_rows[i].group) { column = 0; fputc('\n', f); }
     }
 }
 
@@ -1752,16 +1695,15 @@ void options_print(const Options* o, FILE* f) {
 void checkpoint_save(const Model* m, const Options* o, int step) {
     static const char* prefixes[3] = {"", "adam_m.", "adam_v."};
     const Params* blocks[3] = {&m->params, &m->adam_m, &m->adam_v};
-    char path[PATH_MAX], part[PATH_MAX + 8], *header = NULL;
+    char* header = NULL;
     size_t length = 0, offset = 0;
     FILE* h = open_memstream(&header, &length);
     if (!h) { die("out of memory"); }
     fprintf(h, "{\"__metadata__\":{\"format\":\"megalodon\",\"step\":\"%d\",\"tokens\":\"%.0f\"", step,
             (double)step * o->accum * o->batch * o->seq);
-    for (int i = 0; i < NUM_OPTIONS && option_rows[i].group != MODE_GROUP; i++) {
-        char text[32];
-        fprintf(h, ",\"%s%s\":\"", option_rows[i].group == MODEL_GROUP ? "" : "flag.", option_rows[i].name);
-        for (const char* s = option_text(o, i, text); *s; s++) {
+    for (int i = 0; option_rows[i].group != MODE_GROUP; i++) {
+        fprintf(h, ",\"%s\":\"", option_key(i));
+        for (const char* s = option_text(o, i); *s; s++) {
             if (*s == '"' || *s == '\\') { fputc('\\', h); }
             fputc((unsigned char)*s < 0x20 ? '?' : *s, h);
         }
@@ -1772,7 +1714,8 @@ void checkpoint_save(const Model* m, const Options* o, int step) {
         const Spec* s = &m->specs[i % NUM_PARAMS];
         for (int l = 0; s->size && l < s->slots; l++, offset += s->size * sizeof(float)) {
             char name[128];
-            fprintf(h, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", layer_name(name, prefixes[i / NUM_PARAMS], s->name, l));
+            layer_name(name, prefixes[i / NUM_PARAMS], s->name, l);
+            fprintf(h, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", name);
             for (int d = 0; d < 3 && s->dims[d]; d++) { fprintf(h, "%s%zu", d ? "," : "", s->dims[d]); }
             fprintf(h, "],\"data_offsets\":[%zu,%zu]}", offset, offset + s->size * sizeof(float));
         }
@@ -1781,8 +1724,7 @@ void checkpoint_save(const Model* m, const Options* o, int step) {
     while (ftell(h) % 8) { fputc(' ', h); }
     fclose(h);
 
-    snprintf(path, sizeof(path), "%s/step_%08d.safetensors", o->out, step);
-    snprintf(part, sizeof(part), "%s.part", path);
+    const char *path = text_of("%s/step_%08d.safetensors", o->out, step), *part = text_of("%s.part", path);
     FILE* f = fopen(part, "wb");
     bool good = f != NULL;
     for (int i = 0; good && i < 8; i++) { good = fputc(length >> 8 * i & 255, f) != EOF; }
@@ -1818,9 +1760,8 @@ int checkpoint_newest(const char* folder, int below) {
 
 // Opens the newest valid checkpoint in a folder.
 void checkpoint_open(SafeTensors* st, const char* folder) {
-    char path[PATH_MAX];
     for (int step = INT_MAX; (step = checkpoint_newest(folder, step)) >= 0;) {
-        snprintf(path, sizeof(path), "%s/step_%08d.safetensors", folder, step);
+        const char* path = text_of("%s/step_%08d.safetensors", folder, step);
         const char* error = safetensors_try(st, path);
         if (!error && safetensors_meta(st, "step")) { return; }
         fprintf(stderr, "skipping %s: %s\n", path, error ? error : "not a checkpoint");
@@ -1828,8 +1769,7 @@ void checkpoint_open(SafeTensors* st, const char* folder) {
     die("--resume %s: no valid step_*.safetensors there", folder);
 }
 
-// Reads every tensor of a block of parameters, or only checks that all are there if block is NULL. prefix is "" for
-// weights, "adam_m." or "adam_v."
+// Reads all tensors of a block of parameters; if NULL, only checks them. prefix: "", "adam_m." or "adam_v."
 void params_load(const Spec specs[NUM_PARAMS], const Params* block, const SafeTensors* st, const char* prefix) {
     char name[128];
     for (int i = 0; i < NUM_PARAMS; i++) {
@@ -1840,17 +1780,17 @@ void params_load(const Spec specs[NUM_PARAMS], const Params* block, const SafeTe
     }
 }
 
-// Reads the weights, and refuses files that hold more than this model has. A released state dict also holds buffers, which
-// mean nothing here, and the embedding again as the output layer where they are tied.
+// Reads the weights, and refuses files that hold more than this model has. A released state dict also holds buffers,
+// which mean nothing here, and the embedding again as the output layer where they are tied.
 void model_load(Model* m, const SafeTensors* st) {
     char name[128];
     params_load(m->specs, &m->params, st, "");
     for (int t = 0; t < st->num_tensors; t++) {
         const char *has = st->tensors[t].name, *dot = strrchr(has, '.');
         bool known = !strncmp(has, "adam_", 5) || !strcmp(has, "rope.freqs") || (dot && !strncmp(dot, ".prior_", 7));
-        for (int i = 0; i < NUM_PARAMS && !known; i++) {
-            for (int l = 0; m->specs[i].size && l < m->specs[i].slots && !known; l++) {
-                known = !strcmp(has, layer_name(name, "", m->specs[i].name, l));
+        for (const Spec* s = m->specs; s < m->specs + NUM_PARAMS; s++) {
+            for (int l = 0; s->size && l < s->slots && !known; l++) {
+                known = !strcmp(has, layer_name(name, "", s->name, l));
             }
         }
         if (!known && m->config.share_emb && !strcmp(has, "output.output.weight")) {
@@ -1873,8 +1813,7 @@ typedef struct { Segment* segments; int count; size_t size; } Dataset;
 void dataset_add(Dataset* d, Segment s, size_t begin, size_t end) {
     if (begin == end) { return; }
     d->segments = (Segment*)list_grow(d->segments, d->count, sizeof(Segment));
-    s.begin = begin;
-    s.end = end;
+    s.begin = begin; s.end = end;
     d->segments[d->count++] = s;
     d->size += end - begin;
 }
@@ -1889,18 +1828,18 @@ Segment token_file(const char* path) {
     int fd = open(path, O_RDONLY);
     if (fd < 0 || fstat(fd, &info)) { die("%s: %s", path, strerror(errno)); }
     if (!S_ISREG(info.st_mode)) { die("%s: not a regular file", path); }
-    s.end = info.st_size;
+    size_t bytes = s.end = info.st_size;
     if (dot && !strcmp(dot, ".bin")) {
         if (read(fd, header, sizeof(header)) != sizeof(header)) { die("%s: truncated: no header of 1024 bytes", path); }
         s.offset = sizeof(header);
-        s.width = header[0] == 20240520 && header[1] == 1 ? 2 : header[0] == 20240801 && header[1] == 7 ? 4 : 0;
+        int magic = header[0], version = header[1], count = header[2];
+        s.width = magic == 20240520 && version == 1 ? 2 : magic == 20240801 && version == 7 ? 4 : 0;
         if (!s.width) {
-            die("%s: magic %d version %d: llm.c's token files have 20240520/1 or 20240801/7", path, header[0], header[1]);
+            die("%s: magic %d version %d: llm.c's token files have 20240520/1 or 20240801/7", path, magic, version);
         }
-        s.end = header[2];
-        if (header[2] < 0 || (size_t)info.st_size != s.offset + s.end * s.width) {
-            die("%s: %d tokens do not make a file of %zu bytes", path, header[2], (size_t)info.st_size);
-        }
+        s.end = count;
+        bool fits = count >= 0 && bytes == s.offset + s.end * s.width;
+        if (!fits) { die("%s: %d tokens do not make a file of %zu bytes", path, count, bytes); }
     }
     close(fd);
     if (s.end == 0) { die("%s: empty", path); }
@@ -1929,7 +1868,7 @@ void dataset_read(const Dataset* d, size_t at, size_t n, int* out, int vocab) {
     for (const Segment* s = d->segments; n > 0; at -= min_size(at, s->end - s->begin), s++) {
         if (at >= s->end - s->begin) { continue; }
         size_t take = min_size(n, s->end - s->begin - at), bytes = take * s->width, done = 0;
-        unsigned char* p = (unsigned char*)out + take * (sizeof(int) - s->width); // to be widened from the front, in place
+        unsigned char* p = (unsigned char*)out + take * (sizeof(int) - s->width); // widened in place, from the front
         int fd = open(s->path, O_RDONLY);
         for (ssize_t got = 1; fd >= 0 && done < bytes && got > 0; done += got > 0 ? got : 0) {
             got = pread(fd, p + done, bytes - done, s->offset + (s->begin + at) * s->width + done);
@@ -1939,12 +1878,11 @@ void dataset_read(const Dataset* d, size_t at, size_t n, int* out, int vocab) {
         for (size_t k = 0; k < take; k++, p += s->width) {
             uint32_t id = 0;
             for (int b = 0; b < s->width; b++) { id |= (uint32_t)p[b] << 8 * b; }
-            if (id >= (uint32_t)vocab) { die("%s: token %zu is %u, vocab_size is %d", s->path, s->begin + at + k, id, vocab); }
             out[k] = id;
+            if (id < (uint32_t)vocab) { continue; }
+            die("%s: token %zu is %u, vocab_size is %d", s->path, s->begin + at + k, id, vocab);
         }
-        out += take;
-        n -= take;
-        at += take;
+        out += take; n -= take; at += take;
     }
 }
 
@@ -1954,7 +1892,7 @@ void dataset_check(const Dataset* d, int vocab) {
     for (size_t at = 0; at < d->size; at += 4096) { dataset_read(d, at, min_size(4096, d->size - at), piece, vocab); }
 }
 
-// Sequence `row` of step `step` and the token that follows it, T + 1 in all, from a uniformly random place: a pure function
+// Sequence `row` of a step and the token that follows it, T + 1 in all, from a uniformly random place: a pure function
 // of (seed, step, row), whoever asks.
 void dataset_sample(const Dataset* d, int seed, uint64_t step, uint64_t row, int T, int vocab, int* out) {
     dataset_read(d, random_bits(seed, ((uint64_t)1 << 56) + step, row) % (d->size - T), T + 1, out, vocab);
@@ -1971,16 +1909,12 @@ void stream_alloc(Stream* s, const Config* c) {
     state_alloc(&s->state, c, 1, true);
 }
 
-void stream_free(Stream* s) {
-    pass_free(&s->pass);
-    state_free(&s->state);
-}
+void stream_free(Stream* s) { pass_free(&s->pass); state_free(&s->state); }
 
 // Mean loss in nats over the tokens of d in order, state carried; each but the first is scored once.
 double evaluate(const Model* m, Stream* s, const Dataset* d, size_t* scored) {
-    double sum = 0;
+    double sum = *scored = 0;
     state_reset(&s->state, &m->config);
-    *scored = 0;
     for (size_t at = 0; at + 1 < d->size; at += s->pass.T) {
         s->pass.T = min_int(min_size(d->size - 1 - at, STREAM_TOKENS), m->config.chunk_size - s->state.pos);
         dataset_read(d, at, s->pass.T + 1, s->tokens, m->config.vocab_size);
@@ -1996,8 +1930,8 @@ int candidate_by_p(const void* a, const void* b) {
     return x->p != y->p ? (x->p < y->p) - (x->p > y->p) : x->id - y->id;
 }
 
-// Draws from softmax(logits / temperature) cut to the top_k likeliest tokens and then to the likeliest that together hold
-// top_p, with u uniform in [0,1).
+// Draws from softmax(logits / temperature), cut to the top_k likeliest tokens and then to the likeliest that hold top_p
+// together; u is uniform in [0,1).
 int sample(const float* logits, int vocab, const Options* o, double u) {
     Candidate* c = (Candidate*)xcalloc(vocab, sizeof(Candidate));
     int n = o->top_k ? min_int(o->top_k, vocab) : vocab, i = 0;
@@ -2006,7 +1940,7 @@ int sample(const float* logits, int vocab, const Options* o, double u) {
     qsort(c, vocab, sizeof(Candidate), candidate_by_p);
     float top = c[0].p;
     for (int v = 0; v < n; v++) { sum += c[v].p = o->temperature > 0 ? exp((c[v].p - top) / o->temperature) : v == 0; }
-    for (i = 0; i < n && (i == 0 || kept < o->top_p * sum); i++) { kept += c[i].p; }
+    for (; i < n && (i == 0 || kept < o->top_p * sum); i++) { kept += c[i].p; }
     n = i;
     u *= kept;
     for (i = 0; i < n - 1 && u >= c[i].p; i++) { u -= c[i].p; }
@@ -2024,7 +1958,8 @@ void generate(const Model* m, Stream* s, const Options* o, int n, uint64_t strea
     for (int i = 0, token; i < length + n; i++) {
         if (i < length) { token = (unsigned char)prompt[i]; }
         else {
-            token = sample(s->pass.acts.logits, vocab, o, random_uniform(o->seed, ((uint64_t)2 << 56) + stream, i - length));
+            double u = random_uniform(o->seed, ((uint64_t)2 << 56) + stream, i - length);
+            token = sample(s->pass.acts.logits, vocab, o, u);
             if (vocab <= 256) { putchar(token); } else { printf("%d ", token); }
             fflush(stdout);
         }
@@ -2058,31 +1993,31 @@ double seconds(void) {
     return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
-// Opens DIR/log.tsv to go on after `step`: rows past it, which a killed run may have left, are dropped.
+// Opens DIR/log.tsv to go on after `step`: rows past it, which a killed run may have left, are cut off.
 FILE* log_open(const Options* o, int step) {
-    char path[PATH_MAX], part[PATH_MAX + 8], line[1024];
-    snprintf(path, sizeof(path), "%s/log.tsv", o->out);
-    snprintf(part, sizeof(part), "%s.part", path);
-    FILE *old = step > 0 ? fopen(path, "r") : NULL, *f = fopen(part, "w");
-    if (!f) { die("cannot write %s: %s", part, strerror(errno)); }
-    fprintf(f, "step\ttokens\tloss\tgrad_norm\tlr\ttok_s\tms\tval_loss\n");
-    while (old && fgets(line, sizeof(line), old)) {
-        if (isdigit((unsigned char)*line) && strchr(line, '\n') && atoi(line) <= step) { fputs(line, f); }
-    }
-    if (old) { fclose(old); }
-    if (fflush(f) || rename(part, path)) { die("cannot write %s: %s", path, strerror(errno)); }
+    const char* path = text_of("%s/log.tsv", o->out);
+    char line[1024];
+    long end = 0;
+    FILE* f = fopen(path, step > 0 ? "a+" : "w+"); // "a" writes at the end, wherever that is by then
+    if (!f) { die("cannot write %s: %s", path, strerror(errno)); }
+    while (fgets(line, sizeof(line), f) && strchr(line, '\n') && (end == 0 || atoi(line) <= step)) { end = ftell(f); }
+    if (ftruncate(fileno(f), end)) { die("cannot write %s: %s", path, strerror(errno)); }
+    fseek(f, end, SEEK_SET);
+    if (end == 0) { fprintf(f, "step\ttokens\tloss\tgrad_norm\tlr\ttok_s\tms\tval_loss\n"); }
+    if (fflush(f)) { die("cannot write %s: %s", path, strerror(errno)); }
     return f;
 }
 
 // Prints the line of a finished step, and adds it to log.tsv. val is NAN where the step has no validation.
-void log_step(const Options* o, FILE* log, int step, double loss, double norm, double lr, double ms, double left, double val) {
-    double tokens = (double)o->accum * o->batch * o->seq;
-    printf("step %d/%d | loss %.4f | norm %.3f | lr %.2e | %.0f tok/s | %.1f ms | %d:%02d left\n", step, o->steps, loss, norm,
-           lr, 1e3 * tokens / ms, ms, (int)left / 60, (int)left % 60);
+void log_step(const Options* o, FILE* log, int step, double loss, double norm, double lr, double ms, double left,
+              double val) {
+    double tokens = (double)o->accum * o->batch * o->seq, speed = 1e3 * tokens / ms;
+    printf("step %d/%d | loss %.4f | norm %.3f | lr %.2e | %.0f tok/s | %.1f ms | %d:%02d left\n", step, o->steps, loss,
+           norm, lr, speed, ms, (int)left / 60, (int)left % 60);
     if (!isnan(val)) { printf("step %d: val loss %.4f\n", step, val); }
     fflush(stdout);
     if (!log) { return; }
-    fprintf(log, "%d\t%.0f\t%.9g\t%.9g\t%.9g\t%.1f\t%.3f\t", step, step * tokens, loss, norm, lr, 1e3 * tokens / ms, ms);
+    fprintf(log, "%d\t%.0f\t%.9g\t%.9g\t%.9g\t%.1f\t%.3f\t", step, step * tokens, loss, norm, lr, speed, ms);
     fprintf(log, isnan(val) ? "\n" : "%.9g\n", val);
     if (fflush(log)) { die("cannot write %s/log.tsv: %s", o->out, strerror(errno)); }
 }
@@ -2091,24 +2026,21 @@ void train(Model* m, const Options* o, int first_step, const Dataset* data, cons
     const Config* c = &m->config;
     int B = o->batch, T = o->seq;
     size_t rows = (size_t)B * T, scored;
-    int *tokens = (int*)xcalloc(rows, sizeof(int)), *targets = (int*)xcalloc(rows, sizeof(int));
-    int* row = (int*)xcalloc((size_t)T + 1, sizeof(int));
+    int *tokens = (int*)xcalloc(rows + 1, sizeof(int)), *targets = (int*)xcalloc(rows, sizeof(int));
     Pass pass;
     Stream stream;
     pass_alloc(&pass, c, B, T, o->recompute ? KEEP_BLOCKS : KEEP_ALL, KEEP_NONE);
     stream_alloc(&stream, c);
     FILE* log = *o->out ? log_open(o, first_step) : NULL;
-    signal(SIGINT, on_signal);
-    signal(SIGTERM, on_signal);
-    double started = seconds();
+    signal(SIGINT, on_signal); signal(SIGTERM, on_signal);
+    double started = seconds(), dloss = 1.0 / rows / o->accum;
     for (int step = first_step; step < o->steps; step++) {
-        double step_started = seconds(), loss = 0, val = NAN, lr = learning_rate(o, step), dloss = 1.0 / rows / o->accum;
+        double step_started = seconds(), loss = 0, val = NAN, lr = learning_rate(o, step);
         memset(m->grads.embed, 0, m->num_parameters * sizeof(float));
         for (int micro = 0; micro < o->accum; micro++) {
-            for (int b = 0; b < B; b++) {
-                dataset_sample(data, o->seed, step, (uint64_t)micro * B + b, T, c->vocab_size, row);
-                memcpy(tokens + (size_t)b * T, row, T * sizeof(int));
-                memcpy(targets + (size_t)b * T, row + 1, T * sizeof(int));
+            for (size_t b = 0; b < (size_t)B; b++) { // T + 1 tokens; the next row overwrites the last of them
+                dataset_sample(data, o->seed, step, (uint64_t)micro * B + b, T, c->vocab_size, tokens + b * T);
+                memcpy(targets + b * T, tokens + b * T + 1, T * sizeof(int));
             }
             model_forward(m, &pass, tokens, NULL, NULL);
             loss += model_loss(m, &pass, targets, &scored) * dloss;
@@ -2123,25 +2055,25 @@ void train(Model* m, const Options* o, int first_step, const Dataset* data, cons
         }
         model_update(m, o, lr, done, clip_scale(norm, o->clip));
         double ms = 1e3 * (seconds() - step_started);
-        if (held_out->size > 1 && (last || (o->val_every && done % o->val_every == 0))) {
-            val = evaluate(m, &stream, held_out, &scored);
-        }
-        log_step(o, log, done, loss, norm, lr, ms, (seconds() - started) / (done - first_step) * (o->steps - done), val);
+        bool validates = held_out->size > 1 && (last || (o->val_every && done % o->val_every == 0));
+        if (validates) { val = evaluate(m, &stream, held_out, &scored); }
+        double left = (seconds() - started) / (done - first_step) * (o->steps - done);
+        log_step(o, log, done, loss, norm, lr, ms, left, val);
         if (o->sample_every && (last || done % o->sample_every == 0)) {
             printf("---- sample ----\n");
             generate(m, &stream, o, 400, done);
             printf("\n----------------\n");
         }
         bool stop = stop_asked; // read once: a signal may come at any moment
-        if (*o->out && (last || stop || (o->checkpoint_every && done % o->checkpoint_every == 0))) { checkpoint_save(m, o, done); }
-        if (stop) { printf("stopped by a signal after step %d, %s\n", done, *o->out ? "saved" : "not saved: no --out"); break; }
+        bool due = last || stop || (o->checkpoint_every && done % o->checkpoint_every == 0);
+        if (*o->out && due) { checkpoint_save(m, o, done); }
+        if (!stop) { continue; }
+        printf("stopped by a signal after step %d, %s\n", done, *o->out ? "saved" : "not saved: no --out");
+        break;
     }
     if (log) { fclose(log); }
-    pass_free(&pass);
-    stream_free(&stream);
-    free(tokens);
-    free(targets);
-    free(row);
+    pass_free(&pass); stream_free(&stream);
+    free(tokens); free(targets);
 }
 
 // Bytes that training takes: weights, gradients and both moments; activations and their gradients; the stream's.
@@ -2151,54 +2083,48 @@ double memory_needed(const Options* o) {
     act_specs(acts, &o->model, 1, o->recompute ? KEEP_BLOCKS : KEEP_ALL);
     act_specs(shared, &o->model, 1, KEEP_NONE);
     double rows = (double)o->batch * o->seq, each = specs_size(acts, NUM_ACTS), once = specs_size(shared, NUM_ACTS);
-    return 4 * (4.0 * specs_size(params, NUM_PARAMS) + rows * (each + once) + min_int(o->model.chunk_size, STREAM_TOKENS) * once);
+    double streamed = min_int(o->model.chunk_size, STREAM_TOKENS);
+    return sizeof(float) * (4.0 * specs_size(params, NUM_PARAMS) + rows * (each + once) + streamed * once);
 }
 
-// Reads the command line: a preset first, then what a file says, then the flags, whatever their order. With --load or
-// --resume, st is left open.
+// A preset first, then what a file says, then the flags, whatever their order. With --load or --resume st is left open.
 void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
+    const char* values[NUM_OPTIONS] = {NULL};
     bool given[NUM_OPTIONS] = {0};
-    Options flags = default_options;
+    int preset = 0, preset_row = option_find("--preset"), out_row = option_find("--out");
+    *o = default_options;
     for (int a = 1; a < argc; a++) {
         int i = option_find(argv[a]);
         bool flag = option_rows[i].kind == FLAG;
-        if (given[i]) { die("%s stands twice", argv[a]); }
+        if (values[i]) { die("%s stands twice", argv[a]); }
         if (!flag && a + 1 == argc) { die("%s needs a value", argv[a]); }
-        given[i] = true;
-        option_set(&flags, i, flag ? "1" : argv[++a], "");
-        if (!*argv[a] && strcmp(argv[a - 1], "--prompt")) { die("%s \"\": expected a name", argv[a - 1]); }
+        values[i] = flag ? "1" : argv[++a];
+        option_set(o, i, values[i], "");
+        if (!*values[i] && strcmp(argv[a - 1], "--prompt")) { die("%s \"\": expected a name", argv[a - 1]); }
     }
-    if (flags.help) { print_help(); exit(0); }
-    int preset = 0;
-    while (preset < NUM_PRESETS && strcmp(presets[preset].name, flags.preset)) { preset++; }
-    if (preset == NUM_PRESETS) { die("--preset %s: expected one of " PRESET_NAMES, flags.preset); }
-    bool preset_given = given[option_find("--preset")];
-    *o = default_options;
+    if (o->help) { print_help(); exit(0); }
+    while (preset < NUM_PRESETS && strcmp(presets[preset].name, o->preset)) { preset++; }
+    if (preset == NUM_PRESETS) { die("--preset %s: expected one of " PRESET_NAMES, o->preset); }
     o->model = presets[preset].config;
     for (int i = 0; i < NUM_OPTIONS; i++) {
-        char text[32];
-        if (given[i]) { option_set(o, i, option_text(&flags, i, text), ""); }
-        given[i] = given[i] || (preset_given && option_rows[i].group == MODEL_GROUP);
+        given[i] = values[i] || (values[preset_row] && option_rows[i].group == MODEL_GROUP);
+        if (values[i]) { option_set(o, i, values[i], ""); }
     }
+    bool loaded = *o->load || *o->resume;
     if (*o->load && *o->resume) { die("--load takes weights, --resume a whole run: give one of them"); }
     if (*o->load) { safetensors_open(st, o->load); }
-    if (*o->resume) {
-        checkpoint_open(st, flags.resume);
-        options_from_file(o, st, given, true);
-        if (!*flags.out) { o->out = flags.resume; }
-    }
-    if (*o->load) { options_from_file(o, st, given, false); }
+    if (*o->resume) { checkpoint_open(st, o->resume); }
+    if (loaded) { options_from_file(o, st, given, *o->resume); }
+    if (*o->resume && !values[out_row]) { o->out = o->resume; }
     config_check(&o->model);
-    if (strcmp(o->schedule, "cosine") && strcmp(o->schedule, "linear") && strcmp(o->schedule, "constant")) {
-        die("--schedule %s: expected cosine, linear or constant", o->schedule);
-    }
+    bool known = !strcmp(o->schedule, "cosine") || !strcmp(o->schedule, "linear") || !strcmp(o->schedule, "constant");
+    if (!known) { die("--schedule %s: expected cosine, linear or constant", o->schedule); }
     if (o->beta1 >= 1 || o->beta2 >= 1) { die("--beta1 %g --beta2 %g: expected numbers below 1", o->beta1, o->beta2); }
     if (o->top_p == 0) { die("--top-p 0: expected a number above 0, up to 1"); }
     if (o->checkpoint_every && !*o->out) { die("--checkpoint-every needs --out, the folder to save to"); }
     if (o->generate && *o->eval) { die("--generate and --eval: give one of them"); }
-    if ((o->generate || *o->eval) && !*o->load && !*o->resume) {
-        die("--generate and --eval need weights: --load FILE or --resume DIR");
-    }
+    bool trains = !o->generate && !*o->eval;
+    if (!trains && !loaded) { die("--generate and --eval need weights: --load FILE or --resume DIR"); }
     if (strlen(o->out) > PATH_MAX - 64) { die("--out: the name is too long"); }
 }
 
@@ -2234,9 +2160,8 @@ int main(int argc, char** argv) {
         if (data.size <= (size_t)o.seq) {
             die("--train %s: %zu tokens to train on, --seq %d needs one more than that", o.train, data.size, o.seq);
         }
-        if (strcmp(o.out, o.resume) && checkpoint_newest(o.out, INT_MAX) >= 0) {
-            die("--out %s holds checkpoints: --resume it, or name another folder", o.out);
-        }
+        bool used = strcmp(o.out, o.resume) && checkpoint_newest(o.out, INT_MAX) >= 0;
+        if (used) { die("--out %s holds checkpoints: --resume it, or name another folder", o.out); }
         dataset_check(&held_out, o.model.vocab_size);
         if (*o.out && mkdir(o.out, 0777) && errno != EEXIST) { die("--out %s: %s", o.out, strerror(errno)); }
     }

@@ -1,5 +1,5 @@
-// Speed on this machine, as ratios taken in one run: matrix products against OpenBLAS, a training step against PyTorch, and
-// the cost of a token in short and long sequences. `make bench` builds it (with -DOPENBLAS where that links) and runs it:
+// Speed on this machine, as ratios taken in one run: matrix products against OpenBLAS, a training step against PyTorch,
+// and the cost of a token in short and long sequences. `make bench` builds it (with -DOPENBLAS if that links), runs it:
 //     dev/bin/bench PYTHON
 #define TESTING
 #include "../train_megalodon.c"
@@ -16,7 +16,7 @@ double median(double* x, int n) {
     return x[n / 2];
 }
 
-// The three products of a linear layer, [512x1024] x [1024x2048]: out, dinp, dweight. Rounds of ours and theirs in turn,
+// The three products of a linear layer, [512x1024] x [1024x2048]: out, dinp, dweight. Rounds of ours, then theirs,
 // with a pause between, because each library's threads spin for a while after its last product.
 void bench_matmul(void) {
     enum { M = 512, K = 1024, N = 2048, ROUNDS = 5, RUNS = 6, WARM = 2 };
@@ -92,9 +92,10 @@ void bench_step(const char* python, int threads) {
     o.model = c;
     o.batch = 4;
     o.seq = 1024;
-    snprintf(command, sizeof(command), "%s dev/reference.py bench --layers 12 --dim 256 --num-heads 1 --z-dim 128 --value-dim 512 "
-             "--ffn-hidden-dim 512 --chunk-size 256 --norm-num-groups 8 --cema-ndim 16 --vocab-size 256 --swiglu 1 --share-emb 1 "
-             "--batch 4 --seq 1024 --warmup 1 --steps 3 --threads %d 2>/dev/null", python, threads);
+    snprintf(command, sizeof(command),
+             "%s dev/reference.py bench --layers 12 --dim 256 --num-heads 1 --z-dim 128 --value-dim 512 "
+             "--ffn-hidden-dim 512 --chunk-size 256 --norm-num-groups 8 --cema-ndim 16 --vocab-size 256 --swiglu 1 "
+             "--share-emb 1 --batch 4 --seq 1024 --warmup 1 --steps 3 --threads %d 2>/dev/null", python, threads);
     for (int r = 0; r < 3; r++) {
         FILE* f = popen(command, "r");
         while (f && fgets(line, sizeof(line), f)) { sscanf(line, "reference.py: step %lf ms", &theirs[r]); }
