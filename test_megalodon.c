@@ -2,10 +2,10 @@
 Compares train_megalodon.c, or built with -DGPU train_megalodon.cu, with tensors dumped from PyTorch.
 
     ./test_megalodon                     the dumps in data/reference
-    ./test_megalodon FILE...             any dumps: safetensors files with weights and whatever was recorded of a run (names
-                                         as dev/reference.py writes them; each that is known and in the file is checked)
-    ./test_megalodon --break NAME FILE   must fail: before checking, flips the signs of NAME if it is a param.*, else moves
-                                         its largest entry by 1%
+    ./test_megalodon FILE...             any dumps: safetensors files with weights and what was recorded of a run, named
+                                         as dev/reference.py does; every known name in the file is checked
+    ./test_megalodon --break NAME FILE   must fail: first flips the signs of NAME if it is a param.*, else moves its
+                                         largest entry by 1%
     ./test_megalodon --long              timestep norm and CEMA streamed over 10 million timesteps, against float64
     ./test_megalodon_cuda [--precision bf16|fp32] [FILE]...
 
@@ -37,7 +37,7 @@ void verdict(const char* name, double error, double bound, size_t at, double got
     printf("\n");
 }
 
-// max|got - expected| over max(max|expected|, floor); for gradients of a bf16 run 1 - cosine, 0 if both are nearly zero.
+// max|got - expected| over max(max|expected|, floor); for gradients of a bf16 run 1 - cosine, unless both are nearly 0.
 void compare(const char* name, const float* got, const double* expected, size_t n, double floor, double bound) {
     double worst = -1, largest = floor, dot = 0, norm = 0, norm_expected = 0;
     size_t at = 0;
@@ -137,8 +137,9 @@ void check_acts(Dump* d, const char* prefix, const Config* c, const Spec* specs,
         const float* x = ((float* const*)acts)[i];
         bool per_layer = strstr(specs[i].name, "%d");
         for (int l = 0; *specs[i].name && l < (per_layer ? c->num_layers : 1); l++) {
-            check(d, layer_name(name, prefix, specs[i].name, l), x + l * specs[i].size, x == acts->embed ? embed_scale : 1,
-                  specs[i].size, floor, bound);
+            double scale = x == acts->embed ? embed_scale : 1;
+            layer_name(name, prefix, specs[i].name, l);
+            check(d, name, x + l * specs[i].size, scale, specs[i].size, floor, bound);
         }
     }
 }
@@ -148,13 +149,14 @@ void check_params(Dump* d, const char* prefix, const Model* m, const Params* blo
     for (int i = 0; i < NUM_PARAMS; i++) {
         const Spec* s = &m->specs[i];
         for (int l = 0; s->size && l < s->slots; l++) {
-            check(d, layer_name(name, prefix, s->name, l), ((float* const*)block)[i] + l * s->size, 1, s->size, floor, bound);
+            layer_name(name, prefix, s->name, l);
+            check(d, name, ((float* const*)block)[i] + l * s->size, 1, s->size, floor, bound);
         }
     }
 }
 
-// Final weights by L2: norm(got - expected) / norm(expected - start). Single entries are not judged: Adam turns a gradient
-// of rounding size into a step of lr.
+// Final weights by L2: norm(got - expected) / norm(expected - start). Single entries are not judged: Adam turns a
+// gradient of rounding size into a step of lr.
 void check_final(Dump* d, const Model* m, const Params* block) {
     char name[128], start_name[128];
     double all_error = 0, all_moved = 0;
@@ -198,7 +200,8 @@ bool read_state(Dump* d, const Config* c, State* s) {
             any = any || x;
             free(x);
         }
-        double* h = l < c->num_layers ? dump_read(d, layer_name(name, "state.", "layers.%d.mega.cema.h", l), h_size) : NULL;
+        layer_name(name, "state.", "layers.%d.mega.cema.h", l);
+        double* h = l < c->num_layers ? dump_read(d, name, h_size) : NULL;
         for (size_t i = 0; h && i < h_size; i++) { at.h[i] = h[i]; }
         any = any || h;
         free(h);
@@ -227,7 +230,7 @@ void check_dstate(Dump* d, const Config* c, const State* s) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What runs the model. The test reads host memory: on a GPU, each call below copies what it has made into the same arrays.
+// What runs the model. The test reads host memory: on a GPU, the calls below copy what they make to the same arrays.
 
 typedef struct { Model m; Pass s; State start, dstart; const State* past; } Host; // past: &start or NULL
 
@@ -344,11 +347,12 @@ void run_stream(Run* r, RunStream* s, const int* tokens, int T, float* logits) {
 #define FOR_EITHER_TYPE
 #endif
 
-// Logits (B,S,vocab) of x (B,T) fed through a cache: `first` tokens in pieces of a chunk, then one at a time. To be freed.
+// Logits (B,S,vocab) of x (B,T) fed through a cache: `first` tokens in pieces of a chunk, then one by one. To be freed.
 FOR_EITHER_TYPE float* stream_logits(RUN* r, const int* x, int B, int T, int S, int first) {
     const Config* c = &r->host.m.config;
     size_t vocab = c->vocab_size;
-    float *logits = (float*)xcalloc(B * S * vocab, sizeof(float)), *out = (float*)xcalloc(B * c->chunk_size * vocab, sizeof(float));
+    float* logits = (float*)xcalloc(B * S * vocab, sizeof(float));
+    float* out = (float*)xcalloc(B * c->chunk_size * vocab, sizeof(float));
     int* piece = (int*)xcalloc((size_t)B * c->chunk_size, sizeof(int));
     RUN_STREAM s;
     run_stream_open(r, &s, B);
@@ -356,7 +360,9 @@ FOR_EITHER_TYPE float* stream_logits(RUN* r, const int* x, int B, int T, int S, 
         n = t < first ? min_int(c->chunk_size, first - t) : 1;
         for (int b = 0; b < B; b++) { memcpy(piece + b * n, x + (size_t)b * T + t, n * sizeof(int)); }
         run_stream(r, &s, piece, n, out);
-        for (int b = 0; b < B; b++) { memcpy(logits + (b * S + t) * vocab, out + b * n * vocab, sizeof(float) * n * vocab); }
+        for (int b = 0; b < B; b++) {
+            memcpy(logits + (b * S + t) * vocab, out + b * n * vocab, sizeof(float) * n * vocab);
+        }
     }
     run_stream_close(&s);
     free(piece);
@@ -400,7 +406,8 @@ FOR_EITHER_TYPE void test_dump(const char* path, const char* broken) {
         for (int l = 0; m->specs[i].size && l < m->specs[i].slots; l++) {
             double* w = dump_read(d, layer_name(name, "param.", m->specs[i].name, l), m->specs[i].size);
             if (!w) { die("%s: tensor '%s' is missing", path, name); }
-            for (size_t k = 0; k < m->specs[i].size; k++) { (((float**)&m->params)[i] + l * m->specs[i].size)[k] = w[k]; }
+            float* to = ((float**)&m->params)[i] + l * m->specs[i].size;
+            for (size_t k = 0; k < m->specs[i].size; k++) { to[k] = w[k]; }
             free(w);
         }
     }
@@ -460,7 +467,7 @@ FOR_EITHER_TYPE void test_dump(const char* path, const char* broken) {
     if (steps && !bf16_run) { check_final(d, m, &m->params); }
 
     const Tensor* target = broken ? safetensors_find(&d->st, broken) : NULL;
-    if (broken && (!target || !d->used[target - d->st.tensors])) { die("--break %s: not a tensor that is checked", broken); }
+    if (broken && (!target || !d->used[target - d->st.tensors])) { die("--break %s: it is not checked", broken); }
     int skipped = 0;
     for (int i = 0; i < d->st.num_tensors; i++) { skipped += !d->used[i]; }
     printf("%s: %d checked so far, %d tensors skipped\n", path, num_checked, skipped);
@@ -486,7 +493,7 @@ void test_file(const char* path, const char* broken) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 10 million timesteps of data with mean 10 and variance 1, in pieces; the last outputs against plain float64 recurrences.
+// 10 million timesteps of data with mean 10 and variance 1, in pieces; the last outputs against float64 recurrences.
 void test_long(void) {
     enum { D = 16, G = 2, N = 16, PIECE = 1000, PIECES = 10000 };
     static float x[PIECE * D], out[PIECE * D], mean[PIECE * G], rstd[PIECE * G], h[D * N * 2];
@@ -530,7 +537,8 @@ void test_long(void) {
                     double re = h64[d][k][0], im = h64[d][k][1];
                     h64[d][k][0] = q[d][k][0] * re - q[d][k][1] * im + p[d][k] * x[t * D + d];
                     h64[d][k][1] = q[d][k][0] * im + q[d][k][1] * re;
-                    y += (gamma[2 * (d * N + k)] * h64[d][k][0] - gamma[2 * (d * N + k) + 1] * h64[d][k][1]) / sqrt((double)N);
+                    const float* g = gamma + 2 * (d * N + k);
+                    y += (g[0] * h64[d][k][0] - g[1] * h64[d][k][1]) / sqrt((double)N);
                 }
                 expected[1][t * D + d] = y;
             }

@@ -2135,6 +2135,11 @@ int main(int argc, char** argv) {
     Model model;
     Spec specs[NUM_PARAMS];
     Dataset data = {NULL, 0, 0}, held_out = {NULL, 0, 0};
+#ifdef _OPENMP
+    // libgomp's threads spin at barriers, which is ruinous as soon as another process wants a core; a short spin costs
+    // nothing. It reads this before main, hence the second start.
+    if (!getenv("GOMP_SPINCOUNT") && !setenv("GOMP_SPINCOUNT", "3000", 0)) { execv("/proc/self/exe", argv); }
+#endif
     options_parse(&o, argc, argv, &st);
     bool loaded = *o.load || *o.resume, training = !o.generate && !*o.eval;
     FILE* info = o.generate ? stderr : stdout; // a sample has stdout for itself

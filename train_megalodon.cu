@@ -1,13 +1,17 @@
 /*
 Megalodon (arXiv 2404.08801) on a GPU: train_megalodon.c again, layer by layer and under the same names, in CUDA.
 
-    --precision bf16   weights and activations in bfloat16; master weights, Adam's moments, weight gradients, statistics of
+    --precision bf16   weights and activations in bfloat16; master weights, Adam's moments, weight gradients,
+            statistics of
                        norms, the coefficients and states of CEMA, softmax and loss in fp32 or better   (the default)
     --precision fp32   everything in fp32, no tf32: the CPU's numbers up to the order of sums
 
-Both come from this one source: X stands for the type of weights and activations. What is not GPU work - options, tables,
-files, data, random numbers - is taken from train_megalodon.c, which is included here with its main switched off. Read that
-file first: it has the equations; here the comments say how they are computed fast. Matrix products are cuBLASLt's, all else
+Both come from this one source: X stands for the type of weights and activations. What is not GPU work - options,
+        tables,
+files, data, random numbers - is taken from train_megalodon.c,
+        which is included here with its main switched off. Read that
+file first: it has the equations; here the comments say how they are computed fast. Matrix products are cuBLASLt's,
+        all else
 is in this file, each kernel above the function that launches it.
 
     make train_megalodon_cuda && ./train_megalodon_cuda
@@ -17,7 +21,8 @@ Conventions, where they differ from the CPU's:
   - What attention reads and writes is head-major, (B,H,T,.): one product then covers many heads and chunks.
   - Tensors that are multiplied by one product stand side by side: wz|wr, fc1|fc3, and wh1|wh2 with their inputs m|u. So
     rows have a pitch, the distance from one timestep to the next.
-  - Gradients of parameters are added up in fp32, or assigned where gpu.accumulate is off (the first micro-step of a step),
+  - Gradients of parameters are added up in fp32,
+          or assigned where gpu.accumulate is off (the first micro-step of a step),
     so that nothing has to be zeroed.
   - No atomic adds: sums over timesteps are partial sums that a second kernel adds in a fixed order. With algorithms of
     cuBLASLt that depend on shapes alone, every run gives the same bits.
@@ -45,11 +50,21 @@ static void check_cuda(cudaError_t e, const char* what, int line) {
     if (e != cudaSuccess) { die("CUDA: %s (%s, train_megalodon.cu:%d)", cudaGetErrorString(e), what, line); }
 }
 static void check_cublas(cublasStatus_t s, const char* what, int line) {
-    if (s != CUBLAS_STATUS_SUCCESS) { die("cuBLAS: %s (%s, train_megalodon.cu:%d)", cublasLtGetStatusString(s), what, line); }
+    if (s != CUBLAS_STATUS_SUCCESS) {
+        die("cuBLAS: %s (%s, train_megalodon.cu:%d)", cublasLtGetStatusString(s), what, line);
+    }
 }
 #define CUDA(call) check_cuda(call, #call, __LINE__)
 #define CUBLAS(call) check_cublas(call, #call, __LINE__)
 #define LAUNCHED() check_cuda(cudaGetLastError(), __func__, __LINE__)
+// Launches a kernel in its wide form or in the one that takes any size; see the conventions above.
+#define LAUNCH(kernel, is_wide, grid, block, ...) do { \
+        auto chosen = is_wide ? kernel<X, true> : kernel<X, false>; \
+        chosen<<<grid, block, 0, gpu.stream>>>(__VA_ARGS__); \
+        LAUNCHED(); \
+    } while (0)
+// A loop over a fixed number of registers.
+#define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
 
 struct GemmShape { // all that the choice of an algorithm depends on; compared as bytes
     int64_t M, N, K, lda, ldb, ldc, ldd, stride_a, stride_b, stride_c, stride_d;
@@ -63,8 +78,8 @@ struct GemmPlan {
     bool ready;
 };
 enum { NUM_PLANS = 4096, WORKSPACE = 64 << 20 };
-// Scratch memory: partial sums by block, which reduce_columns adds up; what segments of time hand on; coefficients of CEMA;
-// scores of attention and their gradients.
+// Scratch memory: partial sums by block, which reduce_columns adds up; what segments of time hand on; coefficients of
+// CEMA; scores of attention and their gradients.
 enum { PARTIALS, CARRIES, COEFFICIENTS, SCORES, NUM_SCRATCH };
 
 struct Gpu {
@@ -77,6 +92,7 @@ struct Gpu {
     size_t scratch_size[NUM_SCRATCH];
     bool accumulate;       // add to the gradients of parameters, or assign them
     size_t allocated;      // bytes
+    bool dry;              // only count them
 };
 
 static void gpu_open(Gpu* gpu) {
@@ -88,7 +104,8 @@ static void gpu_open(Gpu* gpu) {
     CUDA(cudaSetDevice(0));
     CUDA(cudaGetDeviceProperties(&gpu->card, 0));
     if (gpu->card.major < 8) {
-        die("%s has compute capability %d.%d, at least 8.0 is needed", gpu->card.name, gpu->card.major, gpu->card.minor);
+        die("%s has compute capability %d.%d, at least 8.0 is needed", gpu->card.name, gpu->card.major,
+            gpu->card.minor);
     }
     CUDA(cudaStreamCreate(&gpu->stream)); // plain copies and this stream wait for each other
     CUBLAS(cublasLtCreate(&gpu->lt));
@@ -99,6 +116,7 @@ static void gpu_open(Gpu* gpu) {
 static void* gpu_alloc(Gpu* gpu, size_t bytes) {
     void* p = NULL;
     bytes = (bytes + 255) / 256 * 256 + 256;
+    if (gpu->dry) { gpu->allocated += bytes; return NULL; }
     if (cudaMalloc(&p, bytes) != cudaSuccess) {
         size_t free = 0, total = 0;
         cudaGetLastError();
@@ -113,14 +131,19 @@ static void* gpu_alloc(Gpu* gpu, size_t bytes) {
 
 static void gpu_sync(Gpu* gpu) { CUDA(cudaStreamSynchronize(gpu->stream)); }
 
-static void gpu_close(Gpu* gpu) {
+static void plans_clear(Gpu& gpu) {
     for (int i = 0; i < NUM_PLANS; i++) {
-        GemmPlan* p = &gpu->plans[i];
+        GemmPlan* p = &gpu.plans[i];
         if (!p->ready) { continue; }
         cublasLtMatmulDescDestroy(p->desc);
         cublasLtMatrixLayout_t layouts[4] = {p->a, p->b, p->c, p->d};
         for (int k = 0; k < 4; k++) { cublasLtMatrixLayoutDestroy(layouts[k]); }
+        p->ready = false;
     }
+}
+
+static void gpu_close(Gpu* gpu) {
+    plans_clear(*gpu);
     free(gpu->plans);
     cublasLtDestroy(gpu->lt);
     cudaStreamDestroy(gpu->stream);
@@ -168,8 +191,7 @@ template <> struct Eight<bf16> {
     __device__ void load(const bf16* p) { a = *(const uint4*)p; }
     __device__ void get(float* v) const {
         const uint32_t w[4] = {a.x, a.y, a.z, a.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) { // bf16 is the upper half of a float
+        EACH(i, 4) { // bf16 is the upper half of a float
             v[2 * i] = __uint_as_float(w[i] << 16);
             v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
         }
@@ -187,8 +209,7 @@ __device__ inline void store8(float* p, const float* v) {
 __device__ inline void store8(bf16* p, const float* v) {
     uint4 a;
     uint32_t* w = (uint32_t*)&a;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
+    EACH(i, 4) {
         __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
         w[i] = *(uint32_t*)&pair;
     }
@@ -196,13 +217,14 @@ __device__ inline void store8(bf16* p, const float* v) {
 }
 
 // Row kernels: threads x of a block share a row and own 8 of its columns each, fixed while the threads y and the blocks
-// walk over the rows; so sums over columns go through row_sum and sums over rows stay in registers. The wide form owns 8
-// neighbouring columns, the other one pairs of neighbours.
+// walk over the rows; so sums over columns go through row_sum and sums over rows stay in registers. The wide form owns
+// 8 neighbouring columns, the other one pairs of neighbours.
 enum { MAX_ROW = 8192 };
 template <bool WIDE> __device__ inline int column(int e) {
     return WIDE ? 8 * threadIdx.x + e : 2 * ((e / 2) * blockDim.x + threadIdx.x) + (e & 1);
 }
-// A thread's part of a row as it is in memory; zeros past the last column. Kernels load the next row while they work on one.
+// A thread's part of a row as it is in memory; zeros past the last column. Kernels load the next row while they work on
+// one.
 template <typename X, bool WIDE> struct RowPiece : Eight<X> {
     __device__ void load(const X* row, int columns) {
         *(Eight<X>*)this = Eight<X>();
@@ -212,12 +234,10 @@ template <typename X, bool WIDE> struct RowPiece : Eight<X> {
 template <typename X> struct RowPiece<X, false> {
     X x[8];
     __device__ void load(const X* row, int columns) {
-#pragma unroll
-        for (int e = 0; e < 8; e++) { x[e] = column<false>(e) < columns ? row[column<false>(e)] : from_float<X>(0); }
+        EACH(e, 8) { x[e] = column<false>(e) < columns ? row[column<false>(e)] : from_float<X>(0); }
     }
     __device__ void get(float* v) const {
-#pragma unroll
-        for (int e = 0; e < 8; e++) { v[e] = to_float(x[e]); }
+        EACH(e, 8) { v[e] = to_float(x[e]); }
     }
 };
 template <bool WIDE, typename X> __device__ inline void load_row(float (&v)[8], const X* row, int columns) {
@@ -229,29 +249,31 @@ template <bool WIDE, typename X> __device__ inline void store_row(X* row, const 
     if (WIDE) {
         if (8 * threadIdx.x < columns) { store8(row + 8 * threadIdx.x, v); }
     } else {
-#pragma unroll
-        for (int e = 0; e < 8; e++) { if (column<WIDE>(e) < columns) { row[column<WIDE>(e)] = from_float<X>(v[e]); } }
+        EACH(e, 8) { if (column<WIDE>(e) < columns) { row[column<WIDE>(e)] = from_float<X>(v[e]); } }
     }
 }
 
-// Sums each of N numbers over the threads of a row; all of them get the results. Calls take turns with two buffers, told
-// apart by `turn`, so one barrier a call is enough: nobody writes a buffer before all have passed the next call's barrier.
+// Sums each of N numbers over the threads of a row; all of them get the results. Calls take turns with two buffers,
+// told apart by `turn`, so one barrier a call is enough: nobody writes a buffer before all have passed the next call's
+// barrier.
 template <int N> __device__ inline void row_sum(float (&v)[N], int& turn) {
     __shared__ float sums[2][32][N];
-#pragma unroll
-    for (int i = 0; i < N; i++) {
+    EACH(i, N) {
 #pragma unroll
         for (int o = 16; o; o /= 2) { v[i] += __shfl_xor_sync(~0u, v[i], o); }
     }
     if (blockDim.x == 32) { return; }
     int warps = blockDim.x / 32, first = threadIdx.y * warps, warp = first + threadIdx.x / 32;
-#pragma unroll
-    for (int i = 0; i < N; i++) { if (threadIdx.x % 32 == 0) { sums[turn][warp][i] = v[i]; } }
+    EACH(i, N) { if (threadIdx.x % 32 == 0) { sums[turn][warp][i] = v[i]; } }
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        v[i] = 0;
-        for (int w = 0; w < warps; w++) { v[i] += sums[turn][first + w][i]; }
+    EACH(i, N) {
+        if ((warps & (warps - 1)) == 0) { // a power of two, the usual case
+            v[i] = sums[turn][first + threadIdx.x % warps][i];
+            for (int o = warps / 2; o; o /= 2) { v[i] += __shfl_xor_sync(~0u, v[i], o); }
+        } else {
+            v[i] = 0;
+            for (int w = 0; w < warps; w++) { v[i] += sums[turn][first + w][i]; }
+        }
     }
     turn ^= 1;
 }
@@ -285,34 +307,32 @@ __global__ void reduce_columns_kernel(Sums sums, const float* partials, int part
     c = (size_t)blockIdx.x * 32 + threadIdx.y;
     if (threadIdx.x == 0 && c < columns) {
         float* to = NULL;
-#pragma unroll
-        for (int i = 0; i < 5; i++) { if (c / sums.width == i) { to = sums.to[i]; } }
+        EACH(i, 5) { if (c / sums.width == i) { to = sums.to[i]; } }
         if (to) { to[c % sums.width] = (accumulate ? to[c % sums.width] : 0.0f) + s; }
     }
 }
 // Adds up `parts` rows of the partial sums into gradients.
 static void reduce_columns(Gpu& gpu, int parts, Sums sums) {
     size_t columns = (size_t)sums.count * sums.width;
-    reduce_columns_kernel<<<ceil_div(columns, 32), dim3(32, 32), 0, gpu.stream>>>(sums, (float*)gpu.scratch[PARTIALS], parts,
+    reduce_columns_kernel<<<ceil_div(columns, 32), dim3(32, 32), 0, gpu.stream>>>(sums, (float*)gpu.scratch[PARTIALS],
+            parts,
                                                                                 gpu.accumulate);
     LAUNCHED();
 }
-// Adds v over the threads y of the block and writes it as row number i (of count) of the block's partial sums; columns of
-// this head start at `first`. All threads of the block take part.
-template <bool WIDE>
-__device__ inline void store_partial(float* partials, int count, int width, int i, const float (&v)[8], int columns, int first = 0) {
+// Adds v over the threads y of the block and writes it as row number i (of count) of the block's partial sums; columns
+// of this head start at `first`. All threads of the block take part.
+template <bool WIDE> __device__ inline void store_partial(float* partials, int count, int width, int i,
+        const float (&v)[8], int columns, int first = 0) {
     __shared__ float lines[8][256];
     float sum[8];
-#pragma unroll
-    for (int e = 0; e < 8; e++) {
+    EACH(e, 8) {
         sum[e] = v[e];
         if (blockDim.y > 1) { lines[e][threadIdx.y * blockDim.x + threadIdx.x] = v[e]; }
     }
     if (blockDim.y > 1) {
         __syncthreads();
         for (int y = 1; threadIdx.y == 0 && y < blockDim.y; y++) {
-#pragma unroll
-            for (int e = 0; e < 8; e++) { sum[e] += lines[e][y * blockDim.x + threadIdx.x]; }
+            EACH(e, 8) { sum[e] += lines[e][y * blockDim.x + threadIdx.x]; }
         }
         __syncthreads();
         if (threadIdx.y) { return; }
@@ -325,14 +345,13 @@ __device__ inline void store_partial(float* partials, int count, int width, int 
 
 static int alignment(const void* p) { return p ? min_size(256, (size_t)p & -(size_t)p) : 256; }
 
-// D (M,N) = A (M,K) B (K,N), plus C if given, plus bias (N) on every row if given: row-major with the row pitches ld*. ta:
-// A is stored as (K,M), tb: B as (N,K). A batch repeats this with steps stride_*. Sums are in fp32 (for fp32 operands in
-// full fp32). The algorithm is the first one that cuBLASLt's heuristics name without a split sum in no fixed order: a
-// function of shape, card and library version.
-template <typename X, typename Y>
-static void gemm(Gpu& gpu, Y* d, int64_t ldd, const X* a, int64_t lda, bool ta, const X* b, int64_t ldb, bool tb,
-                 int64_t M, int64_t N, int64_t K, const Y* c = NULL, int64_t ldc = 0, const X* bias = NULL,
-                 int batch = 1, int64_t stride_a = 0, int64_t stride_b = 0, int64_t stride_d = 0) {
+// D (M,N) = A (M,K) B (K,N), plus C if given, plus bias (N) on every row if given: row-major with the row pitches ld*.
+// ta: A is stored as (K,M), tb: B as (N,K). A batch repeats this with steps stride_*. Sums are in fp32 (for fp32
+// operands in full fp32). The algorithm is the first one that cuBLASLt's heuristics name without a split sum in no
+// fixed order: a function of shape, card and library version.
+template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, const X* a, int64_t lda, bool ta,
+        const X* b, int64_t ldb, bool tb, int64_t M, int64_t N, int64_t K, const Y* c = NULL, int64_t ldc = 0,
+                const X* bias = NULL, int batch = 1, int64_t stride_a = 0, int64_t stride_b = 0, int64_t stride_d = 0) {
     GemmShape s;
     memset(&s, 0, sizeof(s));
     s.M = M; s.N = N; s.K = K;
@@ -343,11 +362,13 @@ static void gemm(Gpu& gpu, Y* d, int64_t ldd, const X* a, int64_t lda, bool ta, 
     s.type_out = std::is_same<Y, float>::value ? CUDA_R_32F : CUDA_R_16BF;
     s.align_a = alignment(a); s.align_b = alignment(b); s.align_c = alignment(c ? c : d); s.align_d = alignment(d);
     uint64_t hash = 0;
-    for (size_t i = 0; i < sizeof(s) / 4; i++) { hash = (hash ^ ((const uint32_t*)&s)[i]) * 0x9E3779B97F4A7C15u; hash ^= hash >> 29; }
+    for (size_t i = 0; i < sizeof(s) / 4; i++) {
+        hash = (hash ^ ((const uint32_t*)&s)[i]) * 0x9E3779B97F4A7C15u; hash ^= hash >> 29;
+    }
     size_t slot = hash % NUM_PLANS, tried = 0;
     while (gpu.plans[slot].ready && memcmp(&gpu.plans[slot].shape, &s, sizeof(s))) {
         slot = (slot + 1) % NUM_PLANS;
-        if (++tried == NUM_PLANS) { die("more than %d shapes of matrix products", NUM_PLANS); }
+        if (++tried == NUM_PLANS) { plans_clear(gpu); }
     }
     GemmPlan* p = &gpu.plans[slot];
     if (!p->ready) { // cuBLASLt is column-major: a row-major (M,N) is its (N,M), so it computes D^T = B^T A^T
@@ -370,8 +391,10 @@ static void gemm(Gpu& gpu, Y* d, int64_t ldd, const X* a, int64_t lda, bool ta, 
         cublasLtMatrixLayout_t layouts[4] = {p->a, p->b, p->c, p->d};
         int64_t strides[4] = {stride_b, stride_a, stride_d, stride_d};
         for (int i = 0; i < 4 && batch > 1; i++) {
-            CUBLAS(cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof(batch)));
-            CUBLAS(cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &strides[i],
+            CUBLAS(cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch,
+                                                    sizeof(batch)));
+            CUBLAS(cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+                                                    &strides[i],
                                                     sizeof(strides[i])));
         }
         cublasLtMatmulPreference_t wish;
@@ -381,12 +404,16 @@ static void gemm(Gpu& gpu, Y* d, int64_t ldd, const X* a, int64_t lda, bool ta, 
         uint32_t aligns[4] = {(uint32_t)s.align_b, (uint32_t)s.align_a, (uint32_t)s.align_c, (uint32_t)s.align_d};
         int count = 0;
         CUBLAS(cublasLtMatmulPreferenceCreate(&wish));
-        CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof(workspace)));
-        CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions, sizeof(reductions)));
+        CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
+                                                    sizeof(workspace)));
+        CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions,
+                                                    sizeof(reductions)));
         const cublasLtMatmulPreferenceAttributes_t names[4] = {
             CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
             CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
-        for (int i = 0; i < 4; i++) { CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, names[i], &aligns[i], sizeof(aligns[i]))); }
+        for (int i = 0; i < 4; i++) {
+            CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, names[i], &aligns[i], sizeof(aligns[i])));
+        }
         CUBLAS(cublasLtMatmulAlgoGetHeuristic(gpu.lt, p->desc, p->a, p->b, p->c, p->d, wish, 1, &found, &count));
         if (!count) { die("cuBLASLt has no algorithm for a product of %ld x %ld x %ld", (long)M, (long)N, (long)K); }
         CUBLAS(cublasLtMatmulPreferenceDestroy(wish));
@@ -394,30 +421,29 @@ static void gemm(Gpu& gpu, Y* d, int64_t ldd, const X* a, int64_t lda, bool ta, 
         p->ready = true;
     }
     float alpha = 1, beta = c ? 1 : 0;
-    if (bias) { CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias))); }
+    if (bias) {
+        CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
+    }
     CUBLAS(cublasLtMatmul(gpu.lt, p->desc, &alpha, b, p->a, a, p->b, &beta, c ? c : d, p->c, d, p->d, &p->algo,
                           gpu.workspace, WORKSPACE, gpu.stream));
 }
 
 // out (rows,O) = inp (rows,I) weight (O,I)^T + bias (O) + add (rows,O); bias and add may be NULL, add may be out.
-template <typename X>
-static void matmul_forward(Gpu& gpu, X* out, int ldo, const X* inp, int ldi, const X* weight, const X* bias,
-                           const X* add, int lda, size_t rows, int I, int O) {
+template <typename X> static void matmul_forward(Gpu& gpu, X* out, int ldo, const X* inp, int ldi, const X* weight,
+        const X* bias, const X* add, int lda, size_t rows, int I, int O) {
     gemm<X, X>(gpu, out, ldo, inp, ldi, false, weight, I, true, rows, O, I, add, lda, bias);
 }
 
 // dinp (rows,I) = dout (rows,O) weight (O,I), added to what dinp holds if accumulate.
-template <typename X>
-static void matmul_backward(Gpu& gpu, X* dinp, int ldi, const X* dout, int ldo, const X* weight, size_t rows, int I, int O,
-                            bool accumulate) {
+template <typename X> static void matmul_backward(Gpu& gpu, X* dinp, int ldi, const X* dout, int ldo, const X* weight,
+        size_t rows, int I, int O, bool accumulate) {
     gemm<X, X>(gpu, dinp, ldi, dout, ldo, false, weight, I, false, rows, I, O, accumulate ? dinp : NULL, ldi);
 }
 
-// dweight (O,I) = dout^T inp in fp32, added to what it holds if gpu.accumulate. Gradients of biases are column sums that the
-// kernels that make dout leave behind.
-template <typename X>
-static void matmul_backward_weight(Gpu& gpu, float* dweight, const X* dout, int ldo, const X* inp, int ldi, size_t rows,
-                                   int I, int O) {
+// dweight (O,I) = dout^T inp in fp32, added to what it holds if gpu.accumulate. Gradients of biases are column sums
+// that the kernels that make dout leave behind.
+template <typename X> static void matmul_backward_weight(Gpu& gpu, float* dweight, const X* dout, int ldo,
+        const X* inp, int ldi, size_t rows, int I, int O) {
     gemm<X, float>(gpu, dweight, I, dout, ldo, true, inp, ldi, false, O, I, rows, gpu.accumulate ? dweight : NULL, I);
 }
 
@@ -425,65 +451,52 @@ static void matmul_backward_weight(Gpu& gpu, float* dweight, const X* dout, int 
 // Layers
 
 // out (rows,D) = scale * weight (vocab,D)[tokens]
-template <typename X, bool WIDE>
-__global__ void embedding_forward_kernel(X* out, const int* tokens, const X* weight, float scale, size_t rows, int D) {
+template <typename X, bool WIDE> __global__ void embedding_forward_kernel(X* out, const int* tokens, const X* weight,
+        float scale, size_t rows, int D) {
     for (size_t r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
         float v[8];
         load_row<WIDE>(v, weight + (size_t)tokens[r] * D, D);
-#pragma unroll
-        for (int e = 0; e < 8; e++) { v[e] *= scale; }
+        EACH(e, 8) { v[e] *= scale; }
         store_row<WIDE>(out + r * D, v, D);
     }
 }
-template <typename X>
-static void embedding_forward(Gpu& gpu, X* out, const int* tokens, const X* weight, float scale, size_t rows, int D) {
+template <typename X> static void embedding_forward(Gpu& gpu, X* out, const int* tokens, const X* weight, float scale,
+        size_t rows, int D) {
     RowGrid r = row_grid(&gpu, rows, D, 1);
-    auto kernel = wide(D) ? embedding_forward_kernel<X, true> : embedding_forward_kernel<X, false>;
-    kernel<<<r.grid, r.block, 0, gpu.stream>>>(out, tokens, weight, scale, rows, D);
-    LAUNCHED();
+    LAUNCH(embedding_forward_kernel, wide(D), r.grid, r.block, out, tokens, weight, scale, rows, D);
 }
 
-// Rows of dout that hold the same token are added by one block, in the order of their positions. order (rows): positions
-// sorted by token; begin (runs+1): where each distinct token's run starts in it.
-template <typename X, bool WIDE>
-__global__ void embedding_backward_kernel(float* dweight, const X* dout, const int* tokens, const int* order, const int* begin,
-                                          float scale, int D) {
+// Rows of dout that hold the same token are added by one block, in the order of their positions. order (rows):
+// positions sorted by token; begin (runs+1): where each distinct token's run starts in it.
+template <typename X, bool WIDE> __global__ void embedding_backward_kernel(float* dweight, const X* dout,
+        const int* tokens, const int* order, const int* begin, float scale, int D) {
     int first = begin[blockIdx.x], last = begin[blockIdx.x + 1];
     float sum[8] = {0}, v[4][8];
     float* to = dweight + (size_t)tokens[order[first]] * D;
     for (int i = first; i < last; i += 4) {
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
+        EACH(k, 4) {
             bool in = i + k < last;
             load_row<WIDE>(v[k], dout + (size_t)order[in ? i + k : first] * D, in ? D : 0);
         }
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-#pragma unroll
-            for (int e = 0; e < 8; e++) { sum[e] += v[k][e]; }
-        }
+        EACH(k, 4) { EACH(e, 8) { sum[e] += v[k][e]; } }
     }
     load_row<WIDE>(v[0], to, D);
-#pragma unroll
-    for (int e = 0; e < 8; e++) { v[0][e] += scale * sum[e]; }
+    EACH(e, 8) { v[0][e] += scale * sum[e]; }
     store_row<WIDE>(to, v[0], D);
 }
 // Adds to dweight always: there may be the output layer's gradient already.
-template <typename X>
-static void embedding_backward(Gpu& gpu, float* dweight, const X* dout, const int* tokens, const int* order, const int* begin,
-                               int runs, float scale, int D) {
+template <typename X> static void embedding_backward(Gpu& gpu, float* dweight, const X* dout, const int* tokens,
+        const int* order, const int* begin, int runs, float scale, int D) {
     RowGrid r = row_grid(&gpu, runs, D, 1);
-    auto kernel = wide(D) ? embedding_backward_kernel<X, true> : embedding_backward_kernel<X, false>;
-    kernel<<<runs, r.block.x, 0, gpu.stream>>>(dweight, dout, tokens, order, begin, scale, D);
-    LAUNCHED();
+    LAUNCH(embedding_backward_kernel, wide(D), runs, r.block.x, dweight, dout, tokens, order, begin, scale, D);
 }
 
 // Timestep norm as a scan over time, see timestepnorm_forward of the CPU. Segments of 32 timesteps are reduced to their
 // statistics (first pass over the input), a warp per group scans those, and a second pass scans inside the segments and
 // writes the output: input twice, output once. A block has one segment and as many groups as its warps are wide: a warp
-// has 4 timesteps, and in it `lanes` threads have the F = D/G features of a group, 8 or 1 neighbours (VEC) each. For the
-// usual groups of 32 and 64 features (LANES = 4 and 8) a thread keeps its features in registers; for all others (LANES = 0)
-// it reads them as often as they are needed.
+// has 4 timesteps, and in it `lanes` threads have the F = D/G features of a group, 8 or 1 neighbours (VEC) each. For
+// the usual groups of 32 and 64 features (LANES = 4 and 8) a thread keeps its features in registers; for all others
+// (LANES = 0) it reads them as often as they are needed.
 enum { STEPS = 4, WARPS = 8, SEGMENT = STEPS * WARPS };
 
 template <typename X, int VEC> struct Piece : Eight<X> {
@@ -496,14 +509,17 @@ template <typename X> struct Piece<X, 1> {
     __device__ void get(float* v) const { v[0] = to_float(x); }
 };
 
-// Where a thread of the timestep norm's kernels stands. The second pass goes backwards: what the first one read last is still
-// in the cache.
+// Where a thread of the timestep norm's kernels stands. The second pass goes backwards: what the first one read last is
+// still in the cache.
 struct NormPlace {
-    int warp, sub, team, g0, g, segment, steps, F, width; // g0: the block's first group; steps: of this warp, up to STEPS
+    // g0: the block's first group; steps: of this warp, up to STEPS
+    int warp, sub, team, g0, g, segment, steps, F, width;
     size_t row, t0, at, line;                         // at: first element; line: index of (row, g, segment)
+    float share;                                      // 1/F
     bool active;
     __device__ NormPlace(int T, int D, int G, int lanes, int VEC, bool back) {
-        int lane = threadIdx.x % 32, teams = 32 / lanes, tiles = (G + teams - 1) / teams, count = (T + SEGMENT - 1) / SEGMENT;
+        int lane = threadIdx.x % 32, teams = 32 / lanes, tiles = (G + teams - 1) / teams,
+                count = (T + SEGMENT - 1) / SEGMENT;
         size_t block = back ? gridDim.x - 1 - blockIdx.x : blockIdx.x, b = block / tiles;
         warp = threadIdx.x / 32;
         sub = lane % lanes * VEC;
@@ -517,6 +533,7 @@ struct NormPlace {
         active = g < G;
         if (!active) { g = G - 1; steps = 0; }
         F = D / G;
+        share = 1.0f / F;
         width = lanes * VEC;
         at = (row * T + t0) * D + (size_t)g * F;
         line = (row * G + g) * count + segment;
@@ -540,17 +557,18 @@ template <typename R> __device__ inline void merge(R& n, R& mean, R& var, R k, R
     var += (v - var) * w + d * d * w * (1 - w);
 }
 
-// segments (B,G,segments) holds (count, mean, var): without APPLY of each segment, written; with APPLY of all before it.
-template <typename X, int VEC, int LANES, bool APPLY>
-__global__ void __launch_bounds__(32 * WARPS) timestepnorm_forward_kernel(X* out, float* mean, float* rstd, float4* segments,
-        const X* inp, const float* w, const float* b, int T, int D, int G, int lanes, float eps) {
+// segments (B,G,segments) holds (count, mean, var): without APPLY of each segment, written; with APPLY of all before
+// it.
+template <typename X, int VEC, int LANES,
+        bool APPLY> __global__ void __launch_bounds__(32 * WARPS) timestepnorm_forward_kernel(X* out, float* mean,
+                float* rstd, float4* segments, const X* inp, const float* w, const float* b, int T, int D, int G,
+                        int lanes, float eps) {
     __shared__ float3 totals[WARPS][32];
     NormPlace p(T, D, G, lanes, VEC, APPLY);
     Piece<X, VEC> kept[STEPS];
     float m[STEPS], v[STEPS], a[VEC], n = 0, run_mean = 0, run_var = 0;
     if (LANES) {
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) {
+        EACH(i, STEPS) {
             kept[i].clear();
             if (i < p.steps && p.sub < p.F) { kept[i].load(inp + p.at + (size_t)i * D + p.sub); }
         }
@@ -562,27 +580,23 @@ __global__ void __launch_bounds__(32 * WARPS) timestepnorm_forward_kernel(X* out
         if (i < p.steps) { piece.load(inp + p.at + (size_t)i * D + f); }
         piece.get(a);
     };
-#pragma unroll
-    for (int i = 0; i < STEPS; i++) { // mean and variance of each timestep alone
+    EACH(i, STEPS) { // mean and variance of each timestep alone
         float s = 0;
         for (int f = p.sub; f < p.F; f += p.width) {
             get(i, f);
-#pragma unroll
-            for (int e = 0; e < VEC; e++) { s += a[e]; }
+            EACH(e, VEC) { s += a[e]; }
             if (LANES) { break; }
         }
-        m[i] = team_sum<LANES>(s, lanes) / p.F;
+        m[i] = team_sum<LANES>(s, lanes) * p.share;
         s = 0;
         for (int f = p.sub; f < p.F; f += p.width) {
             get(i, f);
-#pragma unroll
-            for (int e = 0; e < VEC; e++) { s += (a[e] - m[i]) * (a[e] - m[i]); }
+            EACH(e, VEC) { s += (a[e] - m[i]) * (a[e] - m[i]); }
             if (LANES) { break; }
         }
-        v[i] = team_sum<LANES>(s, lanes) / p.F;
+        v[i] = team_sum<LANES>(s, lanes) * p.share;
     }
-#pragma unroll
-    for (int i = 0; i < STEPS; i++) { // of the warp's timesteps up to i
+    EACH(i, STEPS) { // of the warp's timesteps up to i
         if (i < p.steps) { // merge(), with weights known when compiling
             const float w = 1.0f / (i + 1), d = m[i] - run_mean;
             n = i + 1;
@@ -606,21 +620,18 @@ __global__ void __launch_bounds__(32 * WARPS) timestepnorm_forward_kernel(X* out
     }
     float scale[VEC], shift[VEC];
     auto get_weights = [&](int f) {
-#pragma unroll
-        for (int e = 0; e < VEC; e++) { scale[e] = w[p.g * p.F + f + e] + 1; shift[e] = b[p.g * p.F + f + e]; }
+        EACH(e, VEC) { scale[e] = w[p.g * p.F + f + e] + 1; shift[e] = b[p.g * p.F + f + e]; }
     };
     if (LANES && p.sub < p.F) { get_weights(p.sub); }
-#pragma unroll
-    for (int i = 0; i < STEPS; i++) {
+    EACH(i, STEPS) {
         if (i >= p.steps) { break; }
         float count = past.x, mu = past.y, var = past.z;
         merge(count, mu, var, i + 1.0f, m[i], v[i]);
-        float r = 1 / sqrtf(var + eps);
+        float r = rsqrtf(var + eps);
         for (int f = p.sub; f < p.F; f += p.width) {
             get(i, f);
             if (!LANES) { get_weights(f); }
-#pragma unroll
-            for (int e = 0; e < VEC; e++) { a[e] = (a[e] - mu) * r * scale[e] + shift[e]; }
+            EACH(e, VEC) { a[e] = (a[e] - mu) * r * scale[e] + shift[e]; }
             X* to = out + p.at + (size_t)i * D + f;
             if (VEC == 8) { store8(to, a); } else { *to = from_float<X>(a[0]); }
             if (LANES) { break; }
@@ -633,9 +644,10 @@ __global__ void __launch_bounds__(32 * WARPS) timestepnorm_forward_kernel(X* out
     }
 }
 
-// Statistics of segments become those of everything before each, in double. A warp has one (row, group); its threads take
-// neighbouring runs of segments, scan them by shuffles, and then walk through them.
-__global__ void timestepnorm_scan_kernel(float4* segments, NormState* end, const NormState* start, int count, size_t lines) {
+// Statistics of segments become those of everything before each, in double. A warp has one (row, group); its threads
+// take neighbouring runs of segments, scan them by shuffles, and then walk through them.
+__global__ void timestepnorm_scan_kernel(float4* segments, NormState* end, const NormState* start, int count,
+        size_t lines) {
     size_t line = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
     int lane = threadIdx.x % 32, each = (count + 31) / 32, first = lane * each, last = min(first + each, count);
     if (line >= lines) { return; }
@@ -679,25 +691,26 @@ static NormGrid norm_grid(int B, int T, int D, int G) {
     return r;
 }
 
-template <typename X>
-static void timestepnorm_forward(Gpu& gpu, X* out, float* mean, float* rstd, NormState* end, const NormState* start,
-                                 const X* inp, const float* w, const float* b, int B, int T, int D, int G, float eps) {
+template <typename X> static void timestepnorm_forward(Gpu& gpu, X* out, float* mean, float* rstd, NormState* end,
+        const NormState* start, const X* inp, const float* w, const float* b, int B, int T, int D, int G, float eps) {
     NormGrid r = norm_grid(B, T, D, G);
     float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
-    auto pass = r.fixed == 4 ? timestepnorm_forward_kernel<X, 8, 4, false> : r.fixed == 8 ? timestepnorm_forward_kernel<X, 8, 8, false>
+    auto pass = r.fixed == 4 ? timestepnorm_forward_kernel<X, 8, 4, false> : r.fixed == 8
+            ? timestepnorm_forward_kernel<X, 8, 8, false>
                 : r.wide ? timestepnorm_forward_kernel<X, 8, 0, false> : timestepnorm_forward_kernel<X, 1, 0, false>;
-    auto apply = r.fixed == 4 ? timestepnorm_forward_kernel<X, 8, 4, true> : r.fixed == 8 ? timestepnorm_forward_kernel<X, 8, 8, true>
+    auto apply = r.fixed == 4 ? timestepnorm_forward_kernel<X, 8, 4, true> : r.fixed == 8
+            ? timestepnorm_forward_kernel<X, 8, 8, true>
                 : r.wide ? timestepnorm_forward_kernel<X, 8, 0, true> : timestepnorm_forward_kernel<X, 1, 0, true>;
     pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(out, mean, rstd, segments, inp, w, b, T, D, G, r.lanes, eps);
-    timestepnorm_scan_kernel<<<ceil_div((size_t)B * G, 4), 128, 0, gpu.stream>>>(segments, end, start, r.count, (size_t)B * G);
+    timestepnorm_scan_kernel<<<ceil_div((size_t)B * G, 4), 128, 0, gpu.stream>>>(segments, end, start, r.count,
+            (size_t)B * G);
     apply<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(out, mean, rstd, segments, inp, w, b, T, D, G, r.lanes, eps);
     LAUNCHED();
 }
 
 // The output again, from the saved statistics.
-template <typename X, bool WIDE>
-__global__ void timestepnorm_again_kernel(X* out, const float* mean, const float* rstd, const X* inp, const float* w,
-                                          const float* b, size_t rows, int D, int G) {
+template <typename X, bool WIDE> __global__ void timestepnorm_again_kernel(X* out, const float* mean,
+        const float* rstd, const X* inp, const float* w, const float* b, size_t rows, int D, int G) {
     float scale[8], shift[8], x[8];
     load_row<WIDE>(scale, w, D);
     load_row<WIDE>(shift, b, D);
@@ -711,11 +724,9 @@ __global__ void timestepnorm_again_kernel(X* out, const float* mean, const float
         if (WIDE) { // 8 features of one group
             size_t k = r * G + min(column<WIDE>(0) / F, G - 1);
             float mu = mean[k], s = rstd[k];
-#pragma unroll
-            for (int e = 0; e < 8; e++) { x[e] = (x[e] - mu) * s * (scale[e] + 1) + shift[e]; }
+            EACH(e, 8) { x[e] = (x[e] - mu) * s * (scale[e] + 1) + shift[e]; }
         } else {
-#pragma unroll
-            for (int e = 0; e < 8; e++) {
+            EACH(e, 8) {
                 size_t k = r * G + min(column<WIDE>(e) / F, G - 1);
                 x[e] = (x[e] - mean[k]) * rstd[k] * (scale[e] + 1) + shift[e];
             }
@@ -723,30 +734,27 @@ __global__ void timestepnorm_again_kernel(X* out, const float* mean, const float
         store_row<WIDE>(out + r * D, x, D);
     }
 }
-template <typename X>
-static void timestepnorm_again(Gpu& gpu, X* out, const float* mean, const float* rstd, const X* inp, const float* w,
-                               const float* b, size_t rows, int D, int G) {
+template <typename X> static void timestepnorm_again(Gpu& gpu, X* out, const float* mean, const float* rstd,
+        const X* inp, const float* w, const float* b, size_t rows, int D, int G) {
     RowGrid r = row_grid(&gpu, rows, D, 1, 8);
-    auto kernel = wide(D / G) ? timestepnorm_again_kernel<X, true> : timestepnorm_again_kernel<X, false>;
-    kernel<<<r.grid, r.block, 0, gpu.stream>>>(out, mean, rstd, inp, w, b, rows, D, G);
-    LAUNCHED();
+    LAUNCH(timestepnorm_again_kernel, wide(D / G), r.grid, r.block, out, mean, rstd, inp, w, b, rows, D, G);
 }
 
 // With u and v the terms of the CPU's sums U and V, which run from the end: a first pass over dout and inp leaves their
 // sums by segment and the partial sums of dw and db; these are scanned; a second pass adds up inside the segments and
 // writes dinp = dout (w+1) rstd + (U + 2 (inp - c) V)/F + add1 + add2. add1 and add2 may be NULL, and add1 may be dinp.
-template <typename X, int VEC, int LANES, bool APPLY>
-__global__ void __launch_bounds__(32 * WARPS) timestepnorm_backward_kernel(X* dinp, float* partials, float4* segments,
-        const X* add1, const X* add2, const X* dout, const float* mean, const float* rstd, const NormState* start,
-        const X* inp, const float* w, int T, int D, int G, int lanes) {
+template <typename X, int VEC, int LANES,
+        bool APPLY> __global__ void __launch_bounds__(32 * WARPS) timestepnorm_backward_kernel(X* dinp,
+                float* partials, float4* segments, const X* add1, const X* add2, const X* dout, const float* mean,
+                        const float* rstd, const NormState* start, const X* inp, const float* w, int T, int D, int G,
+                                int lanes) {
     __shared__ float2 totals[WARPS][32];
     __shared__ alignas(16) float lines[2][APPLY ? 1 : WARPS][32 * VEC];
     NormPlace p(T, D, G, lanes, VEC, APPLY);
     Piece<X, VEC> kept_x[STEPS], kept_dy[STEPS];
     float x[VEC], dy[VEC], mu[STEPS], r[STEPS], u[STEPS], v[STEPS];
     float n0 = start ? start[p.row * G + p.g].count : 0, c = mean[(p.row * T + T - 1) * G + p.g];
-#pragma unroll
-    for (int i = 0; i < STEPS; i++) {
+    EACH(i, STEPS) {
         size_t k = (p.row * T + p.t0 + i) * G + p.g;
         mu[i] = i < p.steps ? mean[k] : 0;
         r[i] = i < p.steps ? rstd[k] : 0;
@@ -772,18 +780,15 @@ __global__ void __launch_bounds__(32 * WARPS) timestepnorm_backward_kernel(X* di
     };
     float scale[VEC];
     auto get_weights = [&](int f) {
-#pragma unroll
-        for (int e = 0; e < VEC; e++) { scale[e] = w[p.g * p.F + f + e] + 1; }
+        EACH(e, VEC) { scale[e] = w[p.g * p.F + f + e] + 1; }
     };
     if (LANES && p.sub < p.F) { get_weights(p.sub); }
-#pragma unroll
-    for (int i = 0; i < STEPS; i++) {
+    EACH(i, STEPS) {
         float A = 0, E = 0;
         for (int f = p.sub; f < p.F; f += p.width) {
             get(i, f);
             if (!LANES) { get_weights(f); }
-#pragma unroll
-            for (int e = 0; e < VEC; e++) {
+            EACH(e, VEC) {
                 float d = dy[e] * scale[e];
                 A += d * (x[e] - mu[i]);
                 E += d;
@@ -815,25 +820,23 @@ __global__ void __launch_bounds__(32 * WARPS) timestepnorm_backward_kernel(X* di
         for (int f0 = 0; f0 < p.F; f0 += p.width) { // dw and db of one piece of each group
             float dw[VEC] = {0}, db[VEC] = {0};
             int f = f0 + p.sub;
-#pragma unroll
-            for (int i = 0; i < STEPS; i++) {
+            EACH(i, STEPS) {
                 if (f >= p.F) { break; }
                 get(i, f);
-#pragma unroll
-                for (int e = 0; e < VEC; e++) {
+                EACH(e, VEC) {
                     dw[e] += dy[e] * (x[e] - mu[i]) * r[i];
                     db[e] += dy[e];
                 }
             }
-            float *to_dw = &lines[0][p.warp][threadIdx.x % 32 * VEC], *to_db = &lines[1][p.warp][threadIdx.x % 32 * VEC];
+            float *to_dw = &lines[0][p.warp][threadIdx.x % 32 * VEC],
+                    *to_db = &lines[1][p.warp][threadIdx.x % 32 * VEC];
             if (VEC == 8) { store8(to_dw, dw); store8(to_db, db); } else { *to_dw = dw[0]; *to_db = db[0]; }
             __syncthreads();
             for (int i = threadIdx.x; i < 2 * 32 * VEC; i += 32 * WARPS) {
                 int which = i / (32 * VEC), j = i % (32 * VEC), g = p.g0 + j / p.width, k = f0 + j % p.width;
                 if (g >= G || k >= p.F) { continue; }
                 float s = 0;
-#pragma unroll
-                for (int q = 0; q < WARPS; q++) { s += lines[which][q][j]; }
+                EACH(q, WARPS) { s += lines[which][q][j]; }
                 part[(size_t)which * D + (size_t)g * p.F + k] = s;
             }
             __syncthreads();
@@ -843,29 +846,23 @@ __global__ void __launch_bounds__(32 * WARPS) timestepnorm_backward_kernel(X* di
     Piece<X, VEC> added[STEPS][2]; // read before anything is written
     float a[VEC];
     auto get_added = [&](int i, int f) {
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
+        EACH(k, 2) {
             const X* add = k ? add2 : add1;
             added[i][k].clear();
             if (add && i < p.steps) { added[i][k].load(add + p.at + (size_t)i * D + f); }
         }
     };
-#pragma unroll
-    for (int i = 0; i < STEPS; i++) { if (LANES && p.sub < p.F) { get_added(i, p.sub); } }
-#pragma unroll
-    for (int i = 0; i < STEPS; i++) {
+    EACH(i, STEPS) { if (LANES && p.sub < p.F) { get_added(i, p.sub); } }
+    EACH(i, STEPS) {
         if (i >= p.steps) { break; }
-        float U = (u[i] + later.x) / p.F, V = 2 * (v[i] + later.y) / p.F;
+        float U = (u[i] + later.x) * p.share, V = 2 * (v[i] + later.y) * p.share;
         for (int f = p.sub; f < p.F; f += p.width) {
             if (!LANES) { get_added(i, f); get_weights(f); }
             get(i, f);
-#pragma unroll
-            for (int e = 0; e < VEC; e++) { dy[e] = dy[e] * scale[e] * r[i] + U + (x[e] - c) * V; }
-#pragma unroll
-            for (int k = 0; k < 2; k++) {
+            EACH(e, VEC) { dy[e] = dy[e] * scale[e] * r[i] + U + (x[e] - c) * V; }
+            EACH(k, 2) {
                 added[i][k].get(a);
-#pragma unroll
-                for (int e = 0; e < VEC; e++) { dy[e] += a[e]; }
+                EACH(e, VEC) { dy[e] += a[e]; }
             }
             X* to = dinp + p.at + (size_t)i * D + f;
             if (VEC == 8) { store8(to, dy); } else { *to = from_float<X>(dy[0]); }
@@ -875,8 +872,8 @@ __global__ void __launch_bounds__(32 * WARPS) timestepnorm_backward_kernel(X* di
 }
 
 // Sums of segments become those of all later ones; dstart (B,G) receives the gradient of the carried-in statistics.
-__global__ void timestepnorm_scan_back_kernel(float4* segments, NormState* dstart, const NormState* start, const float* mean,
-                                              int count, int T, int G, size_t lines) {
+__global__ void timestepnorm_scan_back_kernel(float4* segments, NormState* dstart, const NormState* start,
+        const float* mean, int count, int T, int G, size_t lines) {
     size_t line = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
     int lane = threadIdx.x % 32, each = (count + 31) / 32, last = count - lane * each, first = max(last - each, 0);
     if (line >= lines) { return; }
@@ -903,42 +900,44 @@ __global__ void timestepnorm_scan_back_kernel(float4* segments, NormState* dstar
     }
 }
 
-template <typename X>
-static void timestepnorm_backward(Gpu& gpu, X* dinp, float* dw, float* db, NormState* dstart, const X* add1, const X* add2,
-                                  const X* dout, const float* mean, const float* rstd, const NormState* start, const X* inp,
-                                  const float* w, int B, int T, int D, int G) {
+template <typename X> static void timestepnorm_backward(Gpu& gpu, X* dinp, float* dw, float* db, NormState* dstart,
+        const X* add1, const X* add2, const X* dout, const float* mean, const float* rstd, const NormState* start,
+                const X* inp, const float* w, int B, int T, int D, int G) {
     NormGrid r = norm_grid(B, T, D, G);
     float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * B * r.count * 2 * D);
-    auto pass = r.fixed == 4 ? timestepnorm_backward_kernel<X, 8, 4, false> : r.fixed == 8 ? timestepnorm_backward_kernel<X, 8, 8, false>
+    auto pass = r.fixed == 4 ? timestepnorm_backward_kernel<X, 8, 4, false> : r.fixed == 8
+            ? timestepnorm_backward_kernel<X, 8, 8, false>
                 : r.wide ? timestepnorm_backward_kernel<X, 8, 0, false> : timestepnorm_backward_kernel<X, 1, 0, false>;
-    auto apply = r.fixed == 4 ? timestepnorm_backward_kernel<X, 8, 4, true> : r.fixed == 8 ? timestepnorm_backward_kernel<X, 8, 8, true>
+    auto apply = r.fixed == 4 ? timestepnorm_backward_kernel<X, 8, 4, true> : r.fixed == 8
+            ? timestepnorm_backward_kernel<X, 8, 8, true>
                 : r.wide ? timestepnorm_backward_kernel<X, 8, 0, true> : timestepnorm_backward_kernel<X, 1, 0, true>;
-    pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start, inp, w, T, D, G, r.lanes);
-    timestepnorm_scan_back_kernel<<<ceil_div((size_t)B * G, 4), 128, 0, gpu.stream>>>(segments, dstart, start, mean, r.count, T, G, (size_t)B * G);
-    apply<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start, inp, w, T, D, G, r.lanes);
+    pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start, inp,
+                                                  w, T, D, G, r.lanes);
+    timestepnorm_scan_back_kernel<<<ceil_div((size_t)B * G, 4), 128, 0, gpu.stream>>>(segments, dstart, start, mean,
+            r.count, T, G, (size_t)B * G);
+    apply<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start, inp,
+                                                   w, T, D, G, r.lanes);
     LAUNCHED();
     reduce_columns(gpu, B * r.count, {{dw, db}, 2, D});
 }
 
-// CEMA. With c = p g and s = h/p: s_t = q s_{t-1} + x_t, y_t = Re(sum_k c s_t) + omega x_t; p and g stay out of the scan.
-// A feature's N oscillators are shared by LANES neighbouring threads, MODES each, in registers; a warp has 32/LANES
-// neighbouring features of one batch row, and a block CEMA_WARPS warps that have nothing to do with each other. Time is cut into segments only if that leaves too few warps (a warp for
-// each of the card's schedulers is enough, since the MODES recurrences of a thread are independent): then the end states of
-// the segments are computed first, from zero, and handed on by q^length. Inputs come through shared memory, in STAGES pieces
-// of AHEAD timesteps that are copied while the warp computes. The loop over timesteps is unrolled by UNROLL only: longer code
+// CEMA. With c = p g and s = h/p: s_t = q s_{t-1} + x_t, y_t = Re(sum_k c s_t) + omega x_t; p and g stay out of the
+// scan. A feature's N oscillators are shared by LANES neighbouring threads, MODES each, in registers; a warp has
+// 32/LANES neighbouring features of one batch row, and a block CEMA_WARPS warps that have nothing to do with each
+// other. Time is cut into segments only if that leaves too few warps (a warp for each of the card's schedulers is
+// enough, since the MODES recurrences of a thread are independent; else two): then the end states of the segments are
+// computed first, from zero, and handed on by q^length. Inputs come through shared memory, in STAGES pieces of AHEAD
+// timesteps that are copied while the warp computes. The loop over timesteps is unrolled by UNROLL only: longer code
 // would not stay in the instruction cache, which one warp a scheduler cannot hide.
-#ifndef V_WARPS
-#define V_WARPS 4
-#endif
-enum { MODES = 8, AHEAD = 16, STAGES = 4, UNROLL = 4, CEMA_WARPS = V_WARPS, FEW = 16 / MODES, ALL = CEMA_MAX_NDIM / MODES };
+enum { MODES = 8, AHEAD = 16, STAGES = 4, UNROLL = 4, CEMA_WARPS = 4, FEW = 16 / MODES, ALL = CEMA_MAX_NDIM / MODES };
 static int cema_lanes(int N) { return N <= FEW * MODES ? FEW : ALL; }
 
 // coef (5,K,D), K = N rounded up to whole threads: p, q, c = p g (zero for k >= N). In double, rounded once.
 enum { COEF_P, COEF_Q_RE, COEF_Q_IM, COEF_C_RE, COEF_C_IM, NUM_COEF };
 __device__ inline double sigmoid_double(double x) { return 1 / (1 + exp(-x)); }
 __global__ void cema_coefficients_kernel(float* coef, const float* alpha, const float* delta, const float* theta,
-                                         const float* gamma, int D, int N, int K) {
+        const float* gamma, int D, int N, int K) {
     int i = blockIdx.x * blockDim.x + threadIdx.x, d = i % D, k = i / D;
     if (k >= K) { return; }
     double v[NUM_COEF] = {0};
@@ -961,9 +960,8 @@ static CemaGrid cema_grid(Gpu* gpu, int B, int T, int D, int N) {
     CemaGrid r;
     r.lanes = cema_lanes(N);
     r.K = r.lanes * MODES;
-    int tiles = ceil_div(D, 32 / r.lanes), warps = 4 * gpu->card.multiProcessorCount;
-    r.count = (size_t)B * tiles * 10 >= (size_t)warps * 9 ? 1 : warps / (B * tiles);
-    if (r.count < 1) { r.count = 1; }
+    int tiles = ceil_div(D, 32 / r.lanes), schedulers = 4 * gpu->card.multiProcessorCount;
+    r.count = (size_t)B * tiles * 10 >= (size_t)schedulers * 9 ? 1 : ceil_div(2 * schedulers, (size_t)B * tiles);
     r.length = ceil_div(ceil_div(T, r.count), AHEAD) * AHEAD;
     if (r.length < 64) { r.length = 64; }
     r.count = ceil_div(T, r.length);
@@ -971,10 +969,11 @@ static CemaGrid cema_grid(Gpu* gpu, int B, int T, int D, int N) {
     return r;
 }
 
-static const float* cema_coefficients(Gpu& gpu, const CemaGrid& r, const float* alpha, const float* delta, const float* theta,
-                                      const float* gamma, int D, int N) {
+static const float* cema_coefficients(Gpu& gpu, const CemaGrid& r, const float* alpha, const float* delta,
+        const float* theta, const float* gamma, int D, int N) {
     float* coef = (float*)gpu_scratch(&gpu, COEFFICIENTS, sizeof(float) * NUM_COEF * r.K * D);
-    cema_coefficients_kernel<<<ceil_div((size_t)r.K * D, 128), 128, 0, gpu.stream>>>(coef, alpha, delta, theta, gamma, D, N, r.K);
+    cema_coefficients_kernel<<<ceil_div((size_t)r.K * D, 128), 128, 0, gpu.stream>>>(coef, alpha, delta, theta, gamma,
+            D, N, r.K);
     LAUNCHED();
     return coef;
 }
@@ -984,22 +983,22 @@ struct CemaPlace {
     int d, k0, b, segment, t0, t1;
     bool active, beyond; // a feature of this thread, none of the whole warp
     size_t at, state;  // at: element (b,0,d) | state: of (segment,b,k0,d) among carries (segments,B,K,D)
-    __device__ CemaPlace(int lanes, int length, int T, int D) {
+    __device__ CemaPlace(int lanes, int length, int T, int D, int skip) {
         d = (blockIdx.x * CEMA_WARPS + threadIdx.y) * (32 / lanes) + threadIdx.x / lanes;
         active = d < D;
         beyond = (blockIdx.x * CEMA_WARPS + threadIdx.y) * (32 / lanes) >= D;
         if (!active) { d = D - 1; }
         k0 = threadIdx.x % lanes * MODES;
         b = blockIdx.y;
-        segment = blockIdx.z;
+        segment = blockIdx.z + skip;
         t0 = segment * length;
         t1 = min(t0 + length, T);
         at = (size_t)b * T * D + d;
         state = (((size_t)segment * gridDim.y + b) * lanes * MODES + k0) * D + d;
     }
 };
-// Sums over the LANES threads of a feature two numbers (of two timesteps); an even thread gets the first, an odd one the
-// second.
+// Sums over the LANES threads of a feature two numbers (of two timesteps); an even thread gets the first, an odd one
+// the second.
 template <int LANES> __device__ inline float pair_sum(float first, float second) {
     bool odd = threadIdx.x & 1;
     float s = (odd ? second : first) + __shfl_xor_sync(~0u, odd ? first : second, 1);
@@ -1010,41 +1009,35 @@ template <int LANES> __device__ inline float pair_sum(float first, float second)
 
 // AHEAD timesteps of the block's features in shared memory.
 template <typename X, int LANES> struct CemaStage {
-    enum { TILE = 32 / LANES, ROW = TILE * (int)sizeof(X), CHUNK = ROW < 16 ? ROW : 16, PER_ROW = ROW / CHUNK };
+    enum { TILE = 32 / LANES, ROW = TILE * (int)sizeof(X), CHUNK = ROW < 16 ? ROW : 16, PER_ROW = ROW / CHUNK,
+           FEATURES = CHUNK / (int)sizeof(X), PIECES = AHEAD * PER_ROW, ROUNDS = (PIECES + 31) / 32 };
+    typedef std::conditional_t<CHUNK == 16, uint4, uint2> Chunk;
     alignas(16) X x[AHEAD][TILE];
 
-    // Starts to copy timesteps t.. (clamped to those of [t0,t1)) from a tensor whose feature 0 of timestep 0 is at `from`.
+    // Starts to copy those of the timesteps t.. that lie in [t0,t1) from a tensor whose feature 0 of timestep 0 is at
+    // `from`.
     __device__ void fetch(const X* from, int t, int t0, int t1, int D) {
         int d0 = (blockIdx.x * CEMA_WARPS + threadIdx.y) * TILE;
-        if (D % TILE == 0) {
-#pragma unroll
-            for (int i = threadIdx.x; i < AHEAD * PER_ROW; i += 32) {
-                int row = i / PER_ROW, at = min(max(t + row, t0), t1 - 1);
-                unsigned to = __cvta_generic_to_shared((char*)x[row] + i % PER_ROW * CHUNK);
-                const char* src = (const char*)(from + (size_t)at * D + d0) + i % PER_ROW * CHUNK;
-                asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(src), "n"((int)CHUNK) : "memory");
-            }
-        } else {
-            for (int i = threadIdx.x; i < AHEAD * TILE; i += 32) {
-                int at = min(max(t + i / TILE, t0), t1 - 1);
-                if (d0 + i % TILE < D) { x[i / TILE][i % TILE] = from[(size_t)at * D + d0 + i % TILE]; }
-            }
+        EACH(k, ROUNDS) {
+            int i = k * 32 + threadIdx.x, row = i / PER_ROW, d = i % PER_ROW * FEATURES;
+            if (i >= PIECES || t + row < t0 || t + row >= t1) { continue; }
+            const X* src = from + (size_t)(t + row) * D + d0 + d;
+            if (D % TILE == 0) {
+                unsigned to = __cvta_generic_to_shared(&x[row][d]);
+                asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(src),
+                             "n"((int)CHUNK) : "memory");
+            } else { EACH(e, FEATURES) { if (d0 + d + e < D) { x[row][d + e] = src[e]; } } }
         }
     }
     // Writes all of it to timesteps t.. of a tensor.
     __device__ void put(X* to, int t, int D) const {
         int d0 = (blockIdx.x * CEMA_WARPS + threadIdx.y) * TILE;
-        if (D % TILE == 0) {
-#pragma unroll
-            for (int i = threadIdx.x; i < AHEAD * PER_ROW; i += 32) {
-                char* at = (char*)(to + (size_t)(t + i / PER_ROW) * D + d0) + i % PER_ROW * CHUNK;
-                const char* src = (const char*)x[i / PER_ROW] + i % PER_ROW * CHUNK;
-                if (CHUNK == 16) { *(uint4*)at = *(const uint4*)src; } else if (CHUNK == 8) { *(uint2*)at = *(const uint2*)src; } else { *(uint32_t*)at = *(const uint32_t*)src; }
-            }
-        } else {
-            for (int i = threadIdx.x; i < AHEAD * TILE; i += 32) {
-                if (d0 + i % TILE < D) { to[(size_t)(t + i / TILE) * D + d0 + i % TILE] = x[i / TILE][i % TILE]; }
-            }
+        EACH(k, ROUNDS) {
+            int i = k * 32 + threadIdx.x, row = i / PER_ROW, d = i % PER_ROW * FEATURES;
+            if (i >= PIECES) { continue; }
+            X* at = to + (size_t)(t + row) * D + d0 + d;
+            if (D % TILE == 0) { *(Chunk*)at = *(const Chunk*)&x[row][d]; }
+            else { EACH(e, FEATURES) { if (d0 + d + e < D) { at[e] = x[row][d + e]; } } }
         }
     }
 };
@@ -1056,21 +1049,19 @@ __device__ inline void stage_wait() { // for the oldest of STAGES - 1
 
 // With ENDS, only the segments' end states from zero, to carries; else the output, from carries (NULL for zero) on. end
 // (B,D,N,2) receives h after the last timestep if not NULL.
-template <typename X, int LANES, bool ENDS>
-__global__ void __launch_bounds__(32 * CEMA_WARPS) cema_forward_kernel(X* out, float* end, float2* carries, const X* inp, const float* coef,
-                                                          const float* omega, int length, int T, int D, int N) {
+template <typename X, int LANES,
+        bool ENDS> __global__ void __launch_bounds__(32 * CEMA_WARPS) cema_forward_kernel(X* out, float* end,
+                float2* carries, const X* inp, const float* coef, const float* omega, int length, int T, int D, int N) {
     enum { K = LANES * MODES };
     __shared__ CemaStage<X, LANES> memory[CEMA_WARPS][STAGES + 1]; // for each warp; they go their own ways
     CemaStage<X, LANES> *stages = memory[threadIdx.y], &result = stages[STAGES];
-    CemaPlace p(LANES, length, T, D);
+    CemaPlace p(LANES, length, T, D, 0);
     if (p.beyond) { return; }
     float q_re[MODES], q_im[MODES], c_re[MODES], c_im[MODES], s_re[MODES], s_im[MODES], y[UNROLL];
     const X* from = inp + (size_t)p.b * T * D;
     int f = threadIdx.x / LANES, pieces = (p.t1 - p.t0 + AHEAD - 1) / AHEAD;
-#pragma unroll
-    for (int j = 0; j < STAGES - 1; j++) { stages[j].fetch(from, p.t0 + j * AHEAD, p.t0, p.t1, D); stage_done(); }
-#pragma unroll
-    for (int k = 0; k < MODES; k++) {
+    EACH(j, STAGES - 1) { stages[j].fetch(from, p.t0 + j * AHEAD, p.t0, p.t1, D); stage_done(); }
+    EACH(k, MODES) {
         size_t i = (size_t)(p.k0 + k) * D + p.d;
         q_re[k] = coef[COEF_Q_RE * (size_t)K * D + i];
         q_im[k] = coef[COEF_Q_IM * (size_t)K * D + i];
@@ -1082,47 +1073,50 @@ __global__ void __launch_bounds__(32 * CEMA_WARPS) cema_forward_kernel(X* out, f
         s_im[k] = s.y;
     }
     float w = p.k0 == 0 ? omega[p.d] : 0; // one thread adds omega x
-    auto step = [&](float x) {
-        float y0 = w * x, y1 = 0;
-#pragma unroll
-        for (int k = 0; k < MODES; k++) {
-            float re = fmaf(q_re[k], s_re[k], fmaf(-q_im[k], s_im[k], x));
-            s_im[k] = fmaf(q_re[k], s_im[k], q_im[k] * s_re[k]);
-            s_re[k] = re;
-            if (!ENDS) {
-                y0 = fmaf(c_re[k], s_re[k], y0);
-                y1 = fmaf(-c_im[k], s_im[k], y1);
-            }
+    auto step = [&](float x) { // in phases, so that neighbouring instructions do not wait for each other
+        float re[MODES], im[MODES], y[4] = {w * x, 0, 0, 0};
+        EACH(k, MODES) {
+            re[k] = fmaf(-q_im[k], s_im[k], x);
+            im[k] = q_im[k] * s_re[k];
         }
-        return y0 + y1;
+        EACH(k, MODES) {
+            s_re[k] = fmaf(q_re[k], s_re[k], re[k]);
+            s_im[k] = fmaf(q_re[k], s_im[k], im[k]);
+        }
+        EACH(k, ENDS ? 0 : MODES) {
+            y[k % 2] = fmaf(c_re[k], s_re[k], y[k % 2]);
+            y[2 + k % 2] = fmaf(-c_im[k], s_im[k], y[2 + k % 2]);
+        }
+        return (y[0] + y[1]) + (y[2] + y[3]);
     };
     for (int j = 0; j < pieces; j++) {
         int t = p.t0 + j * AHEAD;
         CemaStage<X, LANES>& now = stages[j % STAGES];
         stage_wait(); // and all threads are done with the stage that is filled next
-        if (j + STAGES - 1 < pieces) { stages[(j + STAGES - 1) % STAGES].fetch(from, t + (STAGES - 1) * AHEAD, p.t0, p.t1, D); }
+        if (j + STAGES - 1 < pieces) {
+            stages[(j + STAGES - 1) % STAGES].fetch(from, t + (STAGES - 1) * AHEAD, p.t0, p.t1, D);
+        }
         stage_done();
         if (t + AHEAD > p.t1) { // the last timesteps
             for (int i = 0; t + i < p.t1; i++) {
                 float sum = step(to_float(now.x[i][f]));
                 sum = ENDS ? 0 : pair_sum<LANES>(sum, sum);
-                if (!ENDS && p.active && threadIdx.x % LANES == 0) { out[p.at + (size_t)(t + i) * D] = from_float<X>(sum); }
+                if (!ENDS && p.active && threadIdx.x % LANES == 0) {
+                    out[p.at + (size_t)(t + i) * D] = from_float<X>(sum);
+                }
             }
             break;
         }
         X x[UNROLL];
-#pragma unroll
-        for (int i = 0; i < UNROLL; i++) { x[i] = now.x[i][f]; }
+        EACH(i, UNROLL) { x[i] = now.x[i][f]; }
 #pragma unroll 1
         for (int i0 = 0; i0 < AHEAD; i0 += UNROLL) {
             float given[UNROLL];
-#pragma unroll
-            for (int i = 0; i < UNROLL; i++) {
+            EACH(i, UNROLL) {
                 given[i] = to_float(x[i]);
                 x[i] = now.x[(i0 + UNROLL + i) % AHEAD][f]; // the next ones, while these are worked on
             }
-#pragma unroll
-            for (int i = 0; i < UNROLL; i++) { y[i] = step(given[i]); }
+            EACH(i, UNROLL) { y[i] = step(given[i]); }
             if (ENDS) { continue; }
 #pragma unroll
             for (int i = 0; i < UNROLL; i += 2) {
@@ -1135,8 +1129,7 @@ __global__ void __launch_bounds__(32 * CEMA_WARPS) cema_forward_kernel(X* out, f
         result.put(out + (size_t)p.b * T * D, t, D);
     }
     if (!p.active) { return; }
-#pragma unroll
-    for (int k = 0; k < MODES; k++) {
+    EACH(k, MODES) {
         if (ENDS) { carries[p.state + (size_t)k * D] = make_float2(s_re[k], s_im[k]); }
         else if (end && p.t1 == T && p.k0 + k < N) {
             float scale = coef[COEF_P * (size_t)K * D + (size_t)(p.k0 + k) * D + p.d];
@@ -1147,11 +1140,11 @@ __global__ void __launch_bounds__(32 * CEMA_WARPS) cema_forward_kernel(X* out, f
     }
 }
 
-// End states of segments become what each segment starts from: s_in(j+1) = q^length s_in(j) + end(j), s_in(0) = h_0/p; with
-// `back`, for adjoints, the other way round with ~q and from zero. q^length is formed from the rounded q by squaring in
-// double: through logarithms it would lose its phase.
-__global__ void cema_carries_kernel(float2* carries, const float* start, const float* coef, int count, int length, bool back,
-                                    int B, int D, int N, int K) {
+// End states of segments become what each segment starts from: s_in(j+1) = q^length s_in(j) + end(j), s_in(0) = h_0/p;
+// with `back`, for adjoints, the other way round with ~q and from zero. q^length is formed from the rounded q by
+// squaring in double: through logarithms it would lose its phase.
+__global__ void cema_carries_kernel(float2* carries, const float* start, const float* coef, int count, int length,
+        bool back, int B, int D, int N, int K) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, step = (size_t)B * K * D;
     if (i >= step) { return; }
     int d = i % D, k = i / D % K, b = i / D / K;
@@ -1189,11 +1182,11 @@ static size_t cema_carries_size(Gpu* gpu, int B, int T, int D, int N) {
     return (size_t)2 * r.count * B * r.K * D;
 }
 
-// carries: cema_carries_size floats, saved for the backward pass; used only where there are several segments or a start.
-template <typename X>
-static void cema_forward(Gpu& gpu, X* out, float* end, float* carries, const float* start, const X* inp, const float* alpha,
-                         const float* delta, const float* theta, const float* gamma, const float* omega,
-                         int B, int T, int D, int N) {
+// carries: cema_carries_size floats, saved for the backward pass; used only where there are several segments or a
+// start.
+template <typename X> static void cema_forward(Gpu& gpu, X* out, float* end, float* carries, const float* start,
+        const X* inp, const float* alpha, const float* delta, const float* theta, const float* gamma,
+                const float* omega, int B, int T, int D, int N) {
     CemaGrid r = cema_grid(&gpu, B, T, D, N);
     const float* coef = cema_coefficients(gpu, r, alpha, delta, theta, gamma, D, N);
     float2* c = r.count > 1 || start ? (float2*)carries : NULL;
@@ -1207,7 +1200,8 @@ static void cema_forward(Gpu& gpu, X* out, float* end, float* carries, const flo
     }
     if (c) {
         if (r.count == 1) { CUDA(cudaMemsetAsync(c, 0, states * sizeof(float2), gpu.stream)); }
-        cema_carries_kernel<<<ceil_div(states, 128), 128, 0, gpu.stream>>>(c, start, coef, r.count, r.length, false, B, D, N, r.K);
+        cema_carries_kernel<<<ceil_div(states, 128), 128, 0, gpu.stream>>>(c, start, coef, r.count, r.length, false, B,
+                D, N, r.K);
     }
     scan<<<r.grid, dim3(32, CEMA_WARPS), 0, gpu.stream>>>(out, end, c, inp, coef, omega, r.length, T, D, N);
     LAUNCHED();
@@ -1217,13 +1211,14 @@ static void cema_forward(Gpu& gpu, X* out, float* end, float* carries, const flo
 // R = sum over segments of (sum_t x_t a'_t + ~s_in a'_0). With ENDS, only a at the first timestep of each segment, from
 // zero, to adjoints. Else dinp, and sums (segments,B,K,D,4): Q and R; first (segments,B,K,D): a at the first timestep;
 // domega by (segment, b). a'_{t-1} = ~q a'_t + a_t.
-template <typename X, int LANES, bool ENDS>
-__global__ void __launch_bounds__(32 * CEMA_WARPS) cema_backward_kernel(X* dinp, float4* sums, float2* first, float* domega,
-        float2* adjoints, const float2* carries, const X* dout, const X* inp, const float* coef, const float* omega,
-        int length, int T, int D) {
+template <typename X, int LANES,
+        bool ENDS> __global__ void __launch_bounds__(32 * CEMA_WARPS) cema_backward_kernel(X* dinp, float4* sums,
+                float2* first, float* domega, float2* adjoints, const float2* carries, const X* dout, const X* inp,
+                        const float* coef, const float* omega, int length, int T, int D) {
     enum { K = LANES * MODES };
-    CemaPlace p(LANES, length, T, D);
-    float q_re[MODES], q_im[MODES], c_re[MODES], c_im[MODES], a_re[MODES], a_im[MODES], b_re[MODES], b_im[MODES]; // b is a'
+    CemaPlace p(LANES, length, T, D, ENDS); // nobody asks for the first segment's a
+    // b is a'
+    float q_re[MODES], q_im[MODES], c_re[MODES], c_im[MODES], a_re[MODES], a_im[MODES], b_re[MODES], b_im[MODES];
     float Q_re[MODES], Q_im[MODES], R_re[MODES], R_im[MODES], dw = 0;
     __shared__ CemaStage<X, LANES> memory[CEMA_WARPS][2 * STAGES + 1];
     CemaStage<X, LANES> *stages_x = memory[threadIdx.y], *stages_dy = stages_x + STAGES, &result = stages_dy[STAGES];
@@ -1238,10 +1233,8 @@ __global__ void __launch_bounds__(32 * CEMA_WARPS) cema_backward_kernel(X* dinp,
         }
         stage_done();
     };
-#pragma unroll
-    for (int j = 0; j < STAGES - 1; j++) { fetch(j); }
-#pragma unroll
-    for (int k = 0; k < MODES; k++) {
+    EACH(j, STAGES - 1) { fetch(j); }
+    EACH(k, MODES) {
         size_t i = (size_t)(p.k0 + k) * D + p.d;
         q_re[k] = coef[COEF_Q_RE * (size_t)K * D + i];
         q_im[k] = coef[COEF_Q_IM * (size_t)K * D + i];
@@ -1255,25 +1248,33 @@ __global__ void __launch_bounds__(32 * CEMA_WARPS) cema_backward_kernel(X* dinp,
     }
     float w = p.k0 == 0 ? omega[p.d] : 0;
     auto step = [&](float x, float dy) {
-        float dx0 = w * dy, dx1 = 0;
+        float re[MODES], im[MODES], dx[4] = {w * dy, 0, 0, 0};
         dw = fmaf(x, dy, dw);
-#pragma unroll
-        for (int k = 0; k < MODES; k++) {
-            float re = fmaf(q_re[k], a_re[k], fmaf(q_im[k], a_im[k], dy));
-            a_im[k] = fmaf(q_re[k], a_im[k], -q_im[k] * a_re[k]);
-            a_re[k] = re;
+        EACH(k, MODES) {
+            re[k] = fmaf(q_im[k], a_im[k], dy);
+            im[k] = q_im[k] * a_re[k];
             if (ENDS) { continue; }
-            Q_re[k] = fmaf(x, a_re[k], Q_re[k]);
-            Q_im[k] = fmaf(x, a_im[k], Q_im[k]);
             R_re[k] = fmaf(x, b_re[k], R_re[k]);
             R_im[k] = fmaf(x, b_im[k], R_im[k]);
-            float re1 = fmaf(q_re[k], b_re[k], fmaf(q_im[k], b_im[k], a_re[k]));
-            b_im[k] = fmaf(q_re[k], b_im[k], fmaf(-q_im[k], b_re[k], a_im[k]));
-            b_re[k] = re1;
-            dx0 = fmaf(c_re[k], a_re[k], dx0);
-            dx1 = fmaf(c_im[k], a_im[k], dx1);
         }
-        return dx0 + dx1;
+        EACH(k, MODES) {
+            a_re[k] = fmaf(q_re[k], a_re[k], re[k]);
+            a_im[k] = fmaf(q_re[k], a_im[k], -im[k]);
+        }
+        if (ENDS) { return 0.0f; }
+        EACH(k, MODES) {
+            re[k] = fmaf(q_im[k], b_im[k], a_re[k]);
+            im[k] = fmaf(-q_im[k], b_re[k], a_im[k]);
+            Q_re[k] = fmaf(x, a_re[k], Q_re[k]);
+            Q_im[k] = fmaf(x, a_im[k], Q_im[k]);
+        }
+        EACH(k, MODES) {
+            b_re[k] = fmaf(q_re[k], b_re[k], re[k]);
+            b_im[k] = fmaf(q_re[k], b_im[k], im[k]);
+            dx[k % 2] = fmaf(c_re[k], a_re[k], dx[k % 2]);
+            dx[2 + k % 2] = fmaf(c_im[k], a_im[k], dx[2 + k % 2]);
+        }
+        return (dx[0] + dx[1]) + (dx[2] + dx[3]);
     };
     for (int j = 0; j < pieces; j++) {
         int t = p.t1 - (j + 1) * AHEAD, s = j % STAGES;
@@ -1283,14 +1284,15 @@ __global__ void __launch_bounds__(32 * CEMA_WARPS) cema_backward_kernel(X* dinp,
             for (int i = AHEAD - 1; t + i >= p.t0; i--) {
                 float sum = step(ENDS ? 0 : to_float(stages_x[s].x[i][f]), to_float(stages_dy[s].x[i][f]));
                 sum = ENDS ? 0 : pair_sum<LANES>(sum, sum);
-                if (!ENDS && p.active && threadIdx.x % LANES == 0) { dinp[p.at + (size_t)(t + i) * D] = from_float<X>(sum); }
+                if (!ENDS && p.active && threadIdx.x % LANES == 0) {
+                    dinp[p.at + (size_t)(t + i) * D] = from_float<X>(sum);
+                }
             }
             break;
         }
         X x[UNROLL], dy[UNROLL];
         auto read = [&](int i0) {
-#pragma unroll
-            for (int i = 0; i < UNROLL; i++) {
+            EACH(i, UNROLL) {
                 dy[i] = stages_dy[s].x[i0 + i][f];
                 if (!ENDS) { x[i] = stages_x[s].x[i0 + i][f]; }
             }
@@ -1299,8 +1301,7 @@ __global__ void __launch_bounds__(32 * CEMA_WARPS) cema_backward_kernel(X* dinp,
 #pragma unroll 1
         for (int i0 = AHEAD - UNROLL; i0 >= 0; i0 -= UNROLL) {
             float given_x[UNROLL], given_dy[UNROLL], dx[UNROLL];
-#pragma unroll
-            for (int i = 0; i < UNROLL; i++) { given_dy[i] = to_float(dy[i]); given_x[i] = ENDS ? 0 : to_float(x[i]); }
+            EACH(i, UNROLL) { given_dy[i] = to_float(dy[i]); given_x[i] = ENDS ? 0 : to_float(x[i]); }
             read((i0 + AHEAD - UNROLL) % AHEAD); // the next ones, while these are worked on
 #pragma unroll
             for (int i = UNROLL - 1; i >= 0; i--) { dx[i] = step(given_x[i], given_dy[i]); }
@@ -1317,8 +1318,7 @@ __global__ void __launch_bounds__(32 * CEMA_WARPS) cema_backward_kernel(X* dinp,
     }
     if (!p.active) { return; }
     if (!ENDS && p.k0 == 0) { domega[((size_t)p.segment * gridDim.y + p.b) * D + p.d] = dw; }
-#pragma unroll
-    for (int k = 0; k < MODES; k++) {
+    EACH(k, MODES) {
         size_t i = p.state + (size_t)k * D;
         if (ENDS) { adjoints[i] = make_float2(a_re[k], a_im[k]); continue; }
         if (carries) {
@@ -1331,18 +1331,20 @@ __global__ void __launch_bounds__(32 * CEMA_WARPS) cema_backward_kernel(X* dinp,
     }
 }
 
-// From the sums to gradients of parameters, as at the end of the CPU's cema_backward. Threads x are the modes of a feature.
-__global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega, float* dstart,
-                                      const float4* sums, const float2* first, const float* dw, const float* start,
-                                      const float* coef, const float* alpha, const float* delta, const float* theta,
-                                      const float* gamma, int count, bool accumulate, int B, int D, int N, int K) {
+// From the sums to gradients of parameters, as at the end of the CPU's cema_backward. Threads x are the modes of a
+// feature.
+__global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega,
+        float* dstart, const float4* sums, const float2* first, const float* dw, const float* start, const float* coef,
+                const float* alpha, const float* delta, const float* theta, const float* gamma, int count,
+                        bool accumulate, int B, int D, int N, int K) {
     __shared__ double turns[256];
     int k = threadIdx.x, d = blockIdx.x * blockDim.y + threadIdx.y;
     double dangle = 0, s_theta = d < D ? sigmoid_double(theta[d]) : 0;
     if (d < D && k < N) {
         size_t i = (size_t)d * N + k, step = (size_t)B * K * D;
         double q_re = coef[((size_t)COEF_Q_RE * K + k) * D + d], q_im = coef[((size_t)COEF_Q_IM * K + k) * D + d];
-        double p = sigmoid_double(alpha[i]), g_re = gamma[2 * i] / sqrt((double)N), g_im = gamma[2 * i + 1] / sqrt((double)N);
+        double p = sigmoid_double(alpha[i]), g_re = gamma[2 * i] / sqrt((double)N), g_im = gamma[2 * i
+                + 1] / sqrt((double)N);
         double dp = 0, dq_re = 0, dq_im = 0, dg_re = 0, dg_im = 0;
         for (int b = 0; b < B; b++) {
             double Q_re = 0, Q_im = 0, R_re = 0, R_im = 0;
@@ -1387,166 +1389,98 @@ __global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dthet
     domega[d] = (accumulate ? domega[d] : 0) + w;
 }
 
-template <typename X>
-static void cema_backward(Gpu& gpu, X* dinp, float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega,
-                          float* dstart, const X* dout, const float* carries, const float* start, const X* inp,
-                          const float* alpha, const float* delta, const float* theta, const float* gamma, const float* omega,
-                          int B, int T, int D, int N) {
+template <typename X> static void cema_backward(Gpu& gpu, X* dinp, float* dalpha, float* ddelta, float* dtheta,
+        float* dgamma, float* domega, float* dstart, const X* dout, const float* carries, const float* start,
+                const X* inp, const float* alpha, const float* delta, const float* theta, const float* gamma,
+                        const float* omega, int B, int T, int D, int N) {
     CemaGrid r = cema_grid(&gpu, B, T, D, N);
     const float* coef = cema_coefficients(gpu, r, alpha, delta, theta, gamma, D, N);
     size_t states = (size_t)B * r.K * D, all = states * r.count;
-    float4* sums = (float4*)gpu_scratch(&gpu, CARRIES, all * (sizeof(float4) + 2 * sizeof(float2)) + sizeof(float) * r.count * B * D);
+    float4* sums = (float4*)gpu_scratch(&gpu, CARRIES, all * (sizeof(float4) + 2 * sizeof(float2))
+                                        + sizeof(float) * r.count * B * D);
     float2 *first = (float2*)(sums + all), *a = first + all;
     float* dw = (float*)(a + all);
     const float2* c = r.count > 1 || start ? (const float2*)carries : NULL;
     auto ends = r.lanes == FEW ? cema_backward_kernel<X, FEW, true> : cema_backward_kernel<X, ALL, true>;
     auto sweep = r.lanes == FEW ? cema_backward_kernel<X, FEW, false> : cema_backward_kernel<X, ALL, false>;
     if (r.count > 1) {
-        ends<<<r.grid, dim3(32, CEMA_WARPS), 0, gpu.stream>>>(dinp, sums, first, dw, a, c, dout, inp, coef, omega, r.length, T, D);
-        cema_carries_kernel<<<ceil_div(states, 128), 128, 0, gpu.stream>>>(a, NULL, coef, r.count, r.length, true, B, D, N, r.K);
+        dim3 grid = r.grid;
+        grid.z--;
+        ends<<<grid, dim3(32, CEMA_WARPS), 0, gpu.stream>>>(dinp, sums, first, dw, a, c, dout, inp, coef, omega,
+                                                            r.length, T, D);
+        cema_carries_kernel<<<ceil_div(states, 128), 128, 0, gpu.stream>>>(a, NULL, coef, r.count, r.length, true, B,
+                D, N, r.K);
     }
-    sweep<<<r.grid, dim3(32, CEMA_WARPS), 0, gpu.stream>>>(dinp, sums, first, dw, r.count > 1 ? a : NULL, c, dout, inp, coef, omega, r.length, T, D);
-    cema_gradients_kernel<<<ceil_div(D, 256 / r.K), dim3(r.K, 256 / r.K), 0, gpu.stream>>>(dalpha, ddelta, dtheta, dgamma, domega,
+    sweep<<<r.grid, dim3(32, CEMA_WARPS), 0, gpu.stream>>>(dinp, sums, first, dw, r.count > 1 ? a : NULL, c, dout, inp,
+                                                           coef, omega, r.length, T, D);
+    cema_gradients_kernel<<<ceil_div(D, 256 / r.K), dim3(r.K, 256 / r.K), 0, gpu.stream>>>(dalpha, ddelta, dtheta,
+            dgamma, domega,
         dstart, sums, first, dw, start, coef, alpha, delta, theta, gamma, r.count, gpu.accumulate, B, D, N, r.K);
     LAUNCHED();
 }
 
-// RMS norm of rows, see the CPU's; w NULL for no scale. Rows of out lie ldo apart.
-template <typename X, bool WIDE>
-__global__ void rmsnorm_forward_kernel(X* out, int ldo, float* rstd, const X* inp, const float* w, size_t rows, int D, float eps) {
-    float scale[8], x[8], s[1];
+// Layer norm, or with mean and b NULL RMS norm, of rows; see the CPU's. Rows of out lie ldo apart.
+template <typename X, bool WIDE> __global__ void norm_forward_kernel(X* out, int ldo, float* mean, float* rstd,
+        const X* inp, const float* w, const float* b, size_t rows, int D, float eps) {
+    float scale[8], shift[8] = {0}, x[8], s[2], share = 1.0f / D;
     int turn = 0;
     load_row<WIDE>(scale, w, D);
+    if (b) { load_row<WIDE>(shift, b, D); }
     RowPiece<X, WIDE> next;
     size_t first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
     next.load(inp + first * D, first < rows ? D : 0);
+    X next_near = inp[first < rows ? first * D : 0];
     for (size_t r = first; r - threadIdx.y < rows; r += step) { // all threads of a block take part in the last round
         next.get(x);
         next.load(inp + (r + step) * D, r + step < rows ? D : 0);
-        s[0] = 0;
-#pragma unroll
-        for (int e = 0; e < 8; e++) { s[0] += x[e] * x[e]; }
-        row_sum(s, turn);
-        float k = 1 / sqrtf(s[0] / D + eps);
-#pragma unroll
-        for (int e = 0; e < 8; e++) { x[e] *= k * (scale[e] + 1); }
-        store_row<WIDE>(out + r * ldo, x, r < rows ? D : 0);
-        if (threadIdx.x == 0 && r < rows) { rstd[r] = k; }
-    }
-}
-template <typename X>
-static void rmsnorm_forward(Gpu& gpu, X* out, int ldo, float* rstd, const X* inp, const float* w, size_t rows, int D, float eps) {
-    RowGrid r = row_grid(&gpu, rows, D, 1, 8);
-    auto kernel = wide(D, ldo) ? rmsnorm_forward_kernel<X, true> : rmsnorm_forward_kernel<X, false>;
-    kernel<<<r.grid, r.block, 0, gpu.stream>>>(out, ldo, rstd, inp, w, rows, D, eps);
-    LAUNCHED();
-}
-
-// Rows of dout and of again lie ld apart; again receives the forward pass's output.
-template <typename X, bool WIDE>
-__global__ void rmsnorm_backward_kernel(X* dinp, float* partials, X* again, const X* dout, int ld, const float* rstd, const X* inp,
-                                        const float* w, size_t rows, int D) {
-    float scale[8], dw[8] = {0}, x[8], dy[8], s[1];
-    int turn = 0;
-    load_row<WIDE>(scale, w, D);
-    for (size_t r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
-        size_t r = r0 + threadIdx.y;
-        int columns = r < rows ? D : 0;
-        load_row<WIDE>(x, inp + r * D, columns);
-        load_row<WIDE>(dy, dout + r * ld, columns);
-        float k = r < rows ? rstd[r] : 0;
-        s[0] = 0;
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-            x[e] *= k;
-            dw[e] += dy[e] * x[e];
-            dy[e] *= scale[e] + 1;
-            s[0] += dy[e] * x[e];
-        }
-        row_sum(s, turn);
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-            dy[e] = k * (dy[e] - x[e] * (s[0] / D));
-            x[e] *= scale[e] + 1;
-        }
-        store_row<WIDE>(dinp + r * D, dy, columns);
-        store_row<WIDE>(again + r * ld, x, columns);
-    }
-    store_partial<WIDE>(partials, 1, D, 0, dw, D);
-}
-template <typename X>
-static void rmsnorm_backward(Gpu& gpu, X* dinp, float* dw, X* again, const X* dout, int ld, const float* rstd, const X* inp,
-                             const float* w, size_t rows, int D) {
-    RowGrid r = row_grid(&gpu, rows, D, 1);
-    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * D);
-    auto kernel = wide(D, ld) ? rmsnorm_backward_kernel<X, true> : rmsnorm_backward_kernel<X, false>;
-    kernel<<<r.grid, r.block, 0, gpu.stream>>>(dinp, partials, again, dout, ld, rstd, inp, w, rows, D);
-    LAUNCHED();
-    reduce_columns(gpu, r.parts, {{dw}, 1, D});
-}
-
-template <typename X, bool WIDE>
-__global__ void layernorm_forward_kernel(X* out, float* mean, float* rstd, const X* inp, const float* w, const float* b,
-                                         size_t rows, int D, float eps) {
-    float scale[8], shift[8], x[8], s[2];
-    int turn = 0;
-    load_row<WIDE>(scale, w, D);
-    load_row<WIDE>(shift, b, D);
-    RowPiece<X, WIDE> next;
-    size_t first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
-    next.load(inp + first * D, first < rows ? D : 0);
-    for (size_t r = first; r - threadIdx.y < rows; r += step) { // all threads of a block take part in the last round
-        next.get(x);
-        next.load(inp + (r + step) * D, r + step < rows ? D : 0);
-        float near = r < rows ? to_float(inp[r * D]) : 0; // sums about one of the values: nothing cancels badly
+        float near = mean ? to_float(next_near) : 0; // sums about one of the values: the variance does not cancel
+        next_near = inp[r + step < rows ? (r + step) * D : 0];
         s[0] = s[1] = 0;
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
+        EACH(e, 8) {
             float y = column<WIDE>(e) < D ? x[e] - near : 0;
             s[0] += y;
             s[1] += y * y;
         }
         row_sum(s, turn);
-        float off = s[0] / D, m = near + off, k = 1 / sqrtf(fmaxf(s[1] / D - off * off, 0) + eps);
-#pragma unroll
-        for (int e = 0; e < 8; e++) { x[e] = (x[e] - m) * k * (scale[e] + 1) + shift[e]; }
-        store_row<WIDE>(out + r * D, x, r < rows ? D : 0);
-        if (threadIdx.x == 0 && r < rows) { mean[r] = m; rstd[r] = k; }
+        float off = mean ? s[0] * share : 0, m = near + off, k = rsqrtf(fmaxf(s[1] * share - off * off, 0) + eps);
+        EACH(e, 8) { x[e] = (x[e] - m) * k * (scale[e] + 1) + shift[e]; }
+        store_row<WIDE>(out + r * ldo, x, r < rows ? D : 0);
+        if (threadIdx.x == 0 && r < rows) {
+            rstd[r] = k;
+            if (mean) { mean[r] = m; }
+        }
     }
 }
-template <typename X>
-static void layernorm_forward(Gpu& gpu, X* out, float* mean, float* rstd, const X* inp, const float* w, const float* b,
-                              size_t rows, int D, float eps) {
+template <typename X> static void norm_forward(Gpu& gpu, X* out, int ldo, float* mean, float* rstd, const X* inp,
+        const float* w, const float* b, size_t rows, int D, float eps) {
     RowGrid r = row_grid(&gpu, rows, D, 1, 8);
-    auto kernel = wide(D) ? layernorm_forward_kernel<X, true> : layernorm_forward_kernel<X, false>;
-    kernel<<<r.grid, r.block, 0, gpu.stream>>>(out, mean, rstd, inp, w, b, rows, D, eps);
-    LAUNCHED();
+    LAUNCH(norm_forward_kernel, wide(D, ldo), r.grid, r.block, out, ldo, mean, rstd, inp, w, b, rows, D, eps);
 }
 
-// again receives the forward pass's output, dinp_sum the column sums of dinp: the gradient of wh1's bias.
-template <typename X, bool WIDE>
-__global__ void layernorm_backward_kernel(X* dinp, float* partials, X* again, const X* dout, const float* mean, const float* rstd,
-                                          const X* inp, const float* w, const float* b, size_t rows, int D) {
-    float scale[8], shift[8], dw[8] = {0}, db[8] = {0}, dx[8] = {0}, x[8], dy[8], s[2];
-    int turn = 0;
+// again receives the forward pass's output if not NULL; its rows and those of dout lie ld apart. dinp_sum: column sums
+// of dinp, the gradient of wh1's bias. db, dinp_sum and b are NULL where mean is.
+template <typename X, bool WIDE> __global__ void norm_backward_kernel(X* dinp, float* partials, X* again,
+        const X* dout, int ld, const float* mean, const float* rstd, const X* inp, const float* w, const float* b,
+                size_t rows, int D) {
+    float scale[8], shift[8] = {0}, dw[8] = {0}, db[8] = {0}, dx[8] = {0}, x[8], dy[8], s[2], share = 1.0f / D;
+    int turn = 0, sums = mean ? 3 : 1;
     load_row<WIDE>(scale, w, D);
-    load_row<WIDE>(shift, b, D);
+    if (b) { load_row<WIDE>(shift, b, D); }
     RowPiece<X, WIDE> next_x, next_dy;
     size_t first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
     auto fetch = [&](size_t r) {
         next_x.load(inp + r * D, r < rows ? D : 0);
-        next_dy.load(dout + r * D, r < rows ? D : 0);
+        next_dy.load(dout + r * ld, r < rows ? D : 0);
     };
     fetch(first);
     for (size_t r = first; r - threadIdx.y < rows; r += step) {
         int columns = r < rows ? D : 0;
-        float m = columns ? mean[r] : 0, k = columns ? rstd[r] : 0;
+        float m = columns && mean ? mean[r] : 0, k = columns ? rstd[r] : 0;
         next_x.get(x);
         next_dy.get(dy);
         fetch(r + step);
         s[0] = s[1] = 0;
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
+        EACH(e, 8) {
             x[e] = (x[e] - m) * k;
             dw[e] += dy[e] * x[e];
             db[e] += dy[e];
@@ -1555,28 +1489,28 @@ __global__ void layernorm_backward_kernel(X* dinp, float* partials, X* again, co
             s[1] += dy[e] * x[e];
         }
         row_sum(s, turn);
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-            dy[e] = k * (dy[e] - s[0] / D - x[e] * (s[1] / D));
+        float f = mean ? s[0] * share : 0, fn = s[1] * share;
+        EACH(e, 8) {
+            dy[e] = k * (dy[e] - f - x[e] * fn);
             dx[e] += dy[e];
             x[e] = x[e] * (scale[e] + 1) + shift[e];
         }
         store_row<WIDE>(dinp + r * D, dy, columns);
-        store_row<WIDE>(again + r * D, x, columns);
+        if (again) { store_row<WIDE>(again + r * ld, x, columns); }
     }
-    store_partial<WIDE>(partials, 3, D, 0, dw, D);
-    store_partial<WIDE>(partials, 3, D, 1, db, D);
-    store_partial<WIDE>(partials, 3, D, 2, dx, D);
+    store_partial<WIDE>(partials, sums, D, 0, dw, D);
+    if (!mean) { return; }
+    store_partial<WIDE>(partials, sums, D, 1, db, D);
+    store_partial<WIDE>(partials, sums, D, 2, dx, D);
 }
-template <typename X>
-static void layernorm_backward(Gpu& gpu, X* dinp, float* dw, float* db, float* dinp_sum, X* again, const X* dout, const float* mean,
-                               const float* rstd, const X* inp, const float* w, const float* b, size_t rows, int D) {
+template <typename X> static void norm_backward(Gpu& gpu, X* dinp, float* dw, float* db, float* dinp_sum, X* again,
+        const X* dout, int ld, const float* mean, const float* rstd, const X* inp, const float* w, const float* b,
+                size_t rows, int D) {
     RowGrid r = row_grid(&gpu, rows, D, 1, 2);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * 3 * D);
-    auto kernel = wide(D) ? layernorm_backward_kernel<X, true> : layernorm_backward_kernel<X, false>;
-    kernel<<<r.grid, r.block, 0, gpu.stream>>>(dinp, partials, again, dout, mean, rstd, inp, w, b, rows, D);
-    LAUNCHED();
-    reduce_columns(gpu, r.parts, {{dw, db, dinp_sum}, 3, D});
+    LAUNCH(norm_backward_kernel, wide(D, ld), r.grid, r.block, dinp, partials, again, dout, ld, mean, rstd, inp, w, b,
+           rows, D);
+    reduce_columns(gpu, r.parts, {{dw, db, dinp_sum}, mean ? 3 : 1, D});
 }
 
 // The first element of (timestep r, this block's head) in a head-major tensor (B,H,K,d) whose timesteps start at pos.
@@ -1584,14 +1518,13 @@ __device__ inline size_t head_major(unsigned r, int T, int K, int pos, int d) {
     return (((size_t)(r / T) * gridDim.y + blockIdx.y) * K + pos + r % T) * d;
 }
 
-// Queries and keys of one head from the shared representation: RMS norm of the head (eq. 6), affine maps, rotary embedding,
-// in one pass. z (B,T,Z) with rows ldz apart; q (B,H,T,Z/H); k (B,H,K,Z/H), written from timestep at_k on. znorm
-// (B,T,H,Z/H) and its rstd are only written if not NULL, for tests.
-template <typename X, bool WIDE>
-__global__ void qk_forward_kernel(X* q, X* k, X* znorm, float* znorm_rstd, const X* z, int ldz, const float* gamma,
-                                  const float* beta, const float* rotations, unsigned rows, int T, int K, int pos, int at_k,
-                                  int c, int Z, int zd, float eps) {
-    float ga[2][8], be[2][8], x[8], turn8[8], y[8], s[1], scale = 1 / sqrtf(zd);
+// Queries and keys of one head from the shared representation: RMS norm of the head (eq. 6), affine maps, rotary
+// embedding, in one pass. z (B,T,Z) with rows ldz apart; q (B,H,T,Z/H); k (B,H,K,Z/H), written from timestep at_k on.
+// znorm (B,T,H,Z/H) and its rstd are only written if not NULL, for tests.
+template <typename X, bool WIDE> __global__ void qk_forward_kernel(X* q, X* k, X* znorm, float* znorm_rstd, const X* z,
+        int ldz, const float* gamma, const float* beta, const float* rotations, unsigned rows, int T, int K, int pos,
+                int at_k, int c, int Z, int zd, float eps) {
+    float ga[2][8], be[2][8], x[8], turn8[8], y[8], s[1], share = 1.0f / zd, scale = sqrtf(share);
     int turn = 0, h = blockIdx.y;
     for (int i = 0; i < 2; i++) {
         load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd);
@@ -1606,21 +1539,19 @@ __global__ void qk_forward_kernel(X* q, X* k, X* znorm, float* znorm_rstd, const
         next.load(z + (size_t)(r + step) * ldz + h * zd, r + step < rows ? zd : 0);
         load_row<WIDE>(turn8, rotations + (size_t)((pos + r % T) % c) * zd, columns);
         s[0] = 0;
-#pragma unroll
-        for (int e = 0; e < 8; e++) { s[0] += x[e] * x[e]; }
+        EACH(e, 8) { s[0] += x[e] * x[e]; }
         row_sum(s, turn);
-        float rstd = 1 / sqrtf(s[0] / zd + eps);
-#pragma unroll
-        for (int e = 0; e < 8; e++) { x[e] *= rstd; }
+        float rstd = rsqrtf(s[0] * share + eps);
+        EACH(e, 8) { x[e] *= rstd; }
         if (znorm) {
             store_row<WIDE>(znorm + (size_t)r * Z + h * zd, x, columns);
             if (threadIdx.x == 0 && columns) { znorm_rstd[(size_t)r * gridDim.y + h] = rstd; }
         }
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
+        EACH(i, 2) {
 #pragma unroll
             for (int e = 0; e < 8; e += 2) {
-                float re = x[e] * ((ga[i][e] + 1) * scale) + be[i][e], im = x[e + 1] * ((ga[i][e + 1] + 1) * scale) + be[i][e + 1];
+                float re = x[e] * ((ga[i][e] + 1) * scale) + be[i][e], im = x[e + 1] * ((ga[i][e + 1] + 1) * scale)
+                        + be[i][e + 1];
                 y[e] = re * turn8[e] - im * turn8[e + 1];
                 y[e + 1] = re * turn8[e + 1] + im * turn8[e];
             }
@@ -1628,21 +1559,20 @@ __global__ void qk_forward_kernel(X* q, X* k, X* znorm, float* znorm_rstd, const
         }
     }
 }
-template <typename X>
-static void qk_forward(Gpu& gpu, X* q, X* k, X* znorm, float* znorm_rstd, const X* z, int ldz, const float* gamma, const float* beta,
-                       const float* rotations, int B, int T, int K, int pos, int at_k, int c, int Z, int H, float eps) {
+template <typename X> static void qk_forward(Gpu& gpu, X* q, X* k, X* znorm, float* znorm_rstd, const X* z, int ldz,
+        const float* gamma, const float* beta, const float* rotations, int B, int T, int K, int pos, int at_k, int c,
+                int Z, int H, float eps) {
     RowGrid r = row_grid(&gpu, (size_t)B * T, Z / H, H, 8);
-    auto kernel = wide(Z / H, ldz) ? qk_forward_kernel<X, true> : qk_forward_kernel<X, false>;
-    kernel<<<r.grid, r.block, 0, gpu.stream>>>(q, k, znorm, znorm_rstd, z, ldz, gamma, beta, rotations, B * T, T, K, pos, at_k, c,
-                                               Z, Z / H, eps);
-    LAUNCHED();
+    LAUNCH(qk_forward_kernel, wide(Z / H, ldz), r.grid, r.block, q, k, znorm, znorm_rstd, z, ldz, gamma, beta,
+           rotations, B * T, T, K, pos, at_k, c, Z, Z / H, eps);
 }
 
-// dz (B,T,Z) with rows ldz apart, from dq and dk (B,H,T,Z/H); dz_sum (Z): the gradient of wz's bias. dznorm may be NULL.
-template <typename X, bool WIDE>
-__global__ void qk_backward_kernel(X* dz, float* partials, X* dznorm, const X* dq, const X* dk, const X* z, int ldz,
-                                   const float* gamma, const float* rotations, unsigned rows, int T, int c, int Z, int zd, float eps) {
-    float ga[2][8], sums[5][8] = {{0}}, x[8], turn8[8], d[8], dx[8], s[1], scale = 1 / sqrtf(zd);
+// dz (B,T,Z) with rows ldz apart, from dq and dk (B,H,T,Z/H); dz_sum (Z): the gradient of wz's bias. dznorm may be
+// NULL.
+template <typename X, bool WIDE> __global__ void qk_backward_kernel(X* dz, float* partials, X* dznorm, const X* dq,
+        const X* dk, const X* z, int ldz, const float* gamma, const float* rotations, unsigned rows, int T, int c,
+                int Z, int zd, float eps) {
+    float ga[2][8], sums[5][8] = {{0}}, x[8], turn8[8], d[8], dx[8], s[1], share = 1.0f / zd, scale = sqrtf(share);
     int turn = 0, h = blockIdx.y;
     for (int i = 0; i < 2; i++) { load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd); }
     RowPiece<X, WIDE> next_z, next_d[2];
@@ -1659,18 +1589,15 @@ __global__ void qk_backward_kernel(X* dz, float* partials, X* dznorm, const X* d
         fetch(r + step);
         load_row<WIDE>(turn8, rotations + (size_t)(r % T % c) * zd, columns);
         s[0] = 0;
-#pragma unroll
-        for (int e = 0; e < 8; e++) { s[0] += x[e] * x[e]; dx[e] = 0; }
+        EACH(e, 8) { s[0] += x[e] * x[e]; dx[e] = 0; }
         row_sum(s, turn);
-        float rstd = 1 / sqrtf(s[0] / zd + eps);
-#pragma unroll
-        for (int e = 0; e < 8; e++) { x[e] *= rstd; }
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
+        float rstd = rsqrtf(s[0] * share + eps);
+        EACH(e, 8) { x[e] *= rstd; }
+        EACH(i, 2) {
             d_now[i].get(d);
-#pragma unroll
-            for (int e = 0; e < 8; e++) { // turned back by the same angle
-                float v = e & 1 ? d[e] * turn8[e - 1] - d[e - 1] * turn8[e] : d[e] * turn8[e] + d[e + 1 & 7] * turn8[e + 1 & 7];
+            EACH(e, 8) { // turned back by the same angle
+                float v = e & 1 ? d[e] * turn8[e - 1] - d[e - 1] * turn8[e] : d[e] * turn8[e] + d[e + 1 & 7] * turn8[e
+                        + 1 & 7];
                 sums[i][e] += v * x[e] * scale;
                 sums[2 + i][e] += v;
                 dx[e] += v * ((ga[i][e] + 1) * scale);
@@ -1678,60 +1605,66 @@ __global__ void qk_backward_kernel(X* dz, float* partials, X* dznorm, const X* d
         }
         if (dznorm) { store_row<WIDE>(dznorm + (size_t)r * Z + h * zd, dx, columns); }
         s[0] = 0;
-#pragma unroll
-        for (int e = 0; e < 8; e++) { s[0] += dx[e] * x[e]; }
+        EACH(e, 8) { s[0] += dx[e] * x[e]; }
         row_sum(s, turn);
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-            dx[e] = rstd * (dx[e] - x[e] * (s[0] / zd));
+        EACH(e, 8) {
+            dx[e] = rstd * (dx[e] - x[e] * (s[0] * share));
             sums[4][e] += columns ? dx[e] : 0;
         }
         store_row<WIDE>(dz + (size_t)r * ldz + h * zd, dx, columns);
     }
-#pragma unroll
-    for (int i = 0; i < 5; i++) { store_partial<WIDE>(partials, 5, Z, i, sums[i], zd, h * zd); }
+    EACH(i, 5) { store_partial<WIDE>(partials, 5, Z, i, sums[i], zd, h * zd); }
 }
-template <typename X>
-static void qk_backward(Gpu& gpu, X* dz, float* dgamma, float* dbeta, float* dz_sum, X* dznorm, const X* dq, const X* dk, const X* z,
-                        int ldz, const float* gamma, const float* rotations, int B, int T, int c, int Z, int H, float eps) {
+template <typename X> static void qk_backward(Gpu& gpu, X* dz, float* dgamma, float* dbeta, float* dz_sum, X* dznorm,
+        const X* dq, const X* dk, const X* z, int ldz, const float* gamma, const float* rotations, int B, int T, int c,
+                int Z, int H, float eps) {
     RowGrid r = row_grid(&gpu, (size_t)B * T, Z / H, H, 2);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * 5 * Z);
-    auto kernel = wide(Z / H, ldz) ? qk_backward_kernel<X, true> : qk_backward_kernel<X, false>;
-    kernel<<<r.grid, r.block, 0, gpu.stream>>>(dz, partials, dznorm, dq, dk, z, ldz, gamma, rotations, B * T, T, c, Z, Z / H, eps);
-    LAUNCHED();
+    LAUNCH(qk_backward_kernel, wide(Z / H, ldz), r.grid, r.block, dz, partials, dznorm, dq, dk, z, ldz, gamma,
+           rotations, B * T, T, c, Z, Z / H, eps);
     reduce_columns(gpu, r.parts, {{dgamma, dgamma + Z, dbeta, dbeta + Z, dz_sum}, 5, Z});
 }
 
 // exp and the sigmoid as exactly as X deserves: the fast exp is off by 1e-7 |x|.
-template <typename X> __device__ inline float exp_of(float x) { return std::is_same<X, float>::value ? expf(x) : __expf(x); }
-template <typename X> __device__ inline float sigmoid_of(float x) { return 1 / (1 + exp_of<X>(-x)); }
+template <typename X> __device__ inline float exp_of(float x) { return std::is_same<X,
+        float>::value ? expf(x) : __expf(x); }
+template <typename X> __device__ inline float sigmoid_of(float x) { return __fdividef(1, 1 + exp_of<X>(-x)); }
 
-// Values: v (B,H,K,V/H), from timestep at_k on, = silu(inp) (B,T,V).
-template <typename X, bool WIDE>
-__global__ void value_forward_kernel(X* v, const X* inp, unsigned rows, int T, int K, int at_k, int V, int vd) {
-    RowPiece<X, WIDE> next;
+// out = silu(inp) * attention, where inp (B,T,V) has rows ldi apart. Values (attention NULL stands for ones): out
+// (B,H,K,V/H), from timestep at_k on. Gate: out (B,T,V), rows ldo apart, and attention (B,H,T,V/H).
+template <typename X, bool WIDE> __global__ void gate_forward_kernel(X* out, int ldo, const X* attention, const X* inp,
+        int ldi, unsigned rows, int T, int K, int at_k, int vd) {
+    RowPiece<X, WIDE> next_x, next_o;
     unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
-    next.load(inp + (size_t)first * V + blockIdx.y * vd, first < rows ? vd : 0);
+    auto fetch = [&](unsigned r) {
+        next_x.load(inp + (size_t)r * ldi + blockIdx.y * vd, r < rows ? vd : 0);
+        if (attention) { next_o.load(attention + head_major(r, T, T, 0, vd), r < rows ? vd : 0); }
+    };
+    fetch(first);
     for (unsigned r = first; r < rows; r += step) {
-        float x[8];
-        next.get(x);
-        next.load(inp + (size_t)(r + step) * V + blockIdx.y * vd, r + step < rows ? vd : 0);
-#pragma unroll
-        for (int e = 0; e < 8; e++) { x[e] *= sigmoid_of<X>(x[e]); }
-        store_row<WIDE>(v + head_major(r, T, K, at_k, vd), x, vd);
+        float x[8], o[8];
+        next_x.get(x);
+        next_o.get(o);
+        fetch(r + step);
+        EACH(e, 8) { x[e] *= sigmoid_of<X>(x[e]) * (attention ? o[e] : 1); }
+        store_row<WIDE>(out + (attention ? (size_t)r * ldo + blockIdx.y * vd : head_major(r, T, K, at_k, vd)), x, vd);
     }
 }
-template <typename X>
-static void value_forward(Gpu& gpu, X* v, const X* inp, int B, int T, int K, int at_k, int V, int H) {
+template <typename X> static void value_forward(Gpu& gpu, X* v, const X* inp, int B, int T, int K, int at_k, int V,
+        int H) {
     RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H, 8);
-    auto kernel = wide(V / H) ? value_forward_kernel<X, true> : value_forward_kernel<X, false>;
-    kernel<<<r.grid, r.block, 0, gpu.stream>>>(v, inp, B * T, T, K, at_k, V, V / H);
-    LAUNCHED();
+    LAUNCH(gate_forward_kernel, wide(V / H), r.grid, r.block, v, V, (const X*)NULL, inp, V, B * T, T, K, at_k, V / H);
+}
+template <typename X> static void gate_forward(Gpu& gpu, X* gated, int ldg, const X* attention, const X* inp, int ldi,
+        int B, int T, int V, int H) {
+    RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H, 8);
+    LAUNCH(gate_forward_kernel, wide(V / H, ldg, ldi), r.grid, r.block, gated, ldg, attention, inp, ldi, B * T, T, T,
+           0, V / H);
 }
 
 // dinp = dv silu'(inp); dinp_sum (V): the gradient of wv's bias.
-template <typename X, bool WIDE>
-__global__ void value_backward_kernel(X* dinp, float* partials, const X* dv, const X* inp, unsigned rows, int T, int V, int vd) {
+template <typename X, bool WIDE> __global__ void value_backward_kernel(X* dinp, float* partials, const X* dv,
+        const X* inp, unsigned rows, int T, int V, int vd) {
     float sum[8] = {0}, x[8], d[8];
     RowPiece<X, WIDE> next_x, next_d;
     unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
@@ -1745,8 +1678,7 @@ __global__ void value_backward_kernel(X* dinp, float* partials, const X* dv, con
         next_x.get(x);
         next_d.get(d);
         fetch(r + step);
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
+        EACH(e, 8) {
             float s = sigmoid_of<X>(x[e]);
             d[e] *= s * (1 + x[e] * (1 - s));
             sum[e] += d[e];
@@ -1755,61 +1687,31 @@ __global__ void value_backward_kernel(X* dinp, float* partials, const X* dv, con
     }
     store_partial<WIDE>(partials, 1, V, 0, sum, vd, blockIdx.y * vd);
 }
-template <typename X>
-static void value_backward(Gpu& gpu, X* dinp, float* dinp_sum, const X* dv, const X* inp, int B, int T, int V, int H) {
+template <typename X> static void value_backward(Gpu& gpu, X* dinp, float* dinp_sum, const X* dv, const X* inp, int B,
+        int T, int V, int H) {
     RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * V);
-    auto kernel = wide(V / H) ? value_backward_kernel<X, true> : value_backward_kernel<X, false>;
-    kernel<<<r.grid, r.block, 0, gpu.stream>>>(dinp, partials, dv, inp, B * T, T, V, V / H);
-    LAUNCHED();
+    LAUNCH(value_backward_kernel, wide(V / H), r.grid, r.block, dinp, partials, dv, inp, B * T, T, V, V / H);
     reduce_columns(gpu, r.parts, {{dinp_sum}, 1, V});
 }
 
-// The gate: gated (B,T,V), rows ldg apart, = attention (B,H,T,V/H) * silu(inp) (B,T,V), rows ldi apart.
-template <typename X, bool WIDE>
-__global__ void gate_forward_kernel(X* gated, int ldg, const X* attention, const X* inp, int ldi, unsigned rows, int T, int vd) {
-    RowPiece<X, WIDE> next_x, next_o;
-    unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
-    auto fetch = [&](unsigned r) {
-        next_x.load(inp + (size_t)r * ldi + blockIdx.y * vd, r < rows ? vd : 0);
-        next_o.load(attention + head_major(r, T, T, 0, vd), r < rows ? vd : 0);
-    };
-    fetch(first);
-    for (unsigned r = first; r < rows; r += step) {
-        float x[8], o[8];
-        next_x.get(x);
-        next_o.get(o);
-        fetch(r + step);
-#pragma unroll
-        for (int e = 0; e < 8; e++) { x[e] *= sigmoid_of<X>(x[e]) * o[e]; }
-        store_row<WIDE>(gated + (size_t)r * ldg + blockIdx.y * vd, x, vd);
-    }
-}
-template <typename X>
-static void gate_forward(Gpu& gpu, X* gated, int ldg, const X* attention, const X* inp, int ldi, int B, int T, int V, int H) {
-    RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H, 8);
-    auto kernel = wide(V / H, ldg, ldi) ? gate_forward_kernel<X, true> : gate_forward_kernel<X, false>;
-    kernel<<<r.grid, r.block, 0, gpu.stream>>>(gated, ldg, attention, inp, ldi, B * T, T, V / H);
-    LAUNCHED();
-}
-
-// Also: again, the forward pass's output; dot (B,H,T) = sum of dattention * attention over a head, which the backward pass
-// of the softmax needs; dinp_sum (V): the gradient of wr's bias.
-template <typename X, bool WIDE>
-__global__ void gate_backward_kernel(X* dattention, X* dinp, float* partials, float* dot, X* again, const X* dgated, int ldg,
-                                     const X* attention, const X* inp, int ldi, unsigned rows, int T, int V, int vd) {
+// Also leaves again, the forward pass's output, if not NULL; dot (B,H,T) = sum of dattention * attention over a head,
+// which the backward pass of the softmax needs; dinp_sum (V): the gradient of wr's bias.
+template <typename X, bool WIDE> __global__ void gate_backward_kernel(X* dattention, X* dinp, float* partials,
+        float* dot, X* again, const X* dgated, int ldg, const X* attention, const X* inp, int ldi, unsigned rows,
+                int T, int V, int vd) {
     float sum[8] = {0}, x[8], o[8], d[8], y[8], s[1];
     int turn = 0;
     for (unsigned r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
         unsigned r = r0 + threadIdx.y;
         int columns = r < rows ? vd : 0;
-        size_t at = head_major(r, T, T, 0, vd), at_g = (size_t)r * ldg + blockIdx.y * vd, at_i = (size_t)r * ldi + blockIdx.y * vd;
+        size_t at = head_major(r, T, T, 0, vd), at_g = (size_t)r * ldg + blockIdx.y * vd,
+                at_i = (size_t)r * ldi + blockIdx.y * vd;
         load_row<WIDE>(x, inp + at_i, columns);
         load_row<WIDE>(o, attention + at, columns);
         load_row<WIDE>(d, dgated + at_g, columns);
         s[0] = 0;
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
+        EACH(e, 8) {
             float g = sigmoid_of<X>(x[e]), silu = x[e] * g;
             y[e] = o[e] * silu;
             s[0] += d[e] * y[e];
@@ -1820,25 +1722,23 @@ __global__ void gate_backward_kernel(X* dattention, X* dinp, float* partials, fl
         row_sum(s, turn);
         store_row<WIDE>(dattention + at, d, columns);
         store_row<WIDE>(dinp + at_i, x, columns);
-        store_row<WIDE>(again + at_g, y, columns);
+        if (again) { store_row<WIDE>(again + at_g, y, columns); }
         if (threadIdx.x == 0 && columns) { dot[at / vd] = s[0]; }
     }
     store_partial<WIDE>(partials, 1, V, 0, sum, vd, blockIdx.y * vd);
 }
-template <typename X>
-static void gate_backward(Gpu& gpu, X* dattention, X* dinp, float* dinp_sum, float* dot, X* again, const X* dgated, int ldg,
-                          const X* attention, const X* inp, int ldi, int B, int T, int V, int H) {
+template <typename X> static void gate_backward(Gpu& gpu, X* dattention, X* dinp, float* dinp_sum, float* dot,
+        X* again, const X* dgated, int ldg, const X* attention, const X* inp, int ldi, int B, int T, int V, int H) {
     RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * V);
-    auto kernel = wide(V / H, ldg, ldi) ? gate_backward_kernel<X, true> : gate_backward_kernel<X, false>;
-    kernel<<<r.grid, r.block, 0, gpu.stream>>>(dattention, dinp, partials, dot, again, dgated, ldg, attention, inp, ldi, B * T, T, V, V / H);
-    LAUNCHED();
+    LAUNCH(gate_backward_kernel, wide(V / H, ldg, ldi), r.grid, r.block, dattention, dinp, partials, dot, again,
+           dgated, ldg, attention, inp, ldi, B * T, T, V, V / H);
     reduce_columns(gpu, r.parts, {{dinp_sum}, 1, V});
 }
 
 // out (rows,F) = silu(inp) * mul; mul NULL stands for ones. Rows of inp and mul, and of their gradients, lie ld apart.
-template <typename X, bool WIDE, bool MUL>
-__global__ void silu_forward_kernel(X* out, const X* inp, const X* mul, int ld, unsigned rows, int F) {
+template <typename X, bool WIDE> __global__ void silu_forward_kernel(X* out, const X* inp, const X* mul, int ld,
+        unsigned rows, int F) {
     enum { E = WIDE ? 8 : 1 };
     int f = (blockIdx.x * blockDim.x + threadIdx.x) * E;
     if (f >= F) { return; }
@@ -1846,28 +1746,23 @@ __global__ void silu_forward_kernel(X* out, const X* inp, const X* mul, int ld, 
         Piece<X, E> a, b;
         float x[E], y[E];
         a.load(inp + (size_t)r * ld + f);
-        if (MUL) { b.load(mul + (size_t)r * ld + f); b.get(y); }
+        if (mul) { b.load(mul + (size_t)r * ld + f); b.get(y); }
         a.get(x);
-#pragma unroll
-        for (int e = 0; e < E; e++) { x[e] *= sigmoid_of<X>(x[e]) * (MUL ? y[e] : 1); }
+        EACH(e, E) { x[e] *= sigmoid_of<X>(x[e]) * (mul ? y[e] : 1); }
         X* to = out + (size_t)r * F + f;
         if (WIDE) { store8(to, x); } else { *to = from_float<X>(x[0]); }
     }
 }
 static dim3 flat_grid(size_t rows, int columns) { return dim3(ceil_div(columns, 256), min_size(rows, 65535)); }
 
-template <typename X>
-static void silu_forward(Gpu& gpu, X* out, const X* inp, const X* mul, int ld, size_t rows, int F) {
-    bool w = wide(F, ld);
-    auto kernel = w ? mul ? silu_forward_kernel<X, true, true> : silu_forward_kernel<X, true, false>
-                    : mul ? silu_forward_kernel<X, false, true> : silu_forward_kernel<X, false, false>;
-    kernel<<<flat_grid(rows, w ? F / 8 : F), 256, 0, gpu.stream>>>(out, inp, mul, ld, rows, F);
-    LAUNCHED();
+template <typename X> static void silu_forward(Gpu& gpu, X* out, const X* inp, const X* mul, int ld, size_t rows,
+        int F) {
+    LAUNCH(silu_forward_kernel, wide(F, ld), flat_grid(rows, wide(F, ld) ? F / 8 : F), 256, out, inp, mul, ld, rows, F);
 }
 
-// again receives the forward pass's output; it may be where dout is.
-template <typename X, bool WIDE, bool MUL>
-__global__ void silu_backward_kernel(X* dinp, X* dmul, X* again, const X* dout, const X* inp, const X* mul, int ld, unsigned rows, int F) {
+// again receives the forward pass's output if not NULL; it may be where dout is.
+template <typename X, bool WIDE> __global__ void silu_backward_kernel(X* dinp, X* dmul, X* again, const X* dout,
+        const X* inp, const X* mul, int ld, unsigned rows, int F) {
     enum { E = WIDE ? 8 : 1 };
     int f = (blockIdx.x * blockDim.x + threadIdx.x) * E;
     if (f >= F) { return; }
@@ -1877,46 +1772,42 @@ __global__ void silu_backward_kernel(X* dinp, X* dmul, X* again, const X* dout, 
         size_t at = (size_t)r * ld + f, at_out = (size_t)r * F + f;
         a.load(inp + at);
         c.load(dout + at_out);
-        if (MUL) { b.load(mul + at); b.get(y); }
+        if (mul) { b.load(mul + at); b.get(y); }
         a.get(x);
         c.get(d);
-#pragma unroll
-        for (int e = 0; e < E; e++) {
-            float s = sigmoid_of<X>(x[e]), silu = x[e] * s, m = MUL ? y[e] : 1;
+        EACH(e, E) {
+            float s = sigmoid_of<X>(x[e]), silu = x[e] * s, m = mul ? y[e] : 1;
             o[e] = silu * m;
             x[e] = d[e] * m * (s * (1 + x[e] * (1 - s)));
             y[e] = d[e] * silu;
         }
         if (WIDE) {
             store8(dinp + at, x);
-            if (MUL) { store8(dmul + at, y); }
-            store8(again + at_out, o);
+            if (mul) { store8(dmul + at, y); }
+            if (again) { store8(again + at_out, o); }
         } else {
             dinp[at] = from_float<X>(x[0]);
-            if (MUL) { dmul[at] = from_float<X>(y[0]); }
-            again[at_out] = from_float<X>(o[0]);
+            if (mul) { dmul[at] = from_float<X>(y[0]); }
+            if (again) { again[at_out] = from_float<X>(o[0]); }
         }
     }
 }
-template <typename X>
-static void silu_backward(Gpu& gpu, X* dinp, X* dmul, X* again, const X* dout, const X* inp, const X* mul, int ld, size_t rows, int F) {
-    bool w = wide(F, ld);
-    auto kernel = w ? mul ? silu_backward_kernel<X, true, true> : silu_backward_kernel<X, true, false>
-                    : mul ? silu_backward_kernel<X, false, true> : silu_backward_kernel<X, false, false>;
-    kernel<<<flat_grid(rows, w ? F / 8 : F), 256, 0, gpu.stream>>>(dinp, dmul, again, dout, inp, mul, ld, rows, F);
-    LAUNCHED();
+template <typename X> static void silu_backward(Gpu& gpu, X* dinp, X* dmul, X* again, const X* dout, const X* inp,
+        const X* mul, int ld, size_t rows, int F) {
+    LAUNCH(silu_backward_kernel, wide(F, ld), flat_grid(rows, wide(F, ld) ? F / 8 : F), 256, dinp, dmul, again, dout,
+           inp, mul, ld, rows, F);
 }
 
-// out (rows,D) = inp * w + add (may be out); and dinp = dout * w with dw the column sums of dout * inp. With rescale_nffn.
-template <typename X, bool WIDE>
-__global__ void rescale_kernel(X* out, float* partials, const X* inp, const X* other, const float* w, size_t rows, int D) {
+// out (rows,D) = inp * w + add (may be out); and dinp = dout * w with dw the column sums of dout * inp. With
+// rescale_nffn.
+template <typename X, bool WIDE> __global__ void rescale_kernel(X* out, float* partials, const X* inp, const X* other,
+        const float* w, size_t rows, int D) {
     float scale[8], sum[8] = {0}, x[8], y[8];
     load_row<WIDE>(scale, w, D);
     for (size_t r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
         load_row<WIDE>(x, inp + r * D, D);
         load_row<WIDE>(y, other + r * D, D);
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
+        EACH(e, 8) {
             sum[e] += x[e] * y[e];
             x[e] = x[e] * scale[e] + (partials ? 0 : y[e]);
         }
@@ -1924,32 +1815,27 @@ __global__ void rescale_kernel(X* out, float* partials, const X* inp, const X* o
     }
     if (partials) { store_partial<WIDE>(partials, 1, D, 0, sum, D); }
 }
-template <typename X>
-static void rescale_forward(Gpu& gpu, X* out, const X* inp, const X* add, const float* w, size_t rows, int D) {
+template <typename X> static void rescale_forward(Gpu& gpu, X* out, const X* inp, const X* add, const float* w,
+        size_t rows, int D) {
     RowGrid r = row_grid(&gpu, rows, D, 1);
-    auto kernel = wide(D) ? rescale_kernel<X, true> : rescale_kernel<X, false>;
-    kernel<<<r.grid, r.block, 0, gpu.stream>>>(out, NULL, inp, add, w, rows, D);
-    LAUNCHED();
+    LAUNCH(rescale_kernel, wide(D), r.grid, r.block, out, NULL, inp, add, w, rows, D);
 }
-template <typename X>
-static void rescale_backward(Gpu& gpu, X* dinp, float* dw, const X* dout, const X* inp, const float* w, size_t rows, int D) {
+template <typename X> static void rescale_backward(Gpu& gpu, X* dinp, float* dw, const X* dout, const X* inp,
+        const float* w, size_t rows, int D) {
     RowGrid r = row_grid(&gpu, rows, D, 1);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * D);
-    auto kernel = wide(D) ? rescale_kernel<X, true> : rescale_kernel<X, false>;
-    kernel<<<r.grid, r.block, 0, gpu.stream>>>(dinp, partials, dout, inp, w, rows, D);
-    LAUNCHED();
+    LAUNCH(rescale_kernel, wide(D), r.grid, r.block, dinp, partials, dout, inp, w, rows, D);
     reduce_columns(gpu, r.parts, {{dw}, 1, D});
 }
 
-// Chunk attention. A pair is one head of one chunk (of one batch row). For blocks of BLOCK queries of all pairs at once, one
-// product makes the scores against the keys up to the block's last one (those right of it are never computed), a kernel
-// turns them into probabilities in place, and a second product makes the output: a block's scores stay in the L2 cache.
-// S (pairs, rows, ld): scores of queries first.. of each pair against keys 0..; query i sees keys up to `seen` + i. lse: of
-// query i of a pair at pair * stride + first + i.
+// Chunk attention. A pair is one head of one chunk (of one batch row). For blocks of BLOCK queries of all pairs at
+// once, one product makes the scores against the keys up to the block's last one (those right of it are never
+// computed), a kernel turns them into probabilities in place, and a second product makes the output: a block's scores
+// stay in the L2 cache. S (pairs, rows, ld): scores of queries first.. of each pair against keys 0..; query i sees keys
+// up to `seen` + i. lse: of query i of a pair at pair * stride + first + i.
 enum { BLOCK = 512, SCORES_BYTES = 1 << 27 };
-template <typename X, bool WIDE>
-__global__ void __launch_bounds__(256) softmax_forward_kernel(X* S, int ld, size_t step, float* lse, size_t stride, int rows, int keys,
-                                                              int seen) {
+template <typename X, bool WIDE> __global__ void __launch_bounds__(256) softmax_forward_kernel(X* S, int ld,
+        size_t step, float* lse, size_t stride, int rows, int keys, int seen) {
     enum { E = WIDE ? 8 : 1, KEPT = 8 }; // a warp has a row, a thread keeps KEPT pieces of it in registers
     int i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32, n = seen + i + 1;
     if (i >= rows) { return; }
@@ -1957,29 +1843,24 @@ __global__ void __launch_bounds__(256) softmax_forward_kernel(X* S, int ld, size
     Piece<X, E> kept[KEPT];
     float x[E], top = -INFINITY, sum = 0;
     for (int j0 = lane * E, m = 0; j0 < n; j0 += 32 * E * KEPT, m++) { // running maximum and sum, piece by piece
-#pragma unroll
-        for (int k = 0; k < KEPT; k++) {
+        EACH(k, KEPT) {
             int j = j0 + k * 32 * E;
             if (j >= n) { break; }
             kept[k].load(s + j);
         }
         float before = top;
-#pragma unroll
-        for (int k = 0; k < KEPT; k++) {
+        EACH(k, KEPT) {
             int j = j0 + k * 32 * E;
             if (j >= n) { break; }
             kept[k].get(x);
-#pragma unroll
-            for (int e = 0; e < E; e++) { if (j + e < n) { top = fmaxf(top, x[e]); } }
+            EACH(e, E) { if (j + e < n) { top = fmaxf(top, x[e]); } }
         }
         sum *= before == top ? 1 : exp_of<X>(before - top);
-#pragma unroll
-        for (int k = 0; k < KEPT; k++) {
+        EACH(k, KEPT) {
             int j = j0 + k * 32 * E;
             if (j >= n) { break; }
             kept[k].get(x);
-#pragma unroll
-            for (int e = 0; e < E; e++) { sum += j + e < n ? exp_of<X>(x[e] - top) : 0; }
+            EACH(e, E) { sum += j + e < n ? exp_of<X>(x[e] - top) : 0; }
         }
     }
     float all = top;
@@ -1988,36 +1869,35 @@ __global__ void __launch_bounds__(256) softmax_forward_kernel(X* S, int ld, size
     sum *= top == -INFINITY ? 0 : exp_of<X>(top - all);
 #pragma unroll
     for (int o = 16; o; o /= 2) { sum += __shfl_xor_sync(~0u, sum, o); }
+    float share = 1 / sum;
     bool whole = n <= 32 * E * KEPT; // is all of the row in registers?
     for (int j0 = lane * E; j0 < keys; j0 += 32 * E * KEPT) {
-#pragma unroll
-        for (int k = 0; k < KEPT; k++) {
+        EACH(k, KEPT) {
             int j = j0 + k * 32 * E;
             if (j >= keys) { break; }
             if (j < n) {
                 if (!whole) { kept[k].load(s + j); }
                 kept[k].get(x);
             }
-#pragma unroll
-            for (int e = 0; e < E; e++) { x[e] = j + e < n ? exp_of<X>(x[e] - all) / sum : 0; }
+            EACH(e, E) { x[e] = j + e < n ? exp_of<X>(x[e] - all) * share : 0; }
             if (WIDE) { store8(s + j, x); } else { s[j] = from_float<X>(x[0]); }
         }
     }
     if (lane == 0) { lse[blockIdx.y * stride + i] = all + logf(sum); }
 }
 
-// In place: S becomes P = exp(S - lse) and dP becomes dS = P (dP - dot). Columns up to the end of the row's block. In bf16 dot
-// is the sum of dout * out, which is more exact than that of the rounded P dP.
-template <typename X, bool WIDE>
-__global__ void __launch_bounds__(256) softmax_backward_kernel(X* S, X* dP, int ld, size_t step, const float* lse, const float* dot,
-                                                               size_t stride, int rows) {
+// In place: S becomes P = exp(S - lse) and dP becomes dS = P (dP - dot). Columns up to the end of the row's block. In
+// bf16 dot is the sum of dout * out, which is more exact than that of the rounded P dP.
+template <typename X, bool WIDE> __global__ void __launch_bounds__(256) softmax_backward_kernel(X* S, X* dP, int ld,
+        size_t step, const float* lse, const float* dot, size_t stride, int rows) {
     enum { E = WIDE ? 8 : 1 };
     int i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (i >= rows) { return; }
     size_t at = blockIdx.y * step + (size_t)i * ld;
     int keys = min((i / BLOCK + 1) * BLOCK, rows);
     float norm = lse[blockIdx.y * stride + i], d = dot[blockIdx.y * stride + i];
-    if (std::is_same<X, float>::value) { // sum_s P dP of the very numbers that it is taken from: a lone key gives exactly 0
+    // sum_s P dP of the very numbers that it is taken from: a lone key gives exactly 0
+    if (std::is_same<X, float>::value) {
         d = 0;
         for (int j = lane; j <= i; j += 32) { d += exp_of<X>(to_float(S[at + j]) - norm) * to_float(dP[at + j]); }
 #pragma unroll
@@ -2031,8 +1911,7 @@ __global__ void __launch_bounds__(256) softmax_backward_kernel(X* S, X* dP, int 
         b.load(dP + at + j);
         a.get(x);
         b.get(y);
-#pragma unroll
-        for (int e = 0; e < E; e++) {
+        EACH(e, E) {
             x[e] = j + e <= i ? exp_of<X>(x[e] - norm) : 0;
             y[e] = j + e <= i ? x[e] * (y[e] - d) : 0;
         }
@@ -2046,8 +1925,8 @@ __global__ void __launch_bounds__(256) softmax_backward_kernel(X* S, X* dP, int 
     }
 }
 
-// Which chunks one round of products covers: `pairs` of them, `rows` queries each, `step_q` timesteps apart among queries
-// and `step_k` among keys, from timestep `first` on. If c divides T, all of them at once; else chunk by chunk.
+// Which chunks one round of products covers: `pairs` of them, `rows` queries each, `step_q` timesteps apart among
+// queries and `step_k` among keys, from timestep `first` on. If c divides T, all of them at once; else chunk by chunk.
 struct Spans { int count, pairs, rows; size_t step_q, step_k; };
 static Spans attention_spans(int B, int T, int K, int c, int H) {
     if (T % c == 0 && K == T) { return {1, B * H * (T / c), c, (size_t)c, (size_t)c}; }
@@ -2060,25 +1939,24 @@ template <typename X> static int pairs_at_once(int pairs, size_t elements) {
 }
 
 // out (B,H,T,V/H), q (B,H,T,Z/H), k (B,H,K,Z/H), v (B,H,K,V/H), lse (B,H,T)
-template <typename X>
-static void attention_forward(Gpu& gpu, X* out, float* lse, const X* q, const X* k, const X* v, int B, int T, int K, int pos, int c,
-                              int H, int Z, int V) {
+template <typename X> static void attention_forward(Gpu& gpu, X* out, float* lse, const X* q, const X* k, const X* v,
+        int B, int T, int K, int pos, int c, int H, int Z, int V) {
     int zd = Z / H, vd = V / H;
     Spans a = attention_spans(B, T, K, c, H);
     for (int n = 0, first = 0; n < a.count; n++, first += c) {
-        int rows = min_int(a.rows, T - first), block = min_int(rows, BLOCK), ld = ceil_div(pos + rows, 8) * 8;
+        int rows = min_int(a.rows, T - first), block = min_int(rows, BLOCK), ld = ceil_div(pos + rows, 128) * 128;
         int most = pairs_at_once<X>(a.pairs, (size_t)block * ld);
         X* S = (X*)gpu_scratch(&gpu, SCORES, sizeof(X) * most * block * ld);
         for (int p = 0; p < a.pairs; p += most) {
             int batch = min_int(most, a.pairs - p);
             for (int i = 0; i < rows; i += BLOCK) {
                 int m = min_int(BLOCK, rows - i), keys = pos + i + m;
+                if (K > T) { keys = min_int(K, ceil_div(keys, 128) * 128); } // from a cache: few different shapes
                 size_t at_q = p * a.step_q + first + i, at_k = p * a.step_k + first, step = (size_t)m * ld;
                 gemm<X, X>(gpu, S, ld, q + at_q * zd, zd, false, k + at_k * zd, zd, true, m, keys, zd, NULL, 0, NULL,
                            batch, a.step_q * zd, a.step_k * zd, step);
-                auto kernel = wide(keys) ? softmax_forward_kernel<X, true> : softmax_forward_kernel<X, false>;
-                kernel<<<dim3(ceil_div(m, 8), batch), 256, 0, gpu.stream>>>(S, ld, step, lse + at_q, a.step_q, m, keys, pos + i);
-                LAUNCHED();
+                LAUNCH(softmax_forward_kernel, wide(keys), dim3(ceil_div(m, 8), batch), 256, S, ld, step, lse + at_q,
+                       a.step_q, m, keys, pos + i);
                 gemm<X, X>(gpu, out + at_q * vd, vd, S, ld, false, v + at_k * vd, vd, false, m, vd, keys, NULL, 0, NULL,
                            batch, step, a.step_k * vd, a.step_q * vd);
             }
@@ -2086,11 +1964,10 @@ static void attention_forward(Gpu& gpu, X* out, float* lse, const X* q, const X*
     }
 }
 
-// Scores and dP = dout v^T by blocks of rows, then dq by rows, dk and dv by columns: so every sum is one product, in fp32.
-// dot (B,H,T): row sums of dout * out.
-template <typename X>
-static void attention_backward(Gpu& gpu, X* dq, X* dk, X* dv, const X* dout, const float* dot, const float* lse, const X* q,
-                               const X* k, const X* v, int B, int T, int c, int H, int Z, int V) {
+// Scores and dP = dout v^T by blocks of rows, then dq by rows, dk and dv by columns: so every sum is one product, in
+// fp32. dot (B,H,T): row sums of dout * out.
+template <typename X> static void attention_backward(Gpu& gpu, X* dq, X* dk, X* dv, const X* dout, const float* dot,
+        const float* lse, const X* q, const X* k, const X* v, int B, int T, int c, int H, int Z, int V) {
     int zd = Z / H, vd = V / H;
     Spans a = attention_spans(B, T, T, c, H);
     for (int n = 0, first = 0; n < a.count; n++, first += c) {
@@ -2104,22 +1981,27 @@ static void attention_backward(Gpu& gpu, X* dq, X* dk, X* dv, const X* dout, con
             const X *qp = q + at * zd, *kp = k + at * zd, *vp = v + at * vd, *dp = dout + at * vd;
             for (int i = 0; i < rows; i += BLOCK) {
                 int m = min_int(BLOCK, rows - i);
-                gemm<X, X>(gpu, S + (size_t)i * ld, ld, qp + (size_t)i * zd, zd, false, kp, zd, true, m, i + m, zd, NULL, 0, NULL,
+                gemm<X, X>(gpu, S + (size_t)i * ld, ld, qp + (size_t)i * zd, zd, false, kp, zd, true, m, i + m, zd,
+                           NULL, 0, NULL,
                            batch, step_q, step_q, step);
-                gemm<X, X>(gpu, dS + (size_t)i * ld, ld, dp + (size_t)i * vd, vd, false, vp, vd, true, m, i + m, vd, NULL, 0, NULL,
+                gemm<X, X>(gpu, dS + (size_t)i * ld, ld, dp + (size_t)i * vd, vd, false, vp, vd, true, m, i + m, vd,
+                           NULL, 0, NULL,
                            batch, step_v, step_v, step);
             }
-            auto kernel = wide(rows) ? softmax_backward_kernel<X, true> : softmax_backward_kernel<X, false>;
-            kernel<<<dim3(ceil_div(rows, 8), batch), 256, 0, gpu.stream>>>(S, dS, ld, step, lse + at, dot + at, a.step_q, rows);
-            LAUNCHED();
+            LAUNCH(softmax_backward_kernel, wide(rows), dim3(ceil_div(rows, 8), batch), 256, S, dS, ld, step, lse + at,
+                   dot + at, a.step_q, rows);
             for (int i = 0; i < rows; i += BLOCK) {
                 int m = min_int(BLOCK, rows - i);
-                const X *Sc = S + (size_t)i * ld + i, *dSc = dS + (size_t)i * ld + i; // queries from i on, keys of this block
-                gemm<X, X>(gpu, dq + (at + i) * zd, zd, dS + (size_t)i * ld, ld, false, kp, zd, false, m, zd, i + m, NULL, 0, NULL,
+                // queries from i on, keys of this block
+                const X *Sc = S + (size_t)i * ld + i, *dSc = dS + (size_t)i * ld + i;
+                gemm<X, X>(gpu, dq + (at + i) * zd, zd, dS + (size_t)i * ld, ld, false, kp, zd, false, m, zd, i + m,
+                           NULL, 0, NULL,
                            batch, step, step_q, step_q);
-                gemm<X, X>(gpu, dk + (at + i) * zd, zd, dSc, ld, true, qp + (size_t)i * zd, zd, false, m, zd, rows - i, NULL, 0, NULL,
+                gemm<X, X>(gpu, dk + (at + i) * zd, zd, dSc, ld, true, qp + (size_t)i * zd, zd, false, m, zd, rows - i,
+                           NULL, 0, NULL,
                            batch, step, step_q, step_q);
-                gemm<X, X>(gpu, dv + (at + i) * vd, vd, Sc, ld, true, dp + (size_t)i * vd, vd, false, m, vd, rows - i, NULL, 0, NULL,
+                gemm<X, X>(gpu, dv + (at + i) * vd, vd, Sc, ld, true, dp + (size_t)i * vd, vd, false, m, vd, rows - i,
+                           NULL, 0, NULL,
                            batch, step, step_v, step_v);
             }
         }
@@ -2128,9 +2010,8 @@ static void attention_backward(Gpu& gpu, X* dq, X* dk, X* dv, const X* dout, con
 
 // Cross-entropy, a block per row. Losses, and with `gradient` logits become dlogits in place: a row is read from memory
 // once and, the second time, from the cache.
-template <typename X, bool WIDE>
-__global__ void __launch_bounds__(1024) crossentropy_kernel(float* losses, X* logits, const int* targets, float dloss, bool gradient,
-                                                            int vocab) {
+template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) crossentropy_kernel(float* losses, X* logits,
+        const int* targets, float dloss, bool gradient, int vocab) {
     enum { E = WIDE ? 8 : 1 };
     __shared__ float tops[32], sums[32];
     X* row = logits + (size_t)blockIdx.x * vocab;
@@ -2141,12 +2022,10 @@ __global__ void __launch_bounds__(1024) crossentropy_kernel(float* losses, X* lo
         piece.load(row + i);
         piece.get(x);
         float most = top;
-#pragma unroll
-        for (int e = 0; e < E; e++) { most = fmaxf(most, x[e]); }
+        EACH(e, E) { most = fmaxf(most, x[e]); }
         sum *= exp_of<X>(top - most);
         top = most;
-#pragma unroll
-        for (int e = 0; e < E; e++) { sum += exp_of<X>(x[e] - top); }
+        EACH(e, E) { sum += exp_of<X>(x[e] - top); }
     }
     float all = top;
 #pragma unroll
@@ -2171,26 +2050,21 @@ __global__ void __launch_bounds__(1024) crossentropy_kernel(float* losses, X* lo
         Piece<X, E> piece;
         piece.load(row + i);
         piece.get(x);
-#pragma unroll
-        for (int e = 0; e < E; e++) {
-            x[e] = target == IGNORE ? 0 : exp_of<X>(x[e] - all) * scale - (i + e == target ? dloss : 0);
-        }
+        EACH(e, E) { x[e] = target == IGNORE ? 0 : exp_of<X>(x[e] - all) * scale - (i + e == target ? dloss : 0); }
         if (WIDE) { store8(row + i, x); } else { row[i] = from_float<X>(x[0]); }
     }
 }
-template <typename X>
-static void crossentropy(Gpu& gpu, float* losses, X* logits, const int* targets, float dloss, bool gradient, size_t rows, int vocab) {
-    auto kernel = wide(vocab) ? crossentropy_kernel<X, true> : crossentropy_kernel<X, false>;
+template <typename X> static void crossentropy(Gpu& gpu, float* losses, X* logits, const int* targets, float dloss,
+        bool gradient, size_t rows, int vocab) {
     int threads = min_size(1024, ceil_div(ceil_div(vocab, 8), 32) * 32);
-    kernel<<<rows, threads, 0, gpu.stream>>>(losses, logits, targets, dloss, gradient, vocab);
-    LAUNCHED();
+    LAUNCH(crossentropy_kernel, wide(vocab), rows, threads, losses, logits, targets, dloss, gradient, vocab);
 }
-template <typename X>
-static void crossentropy_forward(Gpu& gpu, float* losses, X* logits, const int* targets, size_t rows, int vocab) {
+template <typename X> static void crossentropy_forward(Gpu& gpu, float* losses, X* logits, const int* targets,
+        size_t rows, int vocab) {
     crossentropy(gpu, losses, logits, targets, 0, false, rows, vocab);
 }
-template <typename X>
-static void crossentropy_backward(Gpu& gpu, X* logits, float* losses, const int* targets, float dloss, size_t rows, int vocab) {
+template <typename X> static void crossentropy_backward(Gpu& gpu, X* logits, float* losses, const int* targets,
+        float dloss, size_t rows, int vocab) {
     crossentropy(gpu, losses, logits, targets, dloss, true, rows, vocab);
 }
 
@@ -2204,24 +2078,29 @@ enum { ACTIVATIONS(ROW_INDEX_A) };
 
 // Statistics and losses are floats, all other activations of type X.
 constexpr bool act_is_float(int i) {
-    return i == A_timenorm_mean || i == A_timenorm_rstd || i == A_rmsnorm_rstd || i == A_znorm_rstd || i == A_attention_lse
+    return i == A_timenorm_mean || i == A_timenorm_rstd || i == A_rmsnorm_rstd || i == A_znorm_rstd
+            || i == A_attention_lse
            || i == A_norm_mean || i == A_norm_rstd || i == A_final_mean || i == A_final_rstd || i == A_losses;
 }
-static bool act_is_head_major(int i) { return i == A_q || i == A_k || i == A_v || i == A_attention || i == A_attention_lse; }
+static bool act_is_head_major(int i) { return i == A_q || i == A_k || i == A_v || i == A_attention
+        || i == A_attention_lse; }
 // Cheap to compute again in the backward pass: not kept for every layer.
 static bool act_is_cheap(int i) {
-    return i == A_timenorm || i == A_rmsnorm || i == A_q || i == A_k || i == A_v || i == A_gated || i == A_norm || i == A_hidden;
+    return i == A_timenorm || i == A_rmsnorm || i == A_q || i == A_k || i == A_v || i == A_gated || i == A_norm
+            || i == A_hidden;
 }
 // Rows of the tables that stand side by side, as one product makes or takes both.
 static int act_joined_to(int i) { return i == A_gated ? A_rmsnorm : i == A_wr ? A_wz : i == A_fc3 ? A_fc1 : -1; }
-static int param_joined_to(int i) { return i == P_wr ? P_wz : i == P_wr_b ? P_wz_b : i == P_fc3 ? P_fc1 : i == P_wh2 ? P_wh1 : -1; }
+static int param_joined_to(int i) { return i == P_wr ? P_wz : i == P_wr_b ? P_wz_b : i == P_fc3 ? P_fc1 : i == P_wh2
+        ? P_wh1 : -1; }
 
 #define FIELD_OF_X(field, ...) X* field;
 #define FIELD_OF_ACT(field, ...) std::conditional_t<act_is_float(A_##field), float, X>* field;
 template <typename X> struct ParamsOf { PARAMETERS(FIELD_OF_X) };
 template <typename X> struct ActsOf { ACTIVATIONS(FIELD_OF_ACT) };
 
-// A tensor in device memory: elements from the start of the block to layer 0's, between layers, and between rows (wh1|wh2).
+// A tensor in device memory: elements from the start of the block to layer 0's, between layers, and between rows
+// (wh1|wh2).
 struct ParamPlace { size_t offset, step, rows, columns, pitch; };
 
 template <typename X> struct ModelOf {
@@ -2235,8 +2114,8 @@ template <typename X> struct ModelOf {
     double* sums;                  // partial sums of the gradient's norm, and the norm
 };
 
-// Lays out the tensors: embedding, layer after layer, the rest; each on a multiple of 64 elements but the joined ones, which
-// follow their partner. wh1 and wh2 share rows.
+// Lays out the tensors: embedding, layer after layer, the rest; each on a multiple of 64 elements but the joined ones,
+// which follow their partner. wh1 and wh2 share rows.
 static size_t params_place(ParamPlace* places, const Spec* specs, const Config* c) {
     size_t at = 0, layer = 0, rows = specs[P_wh1].dims[0], pitch = specs[P_wh1].dims[1] + specs[P_wh2].dims[1];
     bool layers_done = false;
@@ -2277,14 +2156,6 @@ template <typename P, typename Y> static P params_layer(const ParamPlace* places
     return p;
 }
 
-template <typename X> static size_t model_bytes(const Config* c, bool training) {
-    Spec specs[NUM_PARAMS];
-    ParamPlace places[NUM_PARAMS];
-    param_specs(specs, c);
-    size_t each = (training ? 4 : 1) * sizeof(float) + (std::is_same<X, float>::value ? 0 : sizeof(X));
-    return params_place(places, specs, c) * each + sizeof(float) * c->chunk_size * (c->z_dim / c->num_heads);
-}
-
 enum { NORM_BLOCKS = 1024 };
 template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Config* c, bool training) {
     Model host;
@@ -2299,11 +2170,12 @@ template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Con
     for (int i = 0; i < (training ? 4 : 1); i++) { *blocks[i] = (float*)gpu_alloc(&gpu, m->size * sizeof(float)); }
     m->weights = std::is_same<X, float>::value ? (X*)m->params : (X*)gpu_alloc(&gpu, m->size * sizeof(X));
     m->sums = (double*)gpu_alloc(&gpu, (NORM_BLOCKS + 1) * sizeof(double));
-    small.num_layers = small.vocab_size = small.model_dim = small.norm_num_groups = small.value_dim = small.ffn_hidden_dim = 2;
-    small.value_dim = small.num_heads;
-    model_alloc(&host, &small, false); // for its table of rotations
     size_t bytes = sizeof(float) * c->chunk_size * (c->z_dim / c->num_heads);
     m->rotations = (float*)gpu_alloc(&gpu, bytes);
+    if (gpu.dry) { return; }
+    small.num_layers = small.vocab_size = small.model_dim = small.norm_num_groups = small.ffn_hidden_dim = 2;
+    small.value_dim = small.num_heads;
+    model_alloc(&host, &small, false); // for its table of rotations
     CUDA(cudaMemcpy(m->rotations, host.rotations, bytes, cudaMemcpyHostToDevice));
     model_free(&host);
 }
@@ -2341,10 +2213,10 @@ template <typename X> static void model_copy(Gpu& gpu, const ModelOf<X>* m, floa
     }
 }
 
-// A tensor of activations on the device: bytes from the start of the block and between layers (0: they share one), elements
-// between timesteps. size 0: absent.
+// A tensor of activations on the device: bytes from the start of the block and between layers (0: they share one),
+// elements between timesteps. size 0: absent.
 struct ActPlace { size_t offset, step, size, pitch; };
-enum { KEEP_CHEAPLY = KEEP_ALL + 1 }; // like KEEP_ALL, but what is cheap is computed again; KEEP_ALL is for tests
+enum { KEEP_CHEAPLY = KEEP_ALL + 1 }; // like KEEP_ALL, but what is cheap is computed again
 
 template <typename X> struct PassOf {
     int B, T, keep, keep_grads;
@@ -2354,31 +2226,36 @@ template <typename X> struct PassOf {
     size_t acts_size, grads_size;
     float* carries;                    // CEMA's states between segments, by layer
     size_t carries_step;
-    int *host, *tokens, *targets, *order, *begin; // host: pinned, of the 4 others' sizes; order, begin: see embedding_backward
+    // host: pinned, of the 4 others' sizes; order, begin: see embedding_backward
+    int *host, *tokens, *targets, *order, *begin;
     int runs;
     cudaEvent_t copied;
 };
 
-// Lays out activations (or their gradients) and returns their size in bytes.
-template <typename X>
-static size_t acts_place(ActPlace* places, const Spec* specs, const Config* c, size_t BT, int keep, bool grads) {
+// Lays out activations (or their gradients) and returns their size in bytes. everything: also what only tests look at.
+template <typename X> static size_t acts_place(ActPlace* places, const Spec* specs, const Config* c, size_t BT,
+        int keep, bool grads, bool everything) {
     Spec blocks[NUM_ACTS];
     size_t at = 0;
     act_specs(blocks, c, BT, KEEP_BLOCKS);
     memset(places, 0, sizeof(ActPlace) * NUM_ACTS);
     for (int i = 0; i < NUM_ACTS; i++) {
         bool per_layer = strstr(specs[i].name, "%d") || specs[i].slots > 1, is_output = blocks[i].slots > 1;
-        bool own = per_layer && (is_output ? keep != KEEP_NONE : keep == KEEP_ALL || (keep == KEEP_CHEAPLY && !act_is_cheap(i)));
+        bool own = per_layer && (is_output ? keep != KEEP_NONE : keep == KEEP_ALL || (keep == KEEP_CHEAPLY
+                && !act_is_cheap(i)));
         if (!specs[i].size || act_joined_to(i) >= 0) { continue; }
-        if ((i == A_znorm || i == A_znorm_rstd) && keep != KEEP_ALL) { continue; }
-        if (grads && ((act_is_float(i) && i != A_attention_lse) || i == A_logits)) { continue; } // lse's place: see attention_backward
+        if ((i == A_znorm || i == A_znorm_rstd) && !everything) { continue; }
+        // lse's place: see attention_backward
+        if (grads && ((act_is_float(i) && i != A_attention_lse) || i == A_logits)) { continue; }
         if (grads && i == A_embed && keep != KEEP_ALL) { continue; } // it is .out's, below
         size_t pitch = specs[i].size / BT, bytes = act_is_float(i) ? sizeof(float) : sizeof(X);
         for (int k = 0; k < NUM_ACTS; k++) { if (act_joined_to(k) == i) { pitch += specs[k].size / BT; } }
         size_t slot = ceil_div(BT * pitch * bytes, 256) * 256;
         places[i] = {at, own ? slot : 0, specs[i].size, pitch};
         for (int k = 0; k < NUM_ACTS; k++) { // the partner's columns follow
-            if (act_joined_to(k) == i) { places[k] = {at + specs[i].size / BT * bytes, places[i].step, specs[k].size, pitch}; }
+            if (act_joined_to(k) == i) {
+                places[k] = {at + specs[i].size / BT * bytes, places[i].step, specs[k].size, pitch};
+            }
         }
         at += slot * (own ? c->num_layers : 1);
     }
@@ -2386,16 +2263,8 @@ static size_t acts_place(ActPlace* places, const Spec* specs, const Config* c, s
     return at;
 }
 
-template <typename X> static size_t pass_bytes(Gpu& gpu, const Config* c, int B, int T, int keep, int keep_grads) {
-    Spec specs[NUM_ACTS];
-    ActPlace places[NUM_ACTS];
-    size_t BT = (size_t)B * T, bytes;
-    act_specs(specs, c, BT, KEEP_ALL);
-    bytes = acts_place<X>(places, specs, c, BT, keep, false) + (keep != KEEP_NONE ? acts_place<X>(places, specs, c, BT, keep_grads, true) : 0);
-    return bytes + sizeof(float) * cema_carries_size(&gpu, B, T, c->model_dim, c->cema_ndim) * (keep == KEEP_NONE ? 1 : c->num_layers);
-}
-
-template <typename X> static void pass_alloc(Gpu& gpu, PassOf<X>* s, const Config* c, int B, int T, int keep, int keep_grads) {
+template <typename X> static void pass_alloc(Gpu& gpu, PassOf<X>* s, const Config* c, int B, int T, int keep,
+        int keep_grads) {
     size_t BT = (size_t)B * T;
     if (BT > INT_MAX / 2) { die("%d x %d tokens in one pass are too many for the GPU program", B, T); }
     memset(s, 0, sizeof(*s));
@@ -2404,16 +2273,17 @@ template <typename X> static void pass_alloc(Gpu& gpu, PassOf<X>* s, const Confi
     s->keep = keep;
     s->keep_grads = keep_grads;
     act_specs(s->specs, c, BT, KEEP_ALL);
-    s->acts_size = acts_place<X>(s->places, s->specs, c, BT, keep, false);
+    s->acts_size = acts_place<X>(s->places, s->specs, c, BT, keep, false, keep_grads == KEEP_ALL);
     s->acts = (char*)gpu_alloc(&gpu, s->acts_size);
     if (keep != KEEP_NONE) {
-        s->grads_size = acts_place<X>(s->dplaces, s->specs, c, BT, keep_grads, true);
+        s->grads_size = acts_place<X>(s->dplaces, s->specs, c, BT, keep_grads, true, keep_grads == KEEP_ALL);
         s->grads = (char*)gpu_alloc(&gpu, s->grads_size);
     }
     s->carries_step = keep == KEEP_NONE ? 0 : cema_carries_size(&gpu, B, T, c->model_dim, c->cema_ndim);
     s->carries = (float*)gpu_alloc(&gpu, sizeof(float) * cema_carries_size(&gpu, B, T, c->model_dim, c->cema_ndim)
                                          * (keep == KEEP_NONE ? 1 : c->num_layers));
     s->tokens = (int*)gpu_alloc(&gpu, sizeof(int) * (4 * BT + 1));
+    if (gpu.dry) { return; }
     s->targets = s->tokens + BT;
     s->order = s->targets + BT;
     s->begin = s->order + BT;
@@ -2454,15 +2324,18 @@ template <typename X> static void to_floats(float* x, size_t n) {
 }
 
 // Activation i of layer l, or with grads its gradient, in the CPU's layout: (B,T,...) floats. False if it is not there.
-template <typename X> static bool pass_fetch(Gpu& gpu, const PassOf<X>* s, const Config* c, int i, int l, bool grads, float* out) {
+template <typename X> static bool pass_fetch(Gpu& gpu, const PassOf<X>* s, const Config* c, int i, int l, bool grads,
+        float* out) {
     const ActPlace* p = grads ? &s->dplaces[i] : &s->places[i];
     if (!p->size) { return false; }
     const size_t* dims = s->specs[i].dims;
-    size_t BT = (size_t)s->B * s->T, n = dims[0] * (dims[1] ? dims[1] : 1), bytes = act_is_float(i) ? sizeof(float) : sizeof(X);
+    size_t BT = (size_t)s->B * s->T, n = dims[0] * (dims[1] ? dims[1] : 1), bytes = act_is_float(i) ? sizeof(float)
+            : sizeof(X);
     int H = act_is_head_major(i) ? c->num_heads : 1;
     float* raw = (float*)xcalloc(BT * n, sizeof(float));
     gpu_sync(&gpu);
-    CUDA(cudaMemcpy2D(raw, n * bytes, (grads ? s->grads : s->acts) + p->offset + l * p->step, p->pitch * bytes, n * bytes, BT,
+    CUDA(cudaMemcpy2D(raw, n * bytes, (grads ? s->grads : s->acts) + p->offset + l * p->step, p->pitch * bytes,
+                      n * bytes, BT,
                       cudaMemcpyDeviceToHost));
     if (!act_is_float(i)) { to_floats<X>(raw, BT * n); }
     for (size_t k = 0; k < BT * n; k++) { // from head-major, or with H = 1 as it is
@@ -2474,7 +2347,8 @@ template <typename X> static bool pass_fetch(Gpu& gpu, const PassOf<X>* s, const
 }
 
 // The same for all activations or gradients of a Pass of the CPU, as far as they are there.
-template <typename X> static void pass_copy(Gpu& gpu, const PassOf<X>* s, const Config* c, Acts host, const Spec* specs, bool grads) {
+template <typename X> static void pass_copy(Gpu& gpu, const PassOf<X>* s, const Config* c, Acts host,
+        const Spec* specs, bool grads) {
     for (int i = 0; i < NUM_ACTS; i++) {
         for (int l = 0; specs[i].size && l < specs[i].slots; l++) {
             pass_fetch(gpu, s, c, i, l, grads, ((float**)&host)[i] + l * specs[i].size);
@@ -2489,10 +2363,6 @@ template <typename X> struct StateOf {
     X *k, *v;        // (L,B,H,c,Z/H), (L,B,H,c,V/H); NULL if calls end where chunks do
 };
 
-template <typename X> static size_t state_bytes(const Config* c, int B, bool cache) {
-    return (size_t)B * (sizeof(NormState) * (c->num_layers + 1) * c->norm_num_groups + sizeof(float) * c->num_layers * c->model_dim
-                        * c->cema_ndim * 2 + (cache ? sizeof(X) * c->num_layers * c->chunk_size * (c->z_dim + c->value_dim) : 0));
-}
 template <typename X> static void state_alloc(Gpu& gpu, StateOf<X>* s, const Config* c, int B, bool cache) {
     size_t layers = c->num_layers, chunk = (size_t)B * c->chunk_size;
     memset(s, 0, sizeof(*s));
@@ -2537,70 +2407,25 @@ template <typename X> static StateOf<X> state_layer(const StateOf<X>* s, const C
     return r;
 }
 
-// The CPU's random numbers and its model_init, an element a thread. (Its logarithms and cosines may differ in the last bit.)
-__device__ inline double uniform_device(uint64_t seed, uint64_t stream, uint64_t index) {
-    uint64_t x = seed;
-    const uint64_t add[3] = {0x9E3779B97F4A7C15u, stream, index};
-    for (int i = 0; i < 3; i++) {
-        x += add[i] * 0x9E3779B97F4A7C15u + 0x9E3779B97F4A7C15u;
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-        x ^= x >> 31;
-    }
-    return (x >> 11) * 0x1p-53;
-}
-__device__ inline double normal_device(uint64_t seed, uint64_t stream, uint64_t index) {
-    double u = 1 - uniform_device(seed, stream, 2 * index), v = uniform_device(seed, stream, 2 * index + 1);
-    return sqrt(-2 * log(u)) * cospi(2 * v);
-}
-__global__ void init_kernel(float* w, int init, ParamPlace place, size_t fan_in, int D, int layer, uint64_t seed, uint64_t stream) {
-    size_t n = place.rows * place.columns;
-    for (size_t j = blockIdx.x * (size_t)blockDim.x + threadIdx.x; j < n; j += (size_t)gridDim.x * blockDim.x) {
-        double z = normal_device(seed, stream, j), limit = init == INIT_EMBED ? 3 : init == INIT_OMEGA ? 4 : INFINITY;
-        for (uint64_t again = 1; fabs(z) > limit; again++) { z = normal_device(seed, stream + (again << 48), j); }
-        z *= init == INIT_EMBED ? 1 / sqrt((double)D) : init == INIT_LINEAR ? 1 / sqrt(3.0 * fan_in) : init == INIT_NORMAL ? 0.2
-             : init == INIT_GAMMA ? (j % 2 ? 0.0 : 1.0) : init == INIT_OMEGA ? 0.25 : 0.0;
-        w[j / place.columns * place.pitch + j % place.columns] = init == INIT_RESCALE ? 0.1 * pow(0.5, layer) : z;
-    }
-}
+// The CPU's initialization.
 template <typename X> static void model_init(Gpu& gpu, ModelOf<X>* m, int seed) {
-    int D = m->config.model_dim;
-    float* theta = (float*)xcalloc(D, sizeof(float));
-    for (int i = 0; i < NUM_PARAMS; i++) {
-        for (int l = 0; m->specs[i].size && l < m->specs[i].slots; l++) {
-            const ParamPlace* p = &m->places[i];
-            float* w = m->params + p->offset + l * p->step;
-            uint64_t stream = (uint64_t)i << 32 | l;
-            if (m->specs[i].init != INIT_THETA) {
-                init_kernel<<<min_size(8192, ceil_div(m->specs[i].size, 256)), 256, 0, gpu.stream>>>(
-                    w, m->specs[i].init, *p, m->specs[i].dims[1], D, l, seed, stream);
-                LAUNCHED();
-                continue;
-            }
-            for (int j = 0; j < D; j++) { // sigmoid(theta) = D^(-i/D), i = 1..D in random order
-                int other = random_bits(seed, stream, j) % (j + 1);
-                double turn = exp(-(j + 1) * log(D) / D);
-                theta[j] = theta[other];
-                theta[other] = log(turn / (1.0 - turn));
-            }
-            gpu_sync(&gpu);
-            CUDA(cudaMemcpy(w, theta, D * sizeof(float), cudaMemcpyHostToDevice));
-        }
-    }
-    free(theta);
+    Model host;
+    model_alloc(&host, &m->config, false);
+    model_init(&host, seed);
+    model_copy(gpu, m, m->params, host.params, false);
+    model_free(&host);
     model_round(gpu, m);
 }
 
 // Sizes that every function of the model needs.
 #define SIZES(c) \
-    int D = c->model_dim, H = c->num_heads, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim, G = c->norm_num_groups; \
-    int N = c->cema_ndim, FF = c->swiglu ? 2 * F : F, ZR = Z + V, MU = D + V; /* rows of fc1|fc3, wz|wr and m|u */ \
-    float eps = c->norm_eps; \
-    (void)H, (void)F, (void)G, (void)N, (void)FF, (void)ZR, (void)MU, (void)eps
+    int D = c->model_dim, H = c->num_heads, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim, N = c->cema_ndim; \
+    int G = c->norm_num_groups, FF = c->swiglu ? 2 * F : F, ZR = Z + V, MU = D + V; /* of fc1|fc3, wz|wr, m|u */ \
+    float eps = c->norm_eps
 
 // One block, Figure 3 of the paper: x (B,T,D) to out (B,T,D). start and end: see State; either may be NULL.
-template <typename X>
-static void block_forward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l, const StateOf<X>* start, const StateOf<X>* end) {
+template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l,
+        const StateOf<X>* start, const StateOf<X>* end) {
     const Config* c = &m->config;
     SIZES(c);
     int B = s->B, T = s->T, pos = start ? start->pos : 0;
@@ -2612,16 +2437,20 @@ static void block_forward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int
     StateOf<X> in = state_layer(start, c, l), next = state_layer(end, c, l);
 
     // Long memory: n = timestep_norm(x), e = cema(n), m = rms_norm(e).
-    timestepnorm_forward(gpu, a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, in.norm, x, w.timenorm_w, w.timenorm_b, B, T, D, G, eps);
-    cema_forward(gpu, a.cema, next.h, s->carries + l * s->carries_step, in.h, a.timenorm, w.cema_alpha, w.cema_delta, w.cema_theta,
+    timestepnorm_forward(gpu, a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, in.norm, x, w.timenorm_w,
+                         w.timenorm_b, B, T, D, G, eps);
+    cema_forward(gpu, a.cema, next.h, s->carries + l * s->carries_step, in.h, a.timenorm, w.cema_alpha, w.cema_delta,
+                 w.cema_theta,
                  w.cema_gamma, w.cema_omega, B, T, D, N);
-    rmsnorm_forward(gpu, a.rmsnorm, MU, a.rmsnorm_rstd, a.cema, w.rmsnorm_w, rows, D, eps);
+    norm_forward<X>(gpu, a.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema, w.rmsnorm_w, NULL, rows, D, eps);
 
-    // Short memory: attention inside the chunk, to the cache where there is one. z and the gate's r come from one product.
+    // Short memory: attention inside the chunk, to the cache where there is one. z and the gate's r come from one
+    // product.
     int keys = next.k ? c->chunk_size : T, at_k = next.k ? pos : 0;
     X *k = next.k ? next.k : a.k, *v = next.k ? next.v : a.v;
     matmul_forward<X>(gpu, a.wz, ZR, a.rmsnorm, MU, p.wz, p.wz_b, NULL, 0, rows, D, ZR);
-    qk_forward<X>(gpu, a.q, k, a.znorm, a.znorm_rstd, a.wz, ZR, w.gamma, w.beta, m->rotations, B, T, keys, pos, at_k, c->chunk_size, Z, H, eps);
+    qk_forward<X>(gpu, a.q, k, a.znorm, a.znorm_rstd, a.wz, ZR, w.gamma, w.beta, m->rotations, B, T, keys, pos, at_k,
+                  c->chunk_size, Z, H, eps);
     matmul_forward<X>(gpu, a.wv, V, a.timenorm, D, p.wv, p.wv_b, NULL, 0, rows, D, V);
     value_forward(gpu, v, a.wv, B, T, keys, at_k, V, H);
     attention_forward(gpu, a.attention, a.attention_lse, a.q, k, v, B, T, keys, at_k, c->chunk_size, H, Z, V);
@@ -2631,7 +2460,7 @@ static void block_forward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int
     matmul_forward<X>(gpu, a.mega, D, a.rmsnorm, MU, p.wh1, p.wh1_b, x, D, rows, MU, D);
 
     // Feed-forward, and the second hop: out = ffn(layer_norm(y)) + x.
-    layernorm_forward(gpu, a.norm, a.norm_mean, a.norm_rstd, a.mega, w.norm_w, w.norm_b, rows, D, eps);
+    norm_forward<X>(gpu, a.norm, D, a.norm_mean, a.norm_rstd, a.mega, w.norm_w, w.norm_b, rows, D, eps);
     matmul_forward<X>(gpu, a.fc1, FF, a.norm, D, p.fc1, NULL, NULL, 0, rows, D, FF);
     silu_forward(gpu, a.hidden, a.fc1, a.fc3, FF, rows, F);
     if (!c->rescale_nffn) { matmul_forward<X>(gpu, a.out, D, a.hidden, F, p.fc2, NULL, x, D, rows, F, D); return; }
@@ -2639,10 +2468,10 @@ static void block_forward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int
     rescale_forward(gpu, a.out, a.fc2, x, w.rescale, rows, D);
 }
 
-// From dout to dx. What block_forward did not keep is made again by the backward kernels that read its inputs anyway; so
-// gradients of weights come after those.
-template <typename X>
-static void block_backward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l, const StateOf<X>* start, const StateOf<X>* dstart) {
+// From dout to dx. What block_forward did not keep is made again by the backward kernels that read its inputs anyway;
+// so gradients of weights come after those.
+template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l,
+        const StateOf<X>* start, const StateOf<X>* dstart) {
     const Config* c = &m->config;
     SIZES(c);
     int B = s->B, T = s->T, C = c->chunk_size;
@@ -2654,39 +2483,54 @@ static void block_backward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, in
     ActsOf<X> a = acts_layer<X>(s->places, s->acts, l), d = acts_layer<X>(s->dplaces, s->grads, l);
     StateOf<X> in = state_layer(start, c, l), din = state_layer(dstart, c, l);
 
+    bool again = s->keep == KEEP_CHEAPLY;
+    X *hidden = again ? a.hidden : NULL, *norm = again ? a.norm : NULL, *gated = again ? a.gated : NULL;
+    X *rmsnorm = again ? a.rmsnorm : NULL;
     const X* dffn = d.out;
     if (c->rescale_nffn) {
         rescale_backward(gpu, d.fc2, g.rescale, d.out, a.fc2, w.rescale, rows, D);
         dffn = d.fc2;
     }
     matmul_backward(gpu, d.hidden, F, dffn, D, p.fc2, rows, F, D, false);
-    silu_backward(gpu, d.fc1, d.fc3, a.hidden, d.hidden, a.fc1, a.fc3, FF, rows, F);
+    silu_backward(gpu, d.fc1, d.fc3, hidden, d.hidden, a.fc1, a.fc3, FF, rows, F);
     matmul_backward_weight(gpu, g.fc2, dffn, D, a.hidden, F, rows, F, D);
     matmul_backward(gpu, d.norm, D, d.fc1, FF, p.fc1, rows, D, FF, false);
-    layernorm_backward(gpu, d.mega, g.norm_w, g.norm_b, g.wh1_b, a.norm, d.norm, a.norm_mean, a.norm_rstd, a.mega, w.norm_w, w.norm_b, rows, D);
+    norm_backward<X>(gpu, d.mega, g.norm_w, g.norm_b, g.wh1_b, norm, d.norm, D, a.norm_mean, a.norm_rstd, a.mega,
+                     w.norm_w, w.norm_b,
+                     rows, D);
     matmul_backward_weight(gpu, g.fc1, d.fc1, FF, a.norm, D, rows, D, FF);
 
     matmul_backward(gpu, d.rmsnorm, MU, d.mega, D, p.wh1, rows, MU, D, false); // dm | d(o*r)
-    gate_backward(gpu, d.attention, d.wr, g.wr_b, d.attention_lse, a.gated, d.gated, MU, a.attention, a.wr, ZR, B, T, V, H);
-    qk_forward<X>(gpu, a.q, a.k, NULL, NULL, a.wz, ZR, w.gamma, w.beta, m->rotations, B, T, T, 0, 0, C, Z, H, eps);
-    value_forward(gpu, a.v, a.wv, B, T, T, 0, V, H);
-    attention_backward(gpu, d.q, d.k, d.v, d.attention, d.attention_lse, a.attention_lse, a.q, a.k, a.v, B, T, C, H, Z, V);
-    qk_backward(gpu, d.wz, g.gamma, g.beta, g.wz_b, d.znorm, d.q, d.k, a.wz, ZR, w.gamma, m->rotations, B, T, C, Z, H, eps);
+    gate_backward(gpu, d.attention, d.wr, g.wr_b, d.attention_lse, gated, d.gated, MU, a.attention, a.wr, ZR, B, T, V,
+                  H);
+    if (again) {
+        qk_forward<X>(gpu, a.q, a.k, NULL, NULL, a.wz, ZR, w.gamma, w.beta, m->rotations, B, T, T, 0, 0, C, Z, H, eps);
+        value_forward(gpu, a.v, a.wv, B, T, T, 0, V, H);
+        timestepnorm_again(gpu, a.timenorm, a.timenorm_mean, a.timenorm_rstd, x, w.timenorm_w, w.timenorm_b, rows, D,
+                           G);
+    }
+    attention_backward(gpu, d.q, d.k, d.v, d.attention, d.attention_lse, a.attention_lse, a.q, a.k, a.v, B, T, C, H, Z,
+                       V);
+    qk_backward(gpu, d.wz, g.gamma, g.beta, g.wz_b, d.znorm, d.q, d.k, a.wz, ZR, w.gamma, m->rotations, B, T, C, Z, H,
+                eps);
     matmul_backward(gpu, d.rmsnorm, MU, d.wz, ZR, p.wz, rows, D, ZR, true);
-    rmsnorm_backward(gpu, d.cema, g.rmsnorm_w, a.rmsnorm, d.rmsnorm, MU, a.rmsnorm_rstd, a.cema, w.rmsnorm_w, rows, D);
+    norm_backward<X>(gpu, d.cema, g.rmsnorm_w, NULL, NULL, rmsnorm, d.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema,
+                     w.rmsnorm_w, NULL,
+                     rows, D);
     matmul_backward_weight(gpu, g.wh1, d.mega, D, a.rmsnorm, MU, rows, MU, D);
     matmul_backward_weight(gpu, g.wz, d.wz, ZR, a.rmsnorm, MU, rows, D, ZR);
 
     value_backward(gpu, d.wv, g.wv_b, d.v, a.wv, B, T, V, H);
-    timestepnorm_again(gpu, a.timenorm, a.timenorm_mean, a.timenorm_rstd, x, w.timenorm_w, w.timenorm_b, rows, D, G);
     cema_backward(gpu, d.timenorm, g.cema_alpha, g.cema_delta, g.cema_theta, g.cema_gamma, g.cema_omega, din.h, d.cema,
-                  s->carries + l * s->carries_step, in.h, a.timenorm, w.cema_alpha, w.cema_delta, w.cema_theta, w.cema_gamma,
+                  s->carries + l * s->carries_step, in.h, a.timenorm, w.cema_alpha, w.cema_delta, w.cema_theta,
+                          w.cema_gamma,
                   w.cema_omega, B, T, D, N);
     matmul_backward(gpu, d.timenorm, D, d.wv, V, p.wv, rows, D, V, true);
     matmul_backward_weight(gpu, g.wv, d.wv, V, a.timenorm, D, rows, D, V);
 
     // x has three readers: the second hop, the first hop and the timestep norm. (dx may be d.out itself.)
-    timestepnorm_backward<X>(gpu, dx, g.timenorm_w, g.timenorm_b, din.norm, d.out, d.mega, d.timenorm, a.timenorm_mean, a.timenorm_rstd,
+    timestepnorm_backward<X>(gpu, dx, g.timenorm_w, g.timenorm_b, din.norm, d.out, d.mega, d.timenorm, a.timenorm_mean,
+                             a.timenorm_rstd,
                              in.norm, x, w.timenorm_w, B, T, D, G);
 }
 
@@ -2696,9 +2540,10 @@ template <typename X> static void pass_upload(Gpu& gpu, const PassOf<X>* s, int*
     CUDA(cudaEventRecord(s->copied, gpu.stream));
 }
 
-// tokens (B,T), on the host, to logits (B,T,vocab) on the device; see the CPU's. Returns at once, the GPU goes on working.
-template <typename X>
-static void model_forward(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* tokens, const StateOf<X>* start, StateOf<X>* end) {
+// tokens (B,T), on the host, to logits (B,T,vocab) on the device; see the CPU's. Returns at once, the GPU goes on
+// working.
+template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* tokens,
+        const StateOf<X>* start, StateOf<X>* end) {
     const Config* c = &m->config;
     int B = s->B, T = s->T, D = c->model_dim, L = c->num_layers, vocab = c->vocab_size;
     size_t rows = (size_t)B * T;
@@ -2710,28 +2555,36 @@ static void model_forward(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int
     pass_upload(gpu, s, s->tokens, rows);
     embedding_forward(gpu, a.embed, s->tokens, p.embed, embedding_scale(c), rows, D);
     for (int l = 0; l < L; l++) { block_forward(gpu, m, s, l, start, end); }
-    timestepnorm_forward(gpu, a.final, a.final_mean, a.final_rstd, state_layer(end, c, L).norm, state_layer(start, c, L).norm,
-                         block_input<X>(s->places, s->acts, L), w.final_w, w.final_b, B, T, D, c->norm_num_groups, c->norm_eps);
-    matmul_forward<X>(gpu, a.logits, vocab, a.final, D, c->share_emb ? p.embed : p.output, NULL, NULL, 0, rows, D, vocab);
+    timestepnorm_forward(gpu, a.final, a.final_mean, a.final_rstd, state_layer(end, c, L).norm,
+                         state_layer(start, c, L).norm,
+                         block_input<X>(s->places, s->acts, L), w.final_w, w.final_b, B, T, D, c->norm_num_groups,
+                                 c->norm_eps);
+    matmul_forward<X>(gpu, a.logits, vocab, a.final, D, c->share_emb ? p.embed : p.output, NULL, NULL, 0, rows, D,
+                      vocab);
     if (end) { end->pos = ((start ? start->pos : 0) + T) % c->chunk_size; }
 }
 
-__global__ void sum_kernel(double* out, const float* inp, size_t n) { // one block
-    __shared__ double sums[256];
+__device__ inline double square_or_self(float x) { return x; }
+__device__ inline double square_or_self(float4 v) { return (double)v.x * v.x + (double)v.y * v.y + ((double)v.z * v.z
+        + (double)v.w * v.w); }
+// Each block's part of the sum of n floats, or of the squares of n float4, in double.
+template <typename V> __global__ void sum_kernel(double* sums, const V* inp, size_t n) {
+    __shared__ double part[256];
     double s = 0;
-    for (size_t i = threadIdx.x; i < n; i += 256) { s += inp[i]; }
-    sums[threadIdx.x] = s;
+    for (size_t i = blockIdx.x * (size_t)256
+         + threadIdx.x; i < n; i += (size_t)gridDim.x * 256) { s += square_or_self(inp[i]); }
+    part[threadIdx.x] = s;
     __syncthreads();
     for (int o = 128; o; o /= 2) {
-        if (threadIdx.x < o) { sums[threadIdx.x] += sums[threadIdx.x + o]; }
+        if (threadIdx.x < o) { part[threadIdx.x] += part[threadIdx.x + o]; }
         __syncthreads();
     }
-    if (threadIdx.x == 0) { *out = sums[0]; }
+    if (threadIdx.x == 0) { sums[blockIdx.x] = part[0]; }
 }
-// Losses of the last forward pass and their sum, on the device; with dloss != 0 logits become dlogits, and so the backward
-// pass has begun.
-template <typename X>
-static void model_losses(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* targets, float dloss, double* sum) {
+// Losses of the last forward pass and their sum, on the device; with dloss != 0 logits become dlogits, and so the
+// backward pass has begun.
+template <typename X> static void model_losses(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* targets,
+        float dloss, double* sum) {
     ActsOf<X> a = acts_layer<X>(s->places, s->acts, 0);
     size_t rows = (size_t)s->B * s->T;
     CUDA(cudaEventSynchronize(s->copied));
@@ -2743,8 +2596,8 @@ static void model_losses(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int*
 }
 
 // Sum of the losses in nats, see the CPU's; waits for the GPU.
-template <typename X>
-static double model_loss(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* targets, size_t* scored, float dloss = 0) {
+template <typename X> static double model_loss(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* targets,
+        size_t* scored, float dloss = 0) {
     double sum;
     model_losses(gpu, m, s, targets, dloss, m->sums);
     for (size_t r = 0; r < (size_t)s->B * s->T; r++) { *scored += targets[r] != IGNORE; }
@@ -2754,8 +2607,8 @@ static double model_loss(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int*
 }
 
 // Adds to the gradients, or with gpu.accumulate off assigns them, from dlogits, which model_loss has left in logits.
-template <typename X>
-static void model_backward(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* tokens, const StateOf<X>* start, const StateOf<X>* dstart) {
+template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* tokens,
+        const StateOf<X>* start, const StateOf<X>* dstart) {
     const Config* c = &m->config;
     int B = s->B, T = s->T, D = c->model_dim, L = c->num_layers, vocab = c->vocab_size;
     size_t rows = (size_t)B * T;
@@ -2780,36 +2633,25 @@ static void model_backward(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const in
 
     matmul_backward(gpu, d.final, D, a.logits, vocab, c->share_emb ? p.embed : p.output, rows, D, vocab, false);
     matmul_backward_weight(gpu, c->share_emb ? g.embed : g.output, a.logits, vocab, a.final, D, rows, D, vocab);
-    timestepnorm_backward<X>(gpu, block_input<X>(s->dplaces, s->grads, L), g.final_w, g.final_b, state_layer(dstart, c, L).norm, NULL, NULL,
-                             d.final, a.final_mean, a.final_rstd, state_layer(start, c, L).norm, block_input<X>(s->places, s->acts, L),
+    timestepnorm_backward<X>(gpu, block_input<X>(s->dplaces, s->grads, L), g.final_w, g.final_b,
+                             state_layer(dstart, c, L).norm, NULL, NULL,
+                             d.final, a.final_mean, a.final_rstd, state_layer(start, c, L).norm,
+                                     block_input<X>(s->places, s->acts, L),
                              w.final_w, B, T, D, c->norm_num_groups);
     for (int l = L - 1; l >= 0; l--) { // with --recompute, only the last layer's activations are still there
         if (s->keep == KEEP_BLOCKS && l < L - 1) { block_forward<X>(gpu, m, s, l, start, NULL); }
         block_backward(gpu, m, s, l, start, dstart);
     }
-    if (!c->share_emb && !gpu.accumulate) { CUDA(cudaMemsetAsync(g.embed, 0, (size_t)vocab * D * sizeof(float), gpu.stream)); }
+    if (!c->share_emb && !gpu.accumulate) {
+        CUDA(cudaMemsetAsync(g.embed, 0, (size_t)vocab * D * sizeof(float), gpu.stream));
+    }
     embedding_backward(gpu, g.embed, d.embed, s->tokens, s->order, s->begin, s->runs, embedding_scale(c), D);
 }
 
-__global__ void norm_kernel(double* sums, const float4* g, size_t n) {
-    __shared__ double part[256];
-    double s = 0;
-    for (size_t i = blockIdx.x * (size_t)256 + threadIdx.x; i < n; i += (size_t)gridDim.x * 256) {
-        float4 v = g[i];
-        s += (double)v.x * v.x + (double)v.y * v.y + ((double)v.z * v.z + (double)v.w * v.w);
-    }
-    part[threadIdx.x] = s;
-    __syncthreads();
-    for (int o = 128; o; o /= 2) {
-        if (threadIdx.x < o) { part[threadIdx.x] += part[threadIdx.x + o]; }
-        __syncthreads();
-    }
-    if (threadIdx.x == 0) { sums[blockIdx.x] = part[0]; }
-}
 // Global L2 norm of the gradient; waits for the GPU.
 template <typename X> static double model_grad_norm(Gpu& gpu, const ModelOf<X>* m) {
     double sums[NORM_BLOCKS], sum = 0;
-    norm_kernel<<<NORM_BLOCKS, 256, 0, gpu.stream>>>(m->sums, (const float4*)m->grads, m->size / 4);
+    sum_kernel<<<NORM_BLOCKS, 256, 0, gpu.stream>>>(m->sums, (const float4*)m->grads, m->size / 4);
     LAUNCHED();
     CUDA(cudaMemcpyAsync(sums, m->sums, sizeof(sums), cudaMemcpyDeviceToHost, gpu.stream));
     gpu_sync(&gpu);
@@ -2818,16 +2660,15 @@ template <typename X> static double model_grad_norm(Gpu& gpu, const ModelOf<X>* 
 }
 
 // AdamW, see the CPU's; the new weights are rounded to X in the same pass.
-template <typename X>
-__global__ void update_kernel(float4* w, X* rounded, const float4* g, float4* m1, float4* m2, size_t n, float keep, float size,
-                              float correction, float beta1, float beta2, float beta1c, float beta2c, float eps, float scale) {
+template <typename X> __global__ void update_kernel(float4* w, X* rounded, const float4* g, float4* m1, float4* m2,
+        size_t n, float keep, float size, float correction, float beta1, float beta2, float beta1c, float beta2c,
+                float eps, float scale) {
     size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
     if (i >= n) { return; }
     float4 wv = w[i], gv = g[i], mv = m1[i], vv = m2[i];
     float *ws = (float*)&wv, *gs = (float*)&gv, *ms = (float*)&mv, *vs = (float*)&vv;
     X out[4];
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
+    EACH(k, 4) {
         float grad = gs[k] * scale;
         ms[k] = beta1 * ms[k] + beta1c * grad;
         vs[k] = beta2 * vs[k] + beta2c * grad * grad;
@@ -2839,9 +2680,12 @@ __global__ void update_kernel(float4* w, X* rounded, const float4* g, float4* m1
     m2[i] = vv;
     if (sizeof(X) == 2) { *(uint2*)(rounded + 4 * i) = *(uint2*)out; }
 }
-template <typename X> static void model_update(Gpu& gpu, ModelOf<X>* m, const Options* o, double lr, int step, double grad_scale) {
-    float keep = 1.0 - lr * o->weight_decay, size = lr / (1.0 - pow(o->beta1, step)), correction = 1.0 / sqrt(1.0 - pow(o->beta2, step));
-    update_kernel<X><<<ceil_div(m->size / 4, 256), 256, 0, gpu.stream>>>((float4*)m->params, m->weights, (const float4*)m->grads,
+template <typename X> static void model_update(Gpu& gpu, ModelOf<X>* m, const Options* o, double lr, int step,
+        double grad_scale) {
+    float keep = 1.0 - lr * o->weight_decay, size = lr / (1.0 - pow(o->beta1, step)),
+            correction = 1.0 / sqrt(1.0 - pow(o->beta2, step));
+    update_kernel<X><<<ceil_div(m->size / 4, 256), 256, 0, gpu.stream>>>((float4*)m->params, m->weights,
+            (const float4*)m->grads,
         (float4*)m->adam_m, (float4*)m->adam_v, m->size / 4, keep, size, correction, o->beta1, o->beta2, 1.0 - o->beta1,
         1.0 - o->beta2, o->adam_eps, grad_scale);
     LAUNCHED();
@@ -2876,13 +2720,15 @@ template <typename X> static const float* stream_logits(Gpu& gpu, const ModelOf<
     size_t vocab = m->config.vocab_size, T = s->pass.T, B = s->pass.B;
     const X* logits = acts_layer<X>(s->pass.places, s->pass.acts, 0).logits + (T - 1) * vocab;
     gpu_sync(&gpu);
-    CUDA(cudaMemcpy2D(s->logits, vocab * sizeof(X), logits, T * vocab * sizeof(X), vocab * sizeof(X), B, cudaMemcpyDeviceToHost));
+    CUDA(cudaMemcpy2D(s->logits, vocab * sizeof(X), logits, T * vocab * sizeof(X), vocab * sizeof(X), B,
+                      cudaMemcpyDeviceToHost));
     to_floats<X>(s->logits, B * vocab);
     return s->logits;
 }
 
 // Mean loss in nats over the tokens of d in order, state carried; each but the first is scored once.
-template <typename X> static double evaluate(Gpu& gpu, const ModelOf<X>* m, StreamOf<X>* s, const Dataset* d, size_t* scored) {
+template <typename X> static double evaluate(Gpu& gpu, const ModelOf<X>* m, StreamOf<X>* s, const Dataset* d,
+        size_t* scored) {
     double sum = 0;
     state_reset(gpu, &s->state, &m->config);
     *scored = 0;
@@ -2896,11 +2742,13 @@ template <typename X> static double evaluate(Gpu& gpu, const ModelOf<X>* m, Stre
 }
 
 // Prints n tokens that follow the prompt (a newline if it is empty): bytes, or numbers where tokens are not bytes.
-template <typename X> static void generate(Gpu& gpu, const ModelOf<X>* m, StreamOf<X>* s, const Options* o, int n, uint64_t stream) {
+template <typename X> static void generate(Gpu& gpu, const ModelOf<X>* m, StreamOf<X>* s, const Options* o, int n,
+        uint64_t stream) {
     const char* prompt = *o->prompt ? o->prompt : "\n";
     int vocab = m->config.vocab_size;
     state_reset(gpu, &s->state, &m->config);
-    for (size_t left = strlen(prompt); left; left -= s->pass.T, prompt += s->pass.T) { // as much as the chunk has room for
+    // as much as the chunk has room for
+    for (size_t left = strlen(prompt); left; left -= s->pass.T, prompt += s->pass.T) {
         s->pass.T = min_size(left, m->config.chunk_size - s->state.pos);
         for (int i = 0; i < s->pass.T; i++) {
             s->tokens[i] = (unsigned char)prompt[i];
@@ -2909,7 +2757,8 @@ template <typename X> static void generate(Gpu& gpu, const ModelOf<X>* m, Stream
         model_forward(gpu, m, &s->pass, s->tokens, &s->state, &s->state);
     }
     for (int i = 0; i < n; i++) {
-        int token = sample(stream_logits(gpu, m, s), vocab, o, random_uniform(o->seed, ((uint64_t)2 << 56) + stream, i));
+        int token = sample(stream_logits(gpu, m, s), vocab, o, random_uniform(o->seed, ((uint64_t)2 << 56) + stream,
+                i));
         if (vocab <= 256) { putchar(token); } else { printf("%d ", token); }
         fflush(stdout);
         s->pass.T = 1;
@@ -2920,30 +2769,48 @@ template <typename X> static void generate(Gpu& gpu, const ModelOf<X>* m, Stream
 // ---------------------------------------------------------------------------------------------------------------------
 // Training
 
-// Bytes that training takes: weights, gradients and both moments; activations and their gradients; the stream's; scratch.
-template <typename X> static size_t memory_needed(Gpu& gpu, const Options* o) {
+// Bytes that training takes, counted by asking for all of it without taking it; scratch memory as it will be at its
+// largest.
+template <typename X> static size_t memory_needed(const Gpu& gpu, const Options* o, int keep) {
     const Config* c = &o->model;
-    size_t rows = (size_t)o->batch * o->seq, chunk = min_int(c->chunk_size, o->seq);
-    size_t widest = c->value_dim > c->model_dim ? c->value_dim : c->model_dim, scores = sizeof(X) * 2 * chunk * chunk;
-    size_t scratch = WORKSPACE + (scores > 2 * (size_t)SCORES_BYTES ? scores : 2 * (size_t)SCORES_BYTES);
-    scratch += rows * c->model_dim / 4 + sizeof(float) * gpu.card.multiProcessorCount * 8 * 5 * widest;
-    return model_bytes<X>(c, true) + pass_bytes<X>(gpu, c, 1, c->chunk_size, KEEP_NONE, KEEP_NONE) + state_bytes<X>(c, 1, true) + scratch
-           + pass_bytes<X>(gpu, c, o->batch, o->seq, o->recompute ? KEEP_BLOCKS : KEEP_CHEAPLY, KEEP_NONE);
+    Gpu count = gpu;
+    ModelOf<X> m;
+    PassOf<X> s;
+    StateOf<X> state;
+    size_t rows = (size_t)o->batch * o->seq, chunk = min_int(c->chunk_size, o->seq), D = c->model_dim, V = c->value_dim;
+    size_t scores = sizeof(X) * 2 * chunk * chunk, least = 2 * (size_t)SCORES_BYTES;
+    count.dry = true;
+    count.allocated = WORKSPACE + (scores > least ? scores : least) + rows * D / 4 + (D
+            + V) * gpu.card.multiProcessorCount * 160;
+    model_alloc(count, &m, c, true);
+    pass_alloc(count, &s, c, o->batch, o->seq, keep, KEEP_NONE);
+    pass_alloc(count, &s, c, 1, c->chunk_size, KEEP_NONE, KEEP_NONE);
+    state_alloc(count, &state, c, 1, true);
+    return count.allocated;
+}
+
+// What to keep for the backward pass: all, if training then takes at most half of the card.
+template <typename X> static int what_to_keep(const Gpu& gpu, const Options* o) {
+    if (o->recompute) { return KEEP_BLOCKS; }
+    return memory_needed<X>(gpu, o, KEEP_ALL) <= gpu.card.totalGlobalMem / 2 ? KEEP_ALL : KEEP_CHEAPLY;
 }
 
 // Refuses what does not fit the card, with the numbers and what would fit.
 template <typename X> static void memory_check(Gpu& gpu, const Options* o) {
-    size_t free, total, needed = memory_needed<X>(gpu, o);
+    size_t free, total, needed = memory_needed<X>(gpu, o, what_to_keep<X>(gpu, o));
     char advice[128] = "; not even --batch 1 --seq 1 --recompute 1 would fit";
     CUDA(cudaMemGetInfo(&free, &total));
     if (needed <= free) { return; }
     Options less = *o;
-    auto fits = [&] { return memory_needed<X>(gpu, &less) <= free; };
+    auto fits = [&] { return memory_needed<X>(gpu, &less, KEEP_BLOCKS) <= free; };
     less.recompute = 1;
     while (!fits() && less.batch > 1) { less.batch--; }
     while (!fits() && less.seq > 1) { less.seq /= 2; }
-    if (fits()) { snprintf(advice, sizeof(advice), "; --batch %d --seq %d --recompute 1 would fit", less.batch, less.seq); }
-    die("training needs %.1f MB of GPU memory, %.1f MB of %.1f MB are free%s", needed / 1e6, free / 1e6, total / 1e6, advice);
+    if (fits()) {
+        snprintf(advice, sizeof(advice), "; --batch %d --seq %d --recompute 1 would fit", less.batch, less.seq);
+    }
+    die("training needs %.1f MB of GPU memory, %.1f MB of %.1f MB are free%s", needed / 1e6, free / 1e6, total / 1e6,
+        advice);
 }
 
 // Writes a checkpoint through a Model of the CPU, which has no gradients here.
@@ -2959,16 +2826,17 @@ template <typename X> static void checkpoint_save(Gpu& gpu, const ModelOf<X>* m,
     model_free(&host);
 }
 
-template <typename X>
-static void train(Gpu& gpu, ModelOf<X>* m, const Options* o, int first_step, const Dataset* data, const Dataset* held_out) {
+template <typename X> static void train(Gpu& gpu, ModelOf<X>* m, const Options* o, int first_step, const Dataset* data,
+        const Dataset* held_out) {
     const Config* c = &m->config;
     int B = o->batch, T = o->seq, *row = (int*)xcalloc((size_t)T + 1, sizeof(int));
     size_t rows = (size_t)B * T, scored;
     int *tokens = (int*)xcalloc(rows * o->accum, sizeof(int)), *targets = (int*)xcalloc(rows * o->accum, sizeof(int));
-    double *losses = (double*)gpu_alloc(&gpu, o->accum * sizeof(double)), *sums = (double*)xcalloc(o->accum, sizeof(double));
+    double *losses = (double*)gpu_alloc(&gpu, o->accum * sizeof(double)), *sums = (double*)xcalloc(o->accum,
+            sizeof(double));
     PassOf<X> pass;
     StreamOf<X> stream;
-    pass_alloc(gpu, &pass, c, B, T, o->recompute ? KEEP_BLOCKS : KEEP_CHEAPLY, KEEP_NONE);
+    pass_alloc(gpu, &pass, c, B, T, what_to_keep<X>(gpu, o), KEEP_NONE);
     stream_alloc(gpu, &stream, c, 1);
     FILE* log = *o->out ? log_open(o, first_step) : NULL;
     signal(SIGINT, on_signal);
@@ -2983,7 +2851,8 @@ static void train(Gpu& gpu, ModelOf<X>* m, const Options* o, int first_step, con
     read_step(first_step);
     double started = seconds();
     for (int step = first_step; step < o->steps && !stop_asked; step++) {
-        double step_started = seconds(), loss = 0, val = NAN, lr = learning_rate(o, step), dloss = 1.0 / rows / o->accum;
+        double step_started = seconds(), loss = 0, val = NAN, lr = learning_rate(o, step),
+                dloss = 1.0 / rows / o->accum;
         for (int micro = 0; micro < o->accum; micro++) {
             gpu.accumulate = micro > 0;
             model_forward<X>(gpu, m, &pass, tokens + micro * rows, NULL, NULL);
@@ -3006,7 +2875,8 @@ static void train(Gpu& gpu, ModelOf<X>* m, const Options* o, int first_step, con
         if (held_out->size > 1 && (last || (o->val_every && done % o->val_every == 0))) {
             val = evaluate(gpu, m, &stream, held_out, &scored);
         }
-        log_step(o, log, done, loss, norm, lr, ms, (seconds() - started) / (done - first_step) * (o->steps - done), val);
+        log_step(o, log, done, loss, norm, lr, ms, (seconds() - started) / (done - first_step) * (o->steps - done),
+                 val);
         if (o->sample_every && (last || done % o->sample_every == 0)) {
             printf("---- sample ----\n");
             generate(gpu, m, &stream, o, 400, done);
@@ -3014,7 +2884,9 @@ static void train(Gpu& gpu, ModelOf<X>* m, const Options* o, int first_step, con
         }
         bool due = last || stop_asked || (o->checkpoint_every && done % o->checkpoint_every == 0);
         if (*o->out && due) { checkpoint_save(gpu, m, o, done); }
-        if (stop_asked) { printf("stopped by a signal after step %d, %s\n", done, *o->out ? "saved" : "not saved: no --out"); }
+        if (stop_asked) {
+            printf("stopped by a signal after step %d, %s\n", done, *o->out ? "saved" : "not saved: no --out");
+        }
     }
     if (log) { fclose(log); }
     pass_free(gpu, &pass);
@@ -3035,8 +2907,9 @@ template <typename X> static void run(Gpu& gpu, const Options* o, SafeTensors* s
     int step = *o->resume && training ? atoi(safetensors_meta(st, "step")) : 0;
     param_specs(specs, &o->model);
     options_print(o, info);
-    fprintf(info, "gpu: %s, in %s\nnum_parameters: %zu\n", gpu.card.name, sizeof(X) == 2 ? "bf16" : "fp32", specs_size(specs, NUM_PARAMS));
-    if (training) { fprintf(info, "memory: %.1f MB\n", memory_needed<X>(gpu, o) / 1e6); }
+    fprintf(info, "gpu: %s, in %s\nnum_parameters: %zu\n", gpu.card.name, sizeof(X) == 2 ? "bf16" : "fp32",
+            specs_size(specs, NUM_PARAMS));
+    if (training) { fprintf(info, "memory: %.1f MB\n", memory_needed<X>(gpu, o, what_to_keep<X>(gpu, o)) / 1e6); }
     if (o->dry_run) { return; }
 
     if (*o->eval) { dataset_open(&data, NULL, "--eval", o->eval); }
@@ -3095,7 +2968,9 @@ int main(int argc, char** argv) {
     bool fp32 = false;
     for (int a = 1; a + 1 < argc; a++) { // not in the table of options yet
         if (strcmp(argv[a], "--precision")) { continue; }
-        if (strcmp(argv[a + 1], "bf16") && strcmp(argv[a + 1], "fp32")) { die("--precision %s: expected bf16 or fp32", argv[a + 1]); }
+        if (strcmp(argv[a + 1], "bf16") && strcmp(argv[a + 1], "fp32")) {
+            die("--precision %s: expected bf16 or fp32", argv[a + 1]);
+        }
         fp32 = !strcmp(argv[a + 1], "fp32");
         memmove(argv + a, argv + a + 2, (argc - a - 2) * sizeof(char*));
         argc -= 2;
