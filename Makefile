@@ -2,7 +2,8 @@
 # make train       train the built-in default: a tiny model that learns to write this project's own sources
 # make test        what must hold; a minute, needs nothing but a compiler
 # make test-long   what takes longer: streams of 10 million timesteps, kills at random moments, every tensor broken
-# make bench       speed, as ratios to OpenBLAS and PyTorch where they are there
+# make bench       speed, as ratios to OpenBLAS and PyTorch where they are there, and of the GPU program where one is
+# make cuda        the GPU programs, for the GPUs here (or CUDA_ARCH=90); dev/bin/check: GPU against CPU, kernel by kernel
 CFLAGS ?= -O3 -march=native
 PYTHON ?= python3
 NVCC ?= nvcc
@@ -19,7 +20,7 @@ CUDA = $(call probe,#include <cublasLt.h>,(cat; echo "int main() { return cublas
 
 # For the GPUs that are here, or else for compute capability 8.0 and 9.0.
 CUDA_ARCH ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u),80 90)
-NVCCFLAGS = -std=c++17 -O3 $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -Xcompiler -fopenmp -lcublasLt
+NVCCFLAGS = -std=c++17 -O3 -diag-suppress 177,550,128 $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -Xcompiler -fopenmp -lcublasLt
 
 all: train_megalodon test_megalodon
 	@echo "OpenMP: $(if $(OPENMP),yes,not found, one thread)"
@@ -40,6 +41,11 @@ dev/bin/bench: dev/bench.c train_megalodon.c
 	@mkdir -p dev/bin
 	$(CC) $(THIS_CFLAGS) $< $(OPENMP) $(OPENBLAS) -o $@ -lm
 
+# GPU kernels and models against their CPU twins in one process; --bench and --kernels print times and rates.
+dev/bin/check: dev/cuda/check.cu train_megalodon.cu train_megalodon.c
+	@mkdir -p dev/bin
+	$(NVCC) $(NVCCFLAGS) $< -o $@
+
 train: train_megalodon
 	./train_megalodon --sample-every 1000
 
@@ -56,6 +62,7 @@ test-long: train_megalodon test_megalodon
 
 bench: dev/bin/bench
 	dev/bin/bench $(PYTHON)
+	@if nvidia-smi >/dev/null 2>&1; then $(MAKE) dev/bin/check && dev/bin/check --bench 0 5 && dev/bin/check --kernels; fi
 
 clean:
 	rm -rf train_megalodon test_megalodon train_megalodon_cuda test_megalodon_cuda dev/bin

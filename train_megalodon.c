@@ -131,6 +131,11 @@ int min_int(int a, int b) { return a < b ? a : b; }
     X(BOOL, share_emb,          1, 0, 1,          "use the embedding as the output layer too") \
     X(BOOL, rescale_nffn,       0, 0, 1,          "multiply the feed-forward output by a learned vector")
 
+#ifdef __CUDACC__
+#define GPU_OPTIONS(X) X(TEXT, precision, "bf16", 0, 0, "of weights and activations: bf16 or fp32")
+#else
+#define GPU_OPTIONS(X)
+#endif
 #define TRAINING_OPTIONS(X) \
     X(TEXT, train, "train_megalodon.c,test_megalodon.c,dev/*.py,dev/*.c,README.md", 0, 0, \
         "training data: .txt or other text (a byte is a token) or llm.c's .bin; commas and * for several files") \
@@ -154,7 +159,8 @@ int min_int(int a, int b) { return a < b ? a : b; }
     X(BOOL, recompute,          0, 0, 1,          "keep only the inputs of blocks for the backward pass") \
     X(INT,  val_every,        250, 0, INT_MAX,    "validate every so many steps; always after the last") \
     X(INT,  checkpoint_every,   0, 0, INT_MAX,    "save every so many steps; always after the last, given --out") \
-    X(INT,  sample_every,       0, 0, INT_MAX,    "print a sample every so many steps")
+    X(INT,  sample_every,       0, 0, INT_MAX,    "print a sample every so many steps") \
+    GPU_OPTIONS(X)
 
 // Where to start and what to do; not recorded in checkpoints.
 #define MODE_OPTIONS(X) \

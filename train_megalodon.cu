@@ -1073,21 +1073,17 @@ template <typename X, int LANES,
         s_im[k] = s.y;
     }
     float w = p.k0 == 0 ? omega[p.d] : 0; // one thread adds omega x
-    auto step = [&](float x) { // in phases, so that neighbouring instructions do not wait for each other
-        float re[MODES], im[MODES], y[4] = {w * x, 0, 0, 0};
+    auto step = [&](float x) {
+        float y0 = w * x, y1 = 0;
         EACH(k, MODES) {
-            re[k] = fmaf(-q_im[k], s_im[k], x);
-            im[k] = q_im[k] * s_re[k];
+            float re = fmaf(q_re[k], s_re[k], fmaf(-q_im[k], s_im[k], x));
+            s_im[k] = fmaf(q_re[k], s_im[k], q_im[k] * s_re[k]);
+            s_re[k] = re;
+            if (ENDS) { continue; }
+            y0 = fmaf(c_re[k], s_re[k], y0);
+            y1 = fmaf(-c_im[k], s_im[k], y1);
         }
-        EACH(k, MODES) {
-            s_re[k] = fmaf(q_re[k], s_re[k], re[k]);
-            s_im[k] = fmaf(q_re[k], s_im[k], im[k]);
-        }
-        EACH(k, ENDS ? 0 : MODES) {
-            y[k % 2] = fmaf(c_re[k], s_re[k], y[k % 2]);
-            y[2 + k % 2] = fmaf(-c_im[k], s_im[k], y[2 + k % 2]);
-        }
-        return (y[0] + y[1]) + (y[2] + y[3]);
+        return y0 + y1;
     };
     for (int j = 0; j < pieces; j++) {
         int t = p.t0 + j * AHEAD;
@@ -1248,33 +1244,24 @@ template <typename X, int LANES,
     }
     float w = p.k0 == 0 ? omega[p.d] : 0;
     auto step = [&](float x, float dy) {
-        float re[MODES], im[MODES], dx[4] = {w * dy, 0, 0, 0};
+        float dx0 = w * dy, dx1 = 0;
         dw = fmaf(x, dy, dw);
         EACH(k, MODES) {
-            re[k] = fmaf(q_im[k], a_im[k], dy);
-            im[k] = q_im[k] * a_re[k];
+            float re = fmaf(q_re[k], a_re[k], fmaf(q_im[k], a_im[k], dy));
+            a_im[k] = fmaf(q_re[k], a_im[k], -q_im[k] * a_re[k]);
+            a_re[k] = re;
             if (ENDS) { continue; }
-            R_re[k] = fmaf(x, b_re[k], R_re[k]);
-            R_im[k] = fmaf(x, b_im[k], R_im[k]);
-        }
-        EACH(k, MODES) {
-            a_re[k] = fmaf(q_re[k], a_re[k], re[k]);
-            a_im[k] = fmaf(q_re[k], a_im[k], -im[k]);
-        }
-        if (ENDS) { return 0.0f; }
-        EACH(k, MODES) {
-            re[k] = fmaf(q_im[k], b_im[k], a_re[k]);
-            im[k] = fmaf(-q_im[k], b_re[k], a_im[k]);
             Q_re[k] = fmaf(x, a_re[k], Q_re[k]);
             Q_im[k] = fmaf(x, a_im[k], Q_im[k]);
+            R_re[k] = fmaf(x, b_re[k], R_re[k]);
+            R_im[k] = fmaf(x, b_im[k], R_im[k]);
+            float re1 = fmaf(q_re[k], b_re[k], fmaf(q_im[k], b_im[k], a_re[k]));
+            b_im[k] = fmaf(q_re[k], b_im[k], fmaf(-q_im[k], b_re[k], a_im[k]));
+            b_re[k] = re1;
+            dx0 = fmaf(c_re[k], a_re[k], dx0);
+            dx1 = fmaf(c_im[k], a_im[k], dx1);
         }
-        EACH(k, MODES) {
-            b_re[k] = fmaf(q_re[k], b_re[k], re[k]);
-            b_im[k] = fmaf(q_re[k], b_im[k], im[k]);
-            dx[k % 2] = fmaf(c_re[k], a_re[k], dx[k % 2]);
-            dx[2 + k % 2] = fmaf(c_im[k], a_im[k], dx[2 + k % 2]);
-        }
-        return (dx[0] + dx[1]) + (dx[2] + dx[3]);
+        return dx0 + dx1;
     };
     for (int j = 0; j < pieces; j++) {
         int t = p.t1 - (j + 1) * AHEAD, s = j % STAGES;
@@ -1434,7 +1421,7 @@ template <typename X, bool WIDE> __global__ void norm_forward_kernel(X* out, int
         next.get(x);
         next.load(inp + (r + step) * D, r + step < rows ? D : 0);
         float near = mean ? to_float(next_near) : 0; // sums about one of the values: the variance does not cancel
-        next_near = inp[r + step < rows ? (r + step) * D : 0];
+        if (mean) { next_near = inp[r + step < rows ? (r + step) * D : 0]; }
         s[0] = s[1] = 0;
         EACH(e, 8) {
             float y = column<WIDE>(e) < D ? x[e] - near : 0;
@@ -1896,8 +1883,8 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256) softmax_
     size_t at = blockIdx.y * step + (size_t)i * ld;
     int keys = min((i / BLOCK + 1) * BLOCK, rows);
     float norm = lse[blockIdx.y * stride + i], d = dot[blockIdx.y * stride + i];
-    // sum_s P dP of the very numbers that it is taken from: a lone key gives exactly 0
-    if (std::is_same<X, float>::value) {
+    // sum_s P dP of the numbers that it is taken from: a lone key gives 0
+    if (std::is_same<X, float>::value || i == 0) {
         d = 0;
         for (int j = lane; j <= i; j += 32) { d += exp_of<X>(to_float(S[at + j]) - norm) * to_float(dP[at + j]); }
 #pragma unroll
@@ -2965,18 +2952,9 @@ int main(int argc, char** argv) {
     Options o;
     SafeTensors st;
     Gpu gpu;
-    bool fp32 = false;
-    for (int a = 1; a + 1 < argc; a++) { // not in the table of options yet
-        if (strcmp(argv[a], "--precision")) { continue; }
-        if (strcmp(argv[a + 1], "bf16") && strcmp(argv[a + 1], "fp32")) {
-            die("--precision %s: expected bf16 or fp32", argv[a + 1]);
-        }
-        fp32 = !strcmp(argv[a + 1], "fp32");
-        memmove(argv + a, argv + a + 2, (argc - a - 2) * sizeof(char*));
-        argc -= 2;
-        break;
-    }
     options_parse(&o, argc, argv, &st);
+    bool fp32 = !strcmp(o.precision, "fp32");
+    if (!fp32 && strcmp(o.precision, "bf16")) { die("--precision %s: expected bf16 or fp32", o.precision); }
     gpu_open(&gpu);
     if (fp32) { run<float>(gpu, &o, &st); } else { run<bf16>(gpu, &o, &st); }
     gpu_close(&gpu);

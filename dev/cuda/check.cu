@@ -1,5 +1,6 @@
 /*
-Compares train_megalodon.cu with train_megalodon.c in one process: every activation, gradient and new weight of small models
+Compares train_megalodon.cu with train_megalodon.c in one process: every activation,
+        gradient and new weight of small models
 of awkward shapes, then of a dump; and times it.
 
     check             models of random shapes, GPU against CPU, in fp32 and bf16
@@ -14,7 +15,8 @@ static int num_checked, num_failed;
 static bool verbose, profile;
 
 // Prints errors above the bound. kind: max|a-b| / max|b| (over at least floor), or 1 - cosine.
-static void compare(const char* name, const float* got, const float* expected, size_t n, double floor, double bound, bool cosine) {
+static void compare(const char* name, const float* got, const float* expected, size_t n, double floor, double bound,
+        bool cosine) {
     double worst = -1, largest = floor, ab = 0, aa = 0, bb = 0;
     size_t at = 0;
     for (size_t i = 0; i < n; i++) {
@@ -30,12 +32,14 @@ static void compare(const char* name, const float* got, const float* expected, s
     num_checked++;
     num_failed += !(error <= bound);
     if (!(error <= bound) || verbose) {
-        printf("%-6s %-40s %s %.2e (bound %.0e) at %zu of %zu: %.7g, expected %.7g\n", error <= bound ? "ok" : "FAILED", name,
+        printf("%-6s %-40s %s %.2e (bound %.0e) at %zu of %zu: %.7g, expected %.7g\n",
+               error <= bound ? "ok" : "FAILED", name,
                cosine ? "1-cos" : "error", error, bound, at, n, got[at], expected[at]);
     }
 }
 
-static void compare_acts(const char* what, const Config* c, const Spec* specs, Acts got, Acts expected, double floor, double bound, bool cosine) {
+static void compare_acts(const char* what, const Config* c, const Spec* specs, Acts got, Acts expected, double floor,
+        double bound, bool cosine) {
     const char* fields[] = {
 #define ACT_NAME(field, ...) #field,
         ACTIVATIONS(ACT_NAME)
@@ -44,17 +48,20 @@ static void compare_acts(const char* what, const Config* c, const Spec* specs, A
     for (int i = 0; i < NUM_ACTS; i++) {
         for (int l = 0; specs[i].size && l < specs[i].slots; l++) {
             snprintf(name, sizeof(name), "%s %s %d", what, fields[i], l);
-            compare(name, ((float**)&got)[i] + l * specs[i].size, ((float**)&expected)[i] + l * specs[i].size, specs[i].size, floor, bound, cosine);
+            compare(name, ((float**)&got)[i] + l * specs[i].size, ((float**)&expected)[i] + l * specs[i].size,
+                    specs[i].size, floor, bound, cosine);
         }
     }
 }
-static void compare_params(const char* what, const Model* m, Params got, Params expected, double floor, double bound, bool cosine) {
+static void compare_params(const char* what, const Model* m, Params got, Params expected, double floor, double bound,
+        bool cosine) {
     char name[160], full[128];
     for (int i = 0; i < NUM_PARAMS; i++) {
         const Spec* s = &m->specs[i];
         for (int l = 0; s->size && l < s->slots; l++) {
             snprintf(name, sizeof(name), "%s %s", what, layer_name(full, "", s->name, l));
-            compare(name, ((float**)&got)[i] + l * s->size, ((float**)&expected)[i] + l * s->size, s->size, floor, bound, cosine);
+            compare(name, ((float**)&got)[i] + l * s->size, ((float**)&expected)[i] + l * s->size, s->size, floor,
+                    bound, cosine);
         }
     }
 }
@@ -92,7 +99,8 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     state_alloc(&start, &c, B, false);
     state_alloc(&dstart, &c, B, false);
     state_alloc(&gdstart, &c, B, false);
-    size_t norms = (size_t)(c.num_layers + 1) * B * c.norm_num_groups, hs = (size_t)c.num_layers * B * c.model_dim * c.cema_ndim * 2;
+    size_t norms = (size_t)(c.num_layers + 1) * B * c.norm_num_groups,
+            hs = (size_t)c.num_layers * B * c.model_dim * c.cema_ndim * 2;
     for (size_t i = 0; i < norms; i++) {
         start.norm[i].count = 5;
         start.norm[i].mean = 0.3 * random_normal(12, 0, i, INFINITY);
@@ -139,7 +147,8 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
         stream_alloc(gpu, &st, &c, B);
         if (past) { state_copy(gpu, &st.state, &start, &c, false); }
         int* tokens = (int*)xcalloc(rows, sizeof(int));
-        float *logits = (float*)xcalloc(rows * c.vocab_size, sizeof(float)), *part = (float*)xcalloc(rows * c.vocab_size, sizeof(float));
+        float *logits = (float*)xcalloc(rows * c.vocab_size, sizeof(float)),
+                *part = (float*)xcalloc(rows * c.vocab_size, sizeof(float));
         (void)host;
         for (int t = 0; t < T; t += st.pass.T) {
             int n = min_int(min_int(piece, T - t), c.chunk_size - st.state.pos);
@@ -148,10 +157,12 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
             model_forward(gpu, &gm, &st.pass, tokens, &st.state, &st.state);
             pass_fetch(gpu, &st.pass, &c, A_logits, 0, false, part);
             for (int b = 0; b < B; b++) {
-                memcpy(logits + ((size_t)b * T + t) * c.vocab_size, part + (size_t)b * n * c.vocab_size, sizeof(float) * n * c.vocab_size);
+                memcpy(logits + ((size_t)b * T + t) * c.vocab_size, part + (size_t)b * n * c.vocab_size,
+                       sizeof(float) * n * c.vocab_size);
             }
         }
-        compare(piece == 1 ? "logits, token by token" : "logits, in pieces", logits, one_shot, rows * c.vocab_size, 0, act_bound, false);
+        compare(piece == 1 ? "logits, token by token" : "logits, in pieces", logits, one_shot, rows * c.vocab_size, 0,
+                act_bound, false);
         stream_free(gpu, &st);
         free(tokens);
         free(logits);
@@ -202,7 +213,8 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
         Params at;
         specs_place(&at, again, m.specs, NUM_PARAMS);
         model_copy(gpu, &gm, gm.grads, at, true);
-        compare(keep == KEEP_BLOCKS ? "grad, recomputed" : "grad, kept cheaply", again, got.params.embed, m.num_parameters, 0, fp32 ? 1e-6 : 1e-4, false);
+        compare(keep == KEEP_BLOCKS ? "grad, recomputed" : "grad, kept cheaply", again, got.params.embed,
+                m.num_parameters, 0, fp32 ? 1e-6 : 1e-4, false);
         if (keep == KEEP_CHEAPLY) { // twice with accumulation, and the same bits again
             gpu.accumulate = true;
             model_forward<X>(gpu, &gm, &plain, x, gpast, NULL);
@@ -239,7 +251,8 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     model_copy(gpu, &gm, gm.params, got.params, true);
     compare("updated", got.params.embed, m.params.embed, m.num_parameters, 0, 1e-6, false);
     memset(got.params.embed, 0, bytes);
-    printf("%s, %s, (B,T) = (%d,%d)%s: %d checked, %d failed\n", what, fp32 ? "fp32" : "bf16", B, T, past ? ", past" : "", num_checked - checked, num_failed - failed);
+    printf("%s, %s, (B,T) = (%d,%d)%s: %d checked, %d failed\n", what, fp32 ? "fp32" : "bf16", B, T,
+           past ? ", past" : "", num_checked - checked, num_failed - failed);
     fflush(stdout);
     model_free(gpu, &gm);
     pass_free(gpu, &gp);
@@ -311,7 +324,8 @@ template <typename X> static void check_dump(Gpu& gpu, const char* path) {
         for (int i = 0; i < NUM_ACTS; i++) {
             const char* row = i == A_logits ? "logits" : i == A_losses ? "losses" : s.specs[i].name;
             for (int l = 0; *row && s.specs[i].size && l < s.specs[i].slots; l++) {
-                float* e = dump(&st, layer_name(name, i == A_logits || i == A_losses ? "" : prefix, row, l), s.specs[i].size);
+                float* e = dump(&st, layer_name(name, i == A_logits || i == A_losses ? "" : prefix, row, l),
+                                s.specs[i].size);
                 float* g = ((float**)&a)[i] + l * s.specs[i].size;
                 if (!e) { continue; }
                 if (i == A_embed) { for (size_t k = 0; k < s.specs[i].size; k++) { g[k] *= scale; } }
@@ -345,14 +359,18 @@ template <typename X> static void check_dump(Gpu& gpu, const char* path) {
     for (int i = 0; i < NUM_PARAMS; i++) {
         for (int l = 0; m.specs[i].size && l < m.specs[i].slots; l++) {
             e = dump(&st, layer_name(name, "grad.", m.specs[i].name, l), m.specs[i].size);
-            if (e) { compare(name, ((float**)&m.grads)[i] + l * m.specs[i].size, e, m.specs[i].size, 1e-4 * floors[1], grad_bound, !fp32); }
+            if (e) {
+                compare(name, ((float**)&m.grads)[i] + l * m.specs[i].size, e, m.specs[i].size, 1e-4 * floors[1],
+                        grad_bound, !fp32);
+            }
             free(e);
         }
     }
     const char* text = safetensors_meta(&st, "train_steps");
     int steps = text ? atoi(text) : 0;
     float losses[100], norms[100];
-    auto number = [&](const char* key, double missing) { const char* t = safetensors_meta(&st, key); return t ? atof(t) : missing; };
+    auto number = [&](const char* key, double missing) { const char* t = safetensors_meta(&st, key); return t ? atof(t)
+                                                         : missing; };
     o.weight_decay = number("weight_decay", 0);
     o.beta1 = number("beta1", o.beta1);
     o.beta2 = number("beta2", o.beta2);
@@ -380,7 +398,8 @@ template <typename X> static void check_dump(Gpu& gpu, const char* path) {
         for (int l = 0; m.specs[i].size && l < m.specs[i].slots; l++) {
             e = dump(&st, layer_name(name, "final.", m.specs[i].name, l), m.specs[i].size);
             double error = 0, moved = 0;
-            float *got = ((float**)&m.grads)[i] + l * m.specs[i].size, *was = ((float**)&m.params)[i] + l * m.specs[i].size;
+            float *got = ((float**)&m.grads)[i] + l * m.specs[i].size, *was = ((float**)&m.params)[i]
+                    + l * m.specs[i].size;
             for (size_t k = 0; e && k < m.specs[i].size; k++) {
                 error += ((double)got[k] - e[k]) * ((double)got[k] - e[k]);
                 moved += ((double)e[k] - was[k]) * ((double)e[k] - was[k]);
@@ -420,7 +439,9 @@ template <typename Body> static double median_ms(Gpu& gpu, int times, Body body)
         CUDA(cudaEventElapsedTime(&all[i], a, b));
         all[i] /= 5;
     }
-    for (int i = 0; i < times; i++) { for (int k = i + 1; k < times; k++) { if (all[k] < all[i]) { float t = all[i]; all[i] = all[k]; all[k] = t; } } }
+    for (int i = 0; i < times; i++) {
+        for (int k = i + 1; k < times; k++) { if (all[k] < all[i]) { float t = all[i]; all[i] = all[k]; all[k] = t; } }
+    }
     return all[times / 2];
 }
 
@@ -440,11 +461,13 @@ template <typename X> static void model_noise(Gpu& gpu, ModelOf<X>* m) {
     for (int i = 0; i < NUM_PARAMS; i++) {
         for (int l = 0; m->specs[i].size && l < m->specs[i].slots; l++) {
             int init = m->specs[i].init;
-            float scale = init == INIT_EMBED ? 1 / sqrt(m->config.model_dim) : init == INIT_LINEAR ? 1 / sqrt(3.0 * m->specs[i].dims[1]) : init == INIT_ZERO ? 0 : 0.25;
+            float scale = init == INIT_EMBED ? 1 / sqrt(m->config.model_dim) : init == INIT_LINEAR
+                    ? 1 / sqrt(3.0 * m->specs[i].dims[1]) : init == INIT_ZERO ? 0 : 0.25;
             if (i == P_wh2) { continue; } // wh1 covers both
             size_t n = i == P_wh1 ? m->places[i].rows * m->places[i].pitch : m->specs[i].size;
             if (init == INIT_THETA) { scale = 2; }
-            noise_kernel<<<1024, 256, 0, gpu.stream>>>(m->params + m->places[i].offset + l * m->places[i].step, n, scale, i * 1000 + l);
+            noise_kernel<<<1024, 256, 0, gpu.stream>>>(m->params + m->places[i].offset + l * m->places[i].step, n,
+                                                       scale, i * 1000 + l);
         }
     }
     model_round(gpu, m);
@@ -453,10 +476,12 @@ template <typename X> static void model_noise(Gpu& gpu, ModelOf<X>* m) {
 // FLOPs of a training step per token: 6 for every weight in matrix products, and attention's.
 static double flops_per_token(const Config* c) {
     double D = c->model_dim, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim, L = c->num_layers;
-    return 6 * (L * (D * V * 3 + D * Z + D * D + D * F * (c->swiglu ? 3 : 2)) + D * c->vocab_size) + 3 * L * c->chunk_size * (Z + V);
+    return 6 * (L * (D * V * 3 + D * Z + D * D + D * F * (c->swiglu ? 3 : 2)) + D * c->vocab_size)
+            + 3 * L * c->chunk_size * (Z + V);
 }
 
-template <typename X> static double bench_model(Gpu& gpu, const char* preset, int layers, int B, int T, int keep, double target) {
+template <typename X> static double bench_model(Gpu& gpu, const char* preset, int layers, int B, int T, int keep,
+        double target) {
     Options o = default_options;
     for (int i = 0; i < NUM_PRESETS; i++) { if (!strcmp(presets[i].name, preset)) { o.model = presets[i].config; } }
     if (layers) { o.model.num_layers = layers; }
@@ -471,7 +496,9 @@ template <typename X> static double bench_model(Gpu& gpu, const char* preset, in
     model_noise(gpu, &m);
     pass_alloc(gpu, &s, &o.model, B, T, keep, KEEP_NONE);
     int *x = (int*)xcalloc(rows, sizeof(int)), *y = (int*)xcalloc(rows, sizeof(int));
-    for (size_t i = 0; i < rows; i++) { x[i] = random_bits(1, 0, i) % o.model.vocab_size; y[i] = random_bits(1, 1, i) % o.model.vocab_size; }
+    for (size_t i = 0; i < rows; i++) {
+        x[i] = random_bits(1, 0, i) % o.model.vocab_size; y[i] = random_bits(1, 1, i) % o.model.vocab_size;
+    }
     double times[64], norm = 0;
     int n = 12, warm = 2, step = 0;
     float dloss = 1.0 / rows;
@@ -487,11 +514,16 @@ template <typename X> static double bench_model(Gpu& gpu, const char* preset, in
         gpu_sync(&gpu);
         times[i] = seconds() - t0;
     }
-    for (int i = warm; i < n; i++) { for (int k = i + 1; k < n; k++) { if (times[k] < times[i]) { double t = times[i]; times[i] = times[k]; times[k] = t; } } }
+    for (int i = warm; i < n; i++) {
+        for (int k = i + 1; k < n; k++) {
+            if (times[k] < times[i]) { double t = times[i]; times[i] = times[k]; times[k] = t; }
+        }
+    }
     double t = times[warm + (n - warm) / 2];
     cudaMemGetInfo(&free, &total);
     printf("%-14s %d x %-6d %8.1f ms  %9.0f tok/s (target %.0f: %.0f%%)  %.1f%% of 790T  used %.1f GB (forecast %.1f)  norm %.3g\n", preset, B, T, 1e3 * t, rows / t, target,
-           100 * rows / t / target, 100 * rows / t * flops_per_token(&o.model) / 790e12, (total - free) / 1e9, memory_needed<X>(gpu, &o, keep) / 1e9, norm);
+           100 * rows / t / target, 100 * rows / t * flops_per_token(&o.model) / 790e12, (total - free) / 1e9,
+                   memory_needed<X>(gpu, &o, keep) / 1e9, norm);
     fflush(stdout);
     model_free(gpu, &m);
     pass_free(gpu, &s);
@@ -521,7 +553,8 @@ static void bench_decode(Gpu& gpu, const char* preset, int B) {
         stream_logits(gpu, &m, &s);
     }
     double t = (seconds() - t0) / n, D = o.model.model_dim, V = o.model.value_dim, Z = o.model.z_dim;
-    double bytes = 2.0 * m.num_parameters - (o.model.share_emb ? 0 : 2 * D * o.model.vocab_size) + 2.0 * B * o.model.num_layers * 1024 * (V + Z);
+    double bytes = 2.0 * m.num_parameters - (o.model.share_emb ? 0 : 2 * D * o.model.vocab_size)
+            + 2.0 * B * o.model.num_layers * 1024 * (V + Z);
     printf("decode %-14s batch %-3d %.0f tok/s, %.3f ms a token; reading weights and cache at 4.3 TB/s: %.3f ms, %.0f%%\n", preset, B, B / t, 1e3 * t, bytes / 4.3e9, 100 * bytes / 4.3e12 / t);
     model_free(gpu, &m);
     stream_free(gpu, &s);
@@ -543,62 +576,92 @@ static void bench_kernels(Gpu& gpu) {
         return p;
     };
     bf16 *x = fill(n, 1, 1), *y = fill(n, 1, 2), *dy = fill(n, 1, 3), *dx = fill(n, 1, 4), *r1 = fill(n, 1, 5);
-    float *mean = floats((size_t)B * T * G, 0, 1), *rstd = floats((size_t)B * T * G, 0, 1), *w = floats(D, 0.1, 1), *b = floats(D, 0.1, 2);
-    float *alpha = floats(D * N, 0.2, 3), *delta = floats(D * N, 0.2, 4), *theta = floats(D, 1, 5), *gamma = floats(D * N * 2, 1, 6), *omega = floats(D, 0.25, 7);
-    float *g1 = floats(D * N * 2, 0, 8), *g2 = floats(D * N, 0, 8), *g3 = floats(D * N, 0, 8), *g4 = floats(D, 0, 8), *g5 = floats(D, 0, 8);
+    float *mean = floats((size_t)B * T * G, 0, 1), *rstd = floats((size_t)B * T * G, 0, 1), *w = floats(D, 0.1, 1),
+            *b = floats(D, 0.1, 2);
+    float *alpha = floats(D * N, 0.2, 3), *delta = floats(D * N, 0.2, 4), *theta = floats(D, 1, 5),
+            *gamma = floats(D * N * 2, 1, 6), *omega = floats(D, 0.25, 7);
+    float *g1 = floats(D * N * 2, 0, 8), *g2 = floats(D * N, 0, 8), *g3 = floats(D * N, 0, 8), *g4 = floats(D, 0, 8),
+            *g5 = floats(D, 0, 8);
     for (int long_one = 0; long_one < 2; long_one++) {
         if (long_one) { T = 16384; B = 1; }
         float* carries = (float*)gpu_alloc(&gpu, sizeof(float) * cema_carries_size(&gpu, B, T, D, N));
-        double f = median_ms(gpu, 10, [&] { timestepnorm_forward<bf16>(gpu, y, mean, rstd, NULL, NULL, x, w, b, B, T, D, G, 1e-5); });
-        double k = median_ms(gpu, 10, [&] { timestepnorm_backward<bf16>(gpu, dx, g4, g5, NULL, NULL, NULL, dy, mean, rstd, NULL, x, w, B, T, D, G); });
-        double k2 = median_ms(gpu, 10, [&] { timestepnorm_backward<bf16>(gpu, dx, g4, g5, NULL, dx, r1, dy, mean, rstd, NULL, x, w, B, T, D, G); });
+        double f = median_ms(gpu, 10, [&] { timestepnorm_forward<bf16>(gpu, y, mean, rstd, NULL, NULL, x, w, b, B, T,
+                D, G, 1e-5); });
+        double k = median_ms(gpu, 10, [&] { timestepnorm_backward<bf16>(gpu, dx, g4, g5, NULL, NULL, NULL, dy, mean,
+                rstd, NULL, x, w, B, T, D, G); });
+        double k2 = median_ms(gpu, 10, [&] { timestepnorm_backward<bf16>(gpu, dx, g4, g5, NULL, dx, r1, dy, mean, rstd,
+                NULL, x, w, B, T, D, G); });
         printf("[%d,%d,%d] timestepnorm: forward %.3f ms, backward %.3f (with residuals %.3f), sum %.3f (target 0.25)\n", B, T, D, f, k, k2, f + k);
-        f = median_ms(gpu, 10, [&] { cema_forward<bf16>(gpu, y, NULL, carries, NULL, x, alpha, delta, theta, gamma, omega, B, T, D, N); });
-        k = median_ms(gpu, 10, [&] { cema_backward<bf16>(gpu, dx, g2, g3, g4, g1, g5, NULL, dy, carries, NULL, x, alpha, delta, theta, gamma, omega, B, T, D, N); });
+        f = median_ms(gpu, 10, [&] { cema_forward<bf16>(gpu, y, NULL, carries, NULL, x, alpha, delta, theta, gamma,
+                                                        omega, B, T, D, N); });
+        k = median_ms(gpu, 10, [&] { cema_backward<bf16>(gpu, dx, g2, g3, g4, g1, g5, NULL, dy, carries, NULL, x,
+                                                         alpha, delta, theta, gamma, omega, B, T, D, N); });
         printf("[%d,%d,%d] cema: forward %.3f ms, backward %.3f, sum %.3f (target 0.60)\n", B, T, D, f, k, f + k);
         fflush(stdout);
     }
     B = 4, T = 4096;
     size_t nz = (size_t)B * T * Z, nv = (size_t)B * T * V;
-    bf16 *q = fill(nz, 0.2, 1), *kk = fill(nz, 0.2, 2), *v = fill(nv, 1, 3), *o = fill(nv, 1, 4), *dout = fill(nv, 1, 5), *dq = fill(nz, 1, 1), *dk = fill(nz, 1, 1), *dv = fill(nv, 1, 1);
-    bf16 *zr = fill((size_t)B * T * (Z + V), 1, 7), *dzr = fill((size_t)B * T * (Z + V), 1, 8), *mu = fill((size_t)B * T * (D + V), 1, 9), *dmu = fill((size_t)B * T * (D + V), 1, 9);
-    float *lse = floats((size_t)B * H * T, 0, 1), *dot = floats((size_t)B * H * T, 0, 1), *rot = floats((size_t)c * Z / H, 1, 1), *gz = floats(2 * Z, 0.1, 1), *bz = floats(2 * Z, 0.1, 2);
+    bf16 *q = fill(nz, 0.2, 1), *kk = fill(nz, 0.2, 2), *v = fill(nv, 1, 3), *o = fill(nv, 1, 4),
+            *dout = fill(nv, 1, 5), *dq = fill(nz, 1, 1), *dk = fill(nz, 1, 1), *dv = fill(nv, 1, 1);
+    bf16 *zr = fill((size_t)B * T * (Z + V), 1, 7), *dzr = fill((size_t)B * T * (Z + V), 1, 8),
+            *mu = fill((size_t)B * T * (D + V), 1, 9), *dmu = fill((size_t)B * T * (D + V), 1, 9);
+    float *lse = floats((size_t)B * H * T, 0, 1), *dot = floats((size_t)B * H * T, 0, 1),
+            *rot = floats((size_t)c * Z / H, 1, 1), *gz = floats(2 * Z, 0.1, 1), *bz = floats(2 * Z, 0.1, 2);
     float *s1 = floats(V, 0, 1), *s2 = floats(2 * Z, 0, 1), *s3 = floats(2 * Z, 0, 1), *s4 = floats(Z, 0, 1);
     double f = median_ms(gpu, 10, [&] { attention_forward<bf16>(gpu, o, lse, q, kk, v, B, T, T, 0, c, H, Z, V); });
-    double k = median_ms(gpu, 10, [&] { attention_backward<bf16>(gpu, dq, dk, dv, dout, dot, lse, q, kk, v, B, T, c, H, Z, V); });
+    double k = median_ms(gpu, 10, [&] { attention_backward<bf16>(gpu, dq, dk, dv, dout, dot, lse, q, kk, v, B, T, c, H,
+            Z, V); });
     printf("attention, 8 chunks of 2048, H=2: forward %.3f ms, backward %.3f, sum %.3f (target 1.25)\n", f, k, f + k);
     size_t rows = (size_t)B * T;
-    auto show = [&](const char* name, double units, double ms) { printf("  %-22s %.3f ms  %5.2f U  %.2f TB/s\n", name, ms, units, units * 67.1e6 / ms / 1e9); };
-    show("rmsnorm_forward", 2, median_ms(gpu, 10, [&] { norm_forward<bf16>(gpu, mu, D + V, NULL, mean, x, w, NULL, rows, D, 1e-5); }));
-    show("rmsnorm_backward", 4, median_ms(gpu, 10, [&] { norm_backward<bf16>(gpu, dx, g4, NULL, NULL, mu, dmu, D + V, NULL, mean, x, w, NULL, rows, D); }));
-    show("layernorm_forward", 2, median_ms(gpu, 10, [&] { norm_forward<bf16>(gpu, y, D, mean, rstd, x, w, b, rows, D, 1e-5); }));
-    show("layernorm_backward", 4, median_ms(gpu, 10, [&] { norm_backward<bf16>(gpu, dx, g4, g5, b, y, dy, D, mean, rstd, x, w, b, rows, D); }));
-    show("timestepnorm_again", 2, median_ms(gpu, 10, [&] { timestepnorm_again<bf16>(gpu, y, mean, rstd, x, w, b, rows, D, G); }));
-    show("qk_forward", 0.75, median_ms(gpu, 10, [&] { qk_forward<bf16>(gpu, q, kk, NULL, NULL, zr, Z + V, gz, bz, rot, B, T, T, 0, 0, c, Z, H, 1e-5); }));
-    show("qk_backward", 1, median_ms(gpu, 10, [&] { qk_backward<bf16>(gpu, dzr, s2, s3, s4, NULL, dq, dk, zr, Z + V, gz, rot, B, T, c, Z, H, 1e-5); }));
+    auto show = [&](const char* name, double units, double ms) { printf("  %-22s %.3f ms  %5.2f U  %.2f TB/s\n", name,
+            ms, units, units * 67.1e6 / ms / 1e9); };
+    show("rmsnorm_forward", 2, median_ms(gpu, 10, [&] { norm_forward<bf16>(gpu, mu, D + V, NULL, mean, x, w, NULL,
+            rows, D, 1e-5); }));
+    show("rmsnorm_backward", 4, median_ms(gpu, 10, [&] { norm_backward<bf16>(gpu, dx, g4, NULL, NULL, mu, dmu, D + V,
+            NULL, mean, x, w, NULL, rows, D); }));
+    show("layernorm_forward", 2, median_ms(gpu, 10, [&] { norm_forward<bf16>(gpu, y, D, mean, rstd, x, w, b, rows, D,
+            1e-5); }));
+    show("layernorm_backward", 4, median_ms(gpu, 10, [&] { norm_backward<bf16>(gpu, dx, g4, g5, b, y, dy, D, mean,
+            rstd, x, w, b, rows, D); }));
+    show("timestepnorm_again", 2, median_ms(gpu, 10, [&] { timestepnorm_again<bf16>(gpu, y, mean, rstd, x, w, b, rows,
+            D, G); }));
+    show("qk_forward", 0.75, median_ms(gpu, 10, [&] { qk_forward<bf16>(gpu, q, kk, NULL, NULL, zr, Z + V, gz, bz, rot,
+            B, T, T, 0, 0, c, Z, H, 1e-5); }));
+    show("qk_backward", 1, median_ms(gpu, 10, [&] { qk_backward<bf16>(gpu, dzr, s2, s3, s4, NULL, dq, dk, zr, Z + V,
+            gz, rot, B, T, c, Z, H, 1e-5); }));
     show("value_forward", 4, median_ms(gpu, 10, [&] { value_forward<bf16>(gpu, v, o, B, T, T, 0, V, H); }));
     show("value_backward", 6, median_ms(gpu, 10, [&] { value_backward<bf16>(gpu, dout, s1, dv, v, B, T, V, H); }));
-    show("gate_forward", 6, median_ms(gpu, 10, [&] { gate_forward<bf16>(gpu, mu + D, D + V, o, zr + Z, Z + V, B, T, V, H); }));
-    show("gate_backward", 12, median_ms(gpu, 10, [&] { gate_backward<bf16>(gpu, dout, dzr + Z, s1, dot, mu + D, dmu + D, D + V, o, zr + Z, Z + V, B, T, V, H); }));
+    show("gate_forward", 6, median_ms(gpu, 10, [&] { gate_forward<bf16>(gpu, mu + D, D + V, o, zr + Z, Z + V, B, T, V,
+            H); }));
+    show("gate_backward", 12, median_ms(gpu, 10, [&] { gate_backward<bf16>(gpu, dout, dzr + Z, s1, dot, mu + D,
+            dmu + D, D + V, o, zr + Z, Z + V, B, T, V, H); }));
     int F = 3584;
-    bf16 *f13 = fill(rows * 2 * F, 1, 1), *df13 = fill(rows * 2 * F, 1, 1), *hid = fill(rows * F, 1, 1), *dhid = fill(rows * F, 1, 2);
+    bf16 *f13 = fill(rows * 2 * F, 1, 1), *df13 = fill(rows * 2 * F, 1, 1), *hid = fill(rows * F, 1, 1),
+            *dhid = fill(rows * F, 1, 2);
     show("silu_forward", 5.25, median_ms(gpu, 10, [&] { silu_forward<bf16>(gpu, hid, f13, f13 + F, 2 * F, rows, F); }));
-    show("silu_backward", 10.5, median_ms(gpu, 10, [&] { silu_backward<bf16>(gpu, df13, df13 + F, hid, dhid, f13, f13 + F, 2 * F, rows, F); }));
+    show("silu_backward", 10.5, median_ms(gpu, 10, [&] { silu_backward<bf16>(gpu, df13, df13 + F, hid, dhid, f13,
+            f13 + F, 2 * F, rows, F); }));
     bf16* weights = fill((size_t)8192 * 8192, 0.02, 3);
     float* wgrad = floats(1, 0, 1);
     wgrad = (float*)gpu_alloc(&gpu, sizeof(float) * 32000 * 4096);
     bf16* logits = fill(rows * 32000, 1, 5);
-    struct { const char* name; int O, I; bf16 *out, *inp; } products[] = {{"wv", V, D, v, x}, {"wz|wr", Z + V, D, zr, x}, {"wh1|wh2", D, D + V, y, mu},
+    struct { const char* name; int O, I; bf16 *out, *inp; } products[] = {{"wv", V, D, v, x},
+            {"wz|wr", Z + V, D, zr, x}, {"wh1|wh2", D, D + V, y, mu},
         {"fc1|fc3", 2 * F, D, f13, x}, {"fc2", D, F, y, hid}, {"head", 32000, D, logits, x}};
     for (auto& p : products) {
         double fl = 2.0 * rows * p.O * p.I / 1e9;
-        f = median_ms(gpu, 10, [&] { matmul_forward<bf16>(gpu, p.out, p.O, p.inp, p.I, weights, NULL, NULL, 0, rows, p.I, p.O); });
-        k = median_ms(gpu, 10, [&] { matmul_backward<bf16>(gpu, p.inp, p.I, p.out, p.O, weights, rows, p.I, p.O, false); });
-        double k2 = median_ms(gpu, 10, [&] { matmul_backward_weight<bf16>(gpu, wgrad, p.out, p.O, p.inp, p.I, rows, p.I, p.O); });
-        printf("  %-8s forward %.3f ms %4.0f TFLOP/s, dgrad %.3f %4.0f, wgrad %.3f %4.0f\n", p.name, f, fl / f, k, fl / k, k2, fl / k2);
+        f = median_ms(gpu, 10, [&] { matmul_forward<bf16>(gpu, p.out, p.O, p.inp, p.I, weights, NULL, NULL, 0, rows,
+                                                          p.I, p.O); });
+        k = median_ms(gpu, 10, [&] { matmul_backward<bf16>(gpu, p.inp, p.I, p.out, p.O, weights, rows, p.I, p.O,
+                                                           false); });
+        double k2 = median_ms(gpu, 10, [&] { matmul_backward_weight<bf16>(gpu, wgrad, p.out, p.O, p.inp, p.I, rows,
+                p.I, p.O); });
+        printf("  %-8s forward %.3f ms %4.0f TFLOP/s, dgrad %.3f %4.0f, wgrad %.3f %4.0f\n", p.name, f, fl / f, k,
+               fl / k, k2, fl / k2);
     }
     int* targets = (int*)gpu_alloc(&gpu, rows * sizeof(int));
-    show("crossentropy 16k x 32k", 2 * 15.6, median_ms(gpu, 10, [&] { crossentropy<bf16>(gpu, lse, logits, targets, 1e-4, true, rows, 32000); }));
+    show("crossentropy 16k x 32k", 2 * 15.6, median_ms(gpu, 10, [&] { crossentropy<bf16>(gpu, lse, logits, targets,
+            1e-4, true, rows, 32000); }));
 }
 
 int main(int argc, char** argv) {
@@ -616,11 +679,14 @@ int main(int argc, char** argv) {
     }
     if (argc > 1 && !strcmp(argv[1], "--bench")) {
         int from = argc > 2 ? atoi(argv[2]) : 0, to = argc > 3 ? atoi(argv[3]) : 5;
-        struct { const char* preset; int layers, B, T; double target; } r[] = {{"mega200M", 0, 8, 4096, 330000}, {"mega200M", 0, 1, 32768, 315000},
-            {"mega1.3B_pg19", 0, 4, 4096, 57000}, {"mega1.3B_pg19", 0, 1, 32768, 56000}, {"mega7.3B", 8, 2, 4096, 45500},
+        struct { const char* preset; int layers, B, T; double target; } r[] = {{"mega200M", 0, 8, 4096, 330000},
+                {"mega200M", 0, 1, 32768, 315000},
+            {"mega1.3B_pg19", 0, 4, 4096, 57000}, {"mega1.3B_pg19", 0, 1, 32768, 56000},
+                    {"mega7.3B", 8, 2, 4096, 45500},
             {"mega200M", 0, 1, 8192, 0}, {"mega200M", 0, 1, 131072, 0}, {"mega7.3B", 32, 1, 4096, 0}};
         for (int i = from; i < to; i++) {
-            bench_model<bf16>(gpu, r[i].preset, r[i].layers, r[i].B, r[i].T, i == 7 ? KEEP_BLOCKS : KEEP_CHEAPLY, r[i].target);
+            bench_model<bf16>(gpu, r[i].preset, r[i].layers, r[i].B, r[i].T, i == 7 ? KEEP_BLOCKS : KEEP_CHEAPLY,
+                              r[i].target);
         }
         return 0;
     }
