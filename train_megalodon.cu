@@ -2779,7 +2779,7 @@ template <typename X> static size_t memory_needed(const Gpu& gpu, const Options*
 // What to keep for the backward pass: all, if training then takes at most half of the card.
 template <typename X> static int what_to_keep(const Gpu& gpu, const Options* o) {
     if (o->recompute) { return KEEP_BLOCKS; }
-    return memory_needed<X>(gpu, o, KEEP_ALL) <= gpu.card.totalGlobalMem / 2 ? KEEP_ALL : KEEP_CHEAPLY;
+    return memory_needed<X>(gpu, o, KEEP_ALL) <= gpu.card.totalGlobalMem / 2 ? (int)KEEP_ALL : (int)KEEP_CHEAPLY;
 }
 
 // Refuses what does not fit the card, with the numbers and what would fit.
