@@ -1678,7 +1678,7 @@ void options_from_file(Options* o, const SafeTensors* st, const bool* given, boo
         if (!text) { continue; }
         option_set(&file, i, text, st->path);
         const char *theirs = option_text(&file, i), *ours = option_text(o, i);
-        if (!given[i]) { option_set(o, i, option_rows[i].kind == TEXT ? strdup(text) : text, st->path); }
+        if (!given[i]) { option_set(o, i, text, st->path); }
         else if (option_rows[i].group == MODEL_GROUP && strcmp(theirs, ours)) {
             die("%s has %s %s, the flags say %s", st->path, option_rows[i].name, theirs, ours);
         }
@@ -2140,7 +2140,7 @@ int main(int argc, char** argv) {
     SafeTensors st;
     Model model;
     Spec specs[NUM_PARAMS];
-    Dataset data = {NULL, 0, 0}, held_out = {NULL, 0, 0};
+    static Dataset data, held_out;
 #ifdef _OPENMP
     // libgomp's threads spin at barriers, which is ruinous as soon as another process wants a core; a short spin costs
     // nothing. It reads this before main, hence the second start.

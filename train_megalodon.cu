@@ -2890,7 +2890,7 @@ template <typename X> static void run(Gpu& gpu, const Options* o, SafeTensors* s
     FILE* info = o->generate ? stderr : stdout; // a sample has stdout for itself
     ModelOf<X> model;
     Spec specs[NUM_PARAMS];
-    Dataset data = {NULL, 0, 0}, held_out = {NULL, 0, 0};
+    static Dataset data, held_out;
     int step = *o->resume && training ? atoi(safetensors_meta(st, "step")) : 0;
     param_specs(specs, &o->model);
     options_print(o, info);
@@ -2929,7 +2929,6 @@ template <typename X> static void run(Gpu& gpu, const Options* o, SafeTensors* s
         }
         fprintf(info, "weights: %s\n", st->path);
         model_free(&host);
-        safetensors_close(st);
         model_round(gpu, &model);
     } else { model_init(gpu, &model, o->seed); }
     if (training) { train(gpu, &model, o, step, &data, &held_out); }
@@ -2946,6 +2945,7 @@ template <typename X> static void run(Gpu& gpu, const Options* o, SafeTensors* s
         stream_free(gpu, &stream);
     }
     model_free(gpu, &model);
+    if (loaded) { safetensors_close(st); }
 }
 
 int main(int argc, char** argv) {
