@@ -28,9 +28,6 @@ number of threads: reductions over rows are split by columns, so every run of on
 Equation numbers are the paper's. Where the released code (XuezheMax/megalodon) differs from the paper, this file does
 what the code does, because that is what checkpoints mean, and says so.
 */
-#ifndef _GNU_SOURCE // C++ compilers define it themselves
-#define _GNU_SOURCE
-#endif
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
@@ -2082,6 +2079,23 @@ void train(Model* m, const Options* o, int first_step, const Dataset* data, cons
     free(tokens); free(targets);
 }
 
+// Opens the data for what is asked for, and refuses what could not be used, before any work is done.
+void data_open(const Options* o, bool training, Dataset* data, Dataset* held_out) {
+    if (*o->eval) { dataset_open(data, NULL, "--eval", o->eval); }
+    if (data->size == 1) { die("--eval %s: at least 2 tokens are needed", o->eval); }
+    if (!training) { return; }
+    dataset_open(data, *o->val ? NULL : held_out, "--train", o->train);
+    if (*o->val) { dataset_open(held_out, NULL, "--val", o->val); }
+    printf("tokens: %zu to train on, %zu held out\n", data->size, held_out->size);
+    if (data->size <= (size_t)o->seq) {
+        die("--train %s: %zu tokens to train on, --seq %d needs one more than that", o->train, data->size, o->seq);
+    }
+    bool used = strcmp(o->out, o->resume) && checkpoint_newest(o->out, INT_MAX) >= 0;
+    if (used) { die("--out %s holds checkpoints: --resume it, or name another folder", o->out); }
+    dataset_check(held_out, o->model.vocab_size);
+    if (*o->out && mkdir(o->out, 0777) && errno != EEXIST) { die("--out %s: %s", o->out, strerror(errno)); }
+}
+
 // Bytes that training takes: weights, gradients and both moments; activations and their gradients; the stream's.
 double memory_needed(const Options* o) {
     Spec params[NUM_PARAMS], acts[NUM_ACTS], shared[NUM_ACTS]; // of one timestep
@@ -2162,20 +2176,7 @@ int main(int argc, char** argv) {
     if (memory_needed(&o) > 1e15) { die("--batch %d --seq %d: more than any machine has", o.batch, o.seq); }
     if (o.dry_run) { return 0; }
 
-    if (*o.eval) { dataset_open(&data, NULL, "--eval", o.eval); }
-    if (data.size == 1) { die("--eval %s: at least 2 tokens are needed", o.eval); }
-    if (training) {
-        dataset_open(&data, *o.val ? NULL : &held_out, "--train", o.train);
-        if (*o.val) { dataset_open(&held_out, NULL, "--val", o.val); }
-        printf("tokens: %zu to train on, %zu held out\n", data.size, held_out.size);
-        if (data.size <= (size_t)o.seq) {
-            die("--train %s: %zu tokens to train on, --seq %d needs one more than that", o.train, data.size, o.seq);
-        }
-        bool used = strcmp(o.out, o.resume) && checkpoint_newest(o.out, INT_MAX) >= 0;
-        if (used) { die("--out %s holds checkpoints: --resume it, or name another folder", o.out); }
-        dataset_check(&held_out, o.model.vocab_size);
-        if (*o.out && mkdir(o.out, 0777) && errno != EEXIST) { die("--out %s: %s", o.out, strerror(errno)); }
-    }
+    data_open(&o, training, &data, &held_out);
     if (loaded) { params_load(specs, NULL, &st, ""); } // before the memory is taken that the file says it needs
     model_alloc(&model, &o.model, training);
     if (loaded) { model_load(&model, &st); } else { model_init(&model, o.seed); }

@@ -2899,24 +2899,8 @@ template <typename X> static void run(Gpu& gpu, const Options* o, SafeTensors* s
     if (training) { fprintf(info, "memory: %.1f MB\n", memory_needed<X>(gpu, o, what_to_keep<X>(gpu, o)) / 1e6); }
     if (o->dry_run) { return; }
 
-    if (*o->eval) { dataset_open(&data, NULL, "--eval", o->eval); }
-    if (data.size == 1) { die("--eval %s: at least 2 tokens are needed", o->eval); }
-    if (training) {
-        char pattern[PATH_MAX];
-        glob_t found;
-        dataset_open(&data, *o->val ? NULL : &held_out, "--train", o->train);
-        if (*o->val) { dataset_open(&held_out, NULL, "--val", o->val); }
-        printf("tokens: %zu to train on, %zu held out\n", data.size, held_out.size);
-        if (data.size <= (size_t)o->seq) {
-            die("--train %s: %zu tokens to train on, --seq %d needs one more than that", o->train, data.size, o->seq);
-        }
-        snprintf(pattern, sizeof(pattern), "%s/step_*.safetensors", o->out);
-        if (*o->out && !*o->resume && !glob(pattern, 0, NULL, &found)) {
-            die("--out %s holds checkpoints: --resume it, or name another folder", o->out);
-        }
-        if (*o->out && mkdir(o->out, 0777) && errno != EEXIST) { die("--out %s: %s", o->out, strerror(errno)); }
-        memory_check<X>(gpu, o);
-    }
+    data_open(o, training, &data, &held_out);
+    if (training) { memory_check<X>(gpu, o); }
     model_alloc(gpu, &model, &o->model, training);
     if (loaded) { // by way of a Model of the CPU; the moments go through its params
         Model host;
