@@ -10,16 +10,13 @@ alone, over everything seen so far. A Megalodon block mixes them by three things
                      (carries 16 complex numbers per feature)
     chunk attention  softmax attention inside chunks of fixed size (carries nothing)
 
-What happened in earlier chunks reaches the present only through the first two. The file is meant to be read from top
-to bottom:
+What happened in earlier chunks reaches the present only through the first two. From top to bottom:
 
     options and tables    every flag, parameter and activation is declared once, in a table; all else derives from them
     layers                each forward followed by its backward, with its equation and its shapes
     model                 one block as in Figure 3 of the paper, the forward and backward pass, AdamW
     files                 safetensors, checkpoints, token streams
     use                   streaming evaluation and generation, the training loop, the command line
-
-    make train_megalodon && ./train_megalodon        trains a tiny model on this file itself; --help lists the flags
 
 Conventions. Arrays are row-major, (B,T,D) means batch, time, features. Weights are (out, in): y = x W^T + b. The names
 of gradients are those of the values with a d in front. d<weight> is always added to, so that micro-steps accumulate;
@@ -128,9 +125,7 @@ int min_int(int a, int b) { return a < b ? a : b; }
     X(BOOL, share_emb,          1, 0, 1,          "use the embedding as the output layer too") \
     X(BOOL, rescale_nffn,       0, 0, 1,          "multiply the feed-forward output by a learned vector")
 
-#ifdef __CUDACC__
-#define GPU_OPTIONS(X) X(TEXT, precision, "bf16", 0, 0, "of weights and activations: bf16 or fp32")
-#else
+#ifndef GPU_OPTIONS // train_megalodon.cu has more
 #define GPU_OPTIONS(X)
 #endif
 #define TRAINING_OPTIONS(X) \
@@ -2179,12 +2174,14 @@ int main(int argc, char** argv) {
     data_open(&o, training, &data, &held_out);
     if (loaded) { params_load(specs, NULL, &st, ""); } // before the memory is taken that the file says it needs
     model_alloc(&model, &o.model, training);
-    if (loaded) { model_load(&model, &st); } else { model_init(&model, o.seed); }
-    if (loaded) { fprintf(info, "weights: %s\n", st.path); }
+    if (loaded) { model_load(&model, &st); fprintf(info, "weights: %s\n", st.path); }
+    else { model_init(&model, o.seed); }
     if (training) {
         int step = *o.resume ? atoi(safetensors_meta(&st, "step")) : 0;
-        if (*o.resume) { params_load(specs, &model.adam_m, &st, "adam_m."); }
-        if (*o.resume) { params_load(specs, &model.adam_v, &st, "adam_v."); }
+        if (*o.resume) {
+            params_load(specs, &model.adam_m, &st, "adam_m.");
+            params_load(specs, &model.adam_v, &st, "adam_v.");
+        }
         if (step >= o.steps) { printf("step %d of %d: nothing left to do\n", step, o.steps); }
         else { train(&model, &o, step, &data, &held_out); }
     } else {

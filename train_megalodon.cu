@@ -29,6 +29,7 @@ Conventions, where they differ from the CPU's:
   - Kernels come in a wide form (8 neighbouring elements a thread, 16-byte accesses in bf16) where all dimensions are
     multiples of 8, and one that takes any size.
 */
+#define GPU_OPTIONS(X) X(TEXT, precision, "bf16", 0, 0, "of weights and activations: bf16 or fp32")
 #ifdef TESTING
 #include "train_megalodon.c"
 #else
