@@ -2161,8 +2161,6 @@ int main(int argc, char** argv) {
 #ifdef _OPENMP
     if (o.threads) { omp_set_num_threads(o.threads); }
     o.threads = omp_get_max_threads();
-#else
-    o.threads = 1;
 #endif
     param_specs(specs, &o.model);
     options_print(&o, info);
@@ -2170,7 +2168,6 @@ int main(int argc, char** argv) {
     if (training) { fprintf(info, "memory: %.1f MB\n", memory_needed(&o) / 1e6); }
     if (memory_needed(&o) > 1e15) { die("--batch %d --seq %d: more than any machine has", o.batch, o.seq); }
     if (o.dry_run) { return 0; }
-
     data_open(&o, training, &data, &held_out);
     if (loaded) { params_load(specs, NULL, &st, ""); } // before the memory is taken that the file says it needs
     model_alloc(&model, &o.model, training);
@@ -2196,8 +2193,8 @@ int main(int argc, char** argv) {
         }
         stream_free(&stream);
     }
-    if (loaded) { safetensors_close(&st); }
     model_free(&model);
+    if (loaded) { safetensors_close(&st); }
     if (fflush(stdout) || ferror(stdout)) { die("stdout: %s", strerror(errno)); }
     return 0;
 }
