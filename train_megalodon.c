@@ -605,7 +605,6 @@ enum { LANES = 16, TIMES = 16 };
 typedef struct { float re[LANES], im[LANES]; } ComplexLanes;
 typedef struct { float p[LANES]; ComplexLanes q, g; } CemaMode; // the k-th oscillators of a strip
 typedef struct { double re, im; } Complex;
-
 double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 Complex lane(const ComplexLanes* z, int j) { Complex c = {z->re[j], z->im[j]}; return c; }
 // conj(a) b
