@@ -924,446 +924,444 @@ template <typename X> static void timestepnorm_backward(Gpu& gpu, X* dinp, float
 }
 
 // CEMA. With c = p g and s = h/p: s_t = q s_{t-1} + x_t, y_t = Re(sum_k c s_t) + omega x_t; p and g stay out of the
-// scan. A feature's N oscillators are shared by LANES neighbouring threads, MODES each, in registers; a warp has
-// 32/LANES neighbouring features of one batch row, and a block CEMA_WARPS warps that have nothing to do with each
-// other. Time is cut into segments only if that leaves too few warps (a warp for each of the card's schedulers is
-// enough, since the MODES recurrences of a thread are independent; else two): then the end states of the segments are
-// computed first, from zero, and handed on by q^length. Inputs come through shared memory, in STAGES pieces of AHEAD
-// timesteps that are copied while the warp computes. The loop over timesteps is unrolled by UNROLL only: longer code
-// would not stay in the instruction cache, which one warp a scheduler cannot hide.
-enum { MODES = 8, AHEAD = 16, STAGES = 4, UNROLL = 4, CEMA_WARPS = 4, FEW = 16 / MODES, ALL = CEMA_MAX_NDIM / MODES };
-static int cema_lanes(int N) { return N <= FEW * MODES ? FEW : ALL; }
+// scan. Two forms: one that follows the CPU's loops, for any size and type, and one for tensor cores, for bf16. Either
+// runs through time from end to end; what is parallel is batch rows, features, and modes or blocks of timesteps.
+enum { CEMA_LANES = 16, AHEAD = 8, SPAN = 16, UNIT = 16 * SPAN, CHANNELS = 8, POWERS = SPAN + 4,
+       MANY = CEMA_MAX_NDIM / CEMA_LANES };
+struct CemaCoef { float2 q, c; float p; };
 
-// coef (5,K,D), K = N rounded up to whole threads: p, q, c = p g (zero for k >= N). In double, rounded once.
-enum { COEF_P, COEF_Q_RE, COEF_Q_IM, COEF_C_RE, COEF_C_IM, NUM_COEF };
+template <typename C> __device__ inline C mul_add(C a, C b, C c) { // of complex numbers: a b + c
+    return {fma(a.x, b.x, fma(-a.y, b.y, c.x)), fma(a.x, b.y, fma(a.y, b.x, c.y))};
+}
 __device__ inline double sigmoid_double(double x) { return 1 / (1 + exp(-x)); }
-__global__ void cema_coefficients_kernel(float* coef, const float* alpha, const float* delta, const float* theta,
-        const float* gamma, int D, int N, int K) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x, d = i % D, k = i / D;
-    if (k >= K) { return; }
-    double v[NUM_COEF] = {0};
+
+// coef (D,K), K = N rounded up to whole threads, zero for k >= N, and where asked for powers (D,POWERS,K) of the
+// rounded q: q^0 .. q^16, q^32, q^64, q^128. In double, rounded once.
+__global__ void cema_coefficients_kernel(CemaCoef* coef, float2* powers, const float* alpha, const float* delta,
+        const float* theta, const float* gamma, int D, int N, int K) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x, d = i / K, k = i % K;
+    if (d >= D) { return; }
+    CemaCoef m = {};
     if (k < N) {
         size_t at = (size_t)d * N + k;
-        double p = sigmoid_double(alpha[at]), radius = 1 - p * sigmoid_double(delta[at]), sine, cosine;
-        sincospi(2.0 / N * (k + 1) * sigmoid_double(theta[d]), &sine, &cosine);
-        v[COEF_P] = p;
-        v[COEF_Q_RE] = radius * cosine;
-        v[COEF_Q_IM] = radius * sine;
-        v[COEF_C_RE] = p * gamma[2 * at] / sqrt((double)N);
-        v[COEF_C_IM] = p * gamma[2 * at + 1] / sqrt((double)N);
+        double p = sigmoid_double(alpha[at]), radius = 1 - p * sigmoid_double(delta[at]), scale = p / sqrt((double)N);
+        double2 turn;
+        sincospi(2.0 / N * (k + 1) * sigmoid_double(theta[d]), &turn.y, &turn.x);
+        m.p = p;
+        m.q = make_float2(radius * turn.x, radius * turn.y);
+        m.c = make_float2(scale * gamma[2 * at], scale * gamma[2 * at + 1]);
     }
-    for (int j = 0; j < NUM_COEF; j++) { coef[((size_t)j * K + k) * D + d] = v[j]; }
+    coef[i] = m;
+    double2 q = {m.q.x, m.q.y}, power = {1, 0};
+    for (int n = 0; powers && n < POWERS; n++) {
+        powers[((size_t)d * POWERS + n) * K + k] = make_float2(power.x, power.y);
+        power = mul_add(power, n < SPAN ? q : power, double2{0, 0});
+    }
+}
+__device__ inline float2 cema_start(const float* start, size_t bd, int k, int N, float p) { // s_0
+    return start && k < N ? make_float2(start[2 * (bd * N + k)] / p, start[2 * (bd * N + k) + 1] / p) : float2{0, 0};
+}
+__device__ inline float sum_lanes(float v) {
+    EACH(o, 4) { v += __shfl_xor_sync(~0u, v, 1 << o); }
+    return v;
 }
 
-// Segments of one launch: `count` of `length` timesteps (the last one may be shorter).
-struct CemaGrid { int lanes, K, count, length; dim3 grid; };
-static CemaGrid cema_grid(Gpu* gpu, int B, int T, int D, int N) {
-    CemaGrid r;
-    r.lanes = cema_lanes(N);
-    r.K = r.lanes * MODES;
-    int tiles = ceil_div(D, 32 / r.lanes), schedulers = 4 * gpu->card.multiProcessorCount;
-    r.count = (size_t)B * tiles * 10 >= (size_t)schedulers * 9 ? 1 : ceil_div(2 * schedulers, (size_t)B * tiles);
-    r.length = ceil_div(ceil_div(T, r.count), AHEAD) * AHEAD;
-    if (r.length < 64) { r.length = 64; }
-    r.count = ceil_div(T, r.length);
-    r.grid = dim3(ceil_div(tiles, CEMA_WARPS), B, r.count);
-    return r;
-}
-
-static const float* cema_coefficients(Gpu& gpu, const CemaGrid& r, const float* alpha, const float* delta,
-        const float* theta, const float* gamma, int D, int N) {
-    float* coef = (float*)gpu_scratch(&gpu, COEFFICIENTS, sizeof(float) * NUM_COEF * r.K * D);
-    cema_coefficients_kernel<<<ceil_div((size_t)r.K * D, 128), 128, 0, gpu.stream>>>(coef, alpha, delta, theta, gamma,
-            D, N, r.K);
-    LAUNCHED();
-    return coef;
-}
-
-// Where a thread of CEMA's kernels stands.
+// The form for any size: CEMA_LANES threads share a feature of a batch row and have M modes each.
 struct CemaPlace {
-    int d, k0, b, segment, t0, t1;
-    bool active, beyond; // a feature of this thread, none of the whole warp
-    size_t at, state;  // at: element (b,0,d) | state: of (segment,b,k0,d) among carries (segments,B,K,D)
-    __device__ CemaPlace(int lanes, int length, int T, int D, int skip) {
-        d = (blockIdx.x * CEMA_WARPS + threadIdx.y) * (32 / lanes) + threadIdx.x / lanes;
+    int d, lane;
+    bool active;
+    size_t bd, at; // of (b,d) | of (b,0,d) among (B,T,D)
+    __device__ CemaPlace(int T, int D) {
+        d = (blockIdx.x * blockDim.x + threadIdx.x) / CEMA_LANES;
+        lane = threadIdx.x % CEMA_LANES;
         active = d < D;
-        beyond = (blockIdx.x * CEMA_WARPS + threadIdx.y) * (32 / lanes) >= D;
         if (!active) { d = D - 1; }
-        k0 = threadIdx.x % lanes * MODES;
-        b = blockIdx.y;
-        segment = blockIdx.z + skip;
-        t0 = segment * length;
-        t1 = min(t0 + length, T);
-        at = (size_t)b * T * D + d;
-        state = (((size_t)segment * gridDim.y + b) * lanes * MODES + k0) * D + d;
+        bd = (size_t)blockIdx.y * D + d;
+        at = (size_t)blockIdx.y * T * D + d;
     }
 };
-// Sums over the LANES threads of a feature two numbers (of two timesteps); an even thread gets the first, an odd one
-// the second.
-template <int LANES> __device__ inline float pair_sum(float first, float second) {
-    bool odd = threadIdx.x & 1;
-    float s = (odd ? second : first) + __shfl_xor_sync(~0u, odd ? first : second, 1);
-#pragma unroll
-    for (int o = 2; o < LANES; o *= 2) { s += __shfl_xor_sync(~0u, s, o); }
-    return s;
-}
-
-// AHEAD timesteps of the block's features in shared memory.
-template <typename X, int LANES> struct CemaStage {
-    enum { TILE = 32 / LANES, ROW = TILE * (int)sizeof(X), CHUNK = ROW < 16 ? ROW : 16, PER_ROW = ROW / CHUNK,
-           FEATURES = CHUNK / (int)sizeof(X), PIECES = AHEAD * PER_ROW, ROUNDS = (PIECES + 31) / 32 };
-    typedef std::conditional_t<CHUNK == 16, uint4, uint2> Chunk;
-    alignas(16) X x[AHEAD][TILE];
-
-    // Starts to copy those of the timesteps t.. that lie in [t0,t1) from a tensor whose feature 0 of timestep 0 is at
-    // `from`.
-    __device__ void fetch(const X* from, int t, int t0, int t1, int D) {
-        int d0 = (blockIdx.x * CEMA_WARPS + threadIdx.y) * TILE;
-        EACH(k, ROUNDS) {
-            int i = k * 32 + threadIdx.x, row = i / PER_ROW, d = i % PER_ROW * FEATURES;
-            if (i >= PIECES || t + row < t0 || t + row >= t1) { continue; }
-            const X* src = from + (size_t)(t + row) * D + d0 + d;
-            if (D % TILE == 0) {
-                unsigned to = __cvta_generic_to_shared(&x[row][d]);
-                asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(src),
-                             "n"((int)CHUNK) : "memory");
-            } else { EACH(e, FEATURES) { if (d0 + d + e < D) { x[row][d + e] = src[e]; } } }
+template <typename X, int M> __global__ void cema_forward_kernel(X* out, float* end, const float* start, const X* inp,
+        const CemaCoef* coef, const float* omega, int T, int D, int N) {
+    CemaPlace f(T, D);
+    CemaCoef m[M];
+    float2 s[M];
+    EACH(j, M) {
+        m[j] = coef[(size_t)f.d * CEMA_LANES * M + j * CEMA_LANES + f.lane];
+        s[j] = cema_start(start, f.bd, j * CEMA_LANES + f.lane, N, m[j].p);
+    }
+    for (int t0 = 0; t0 < T; t0 += AHEAD) {
+        float x[AHEAD];
+        EACH(i, AHEAD) { x[i] = t0 + i < T ? to_float(inp[f.at + (size_t)(t0 + i) * D]) : 0; }
+        EACH(i, AHEAD) {
+            float y = 0;
+            if (t0 + i >= T) { break; }
+            EACH(j, M) {
+                s[j] = mul_add(m[j].q, s[j], float2{x[i], 0});
+                y += m[j].c.x * s[j].x - m[j].c.y * s[j].y;
+            }
+            y = sum_lanes(y) + omega[f.d] * x[i];
+            if (f.active && f.lane == 0) { out[f.at + (size_t)(t0 + i) * D] = from_float<X>(y); }
         }
     }
-    // Writes all of it to timesteps t.. of a tensor.
-    __device__ void put(X* to, int t, int D) const {
-        int d0 = (blockIdx.x * CEMA_WARPS + threadIdx.y) * TILE;
-        EACH(k, ROUNDS) {
-            int i = k * 32 + threadIdx.x, row = i / PER_ROW, d = i % PER_ROW * FEATURES;
-            if (i >= PIECES) { continue; }
-            X* at = to + (size_t)(t + row) * D + d0 + d;
-            if (D % TILE == 0) { *(Chunk*)at = *(const Chunk*)&x[row][d]; }
-            else { EACH(e, FEATURES) { if (d0 + d + e < D) { at[e] = x[row][d + e]; } } }
+    EACH(j, M) {
+        int k = j * CEMA_LANES + f.lane;
+        if (end && f.active && k < N) { ((float2*)end)[f.bd * N + k] = {m[j].p * s[j].x, m[j].p * s[j].y}; }
+    }
+}
+
+// The CPU's reverse sweep. sums (B,D,K,4): Q and R; first (B,D,K): a at the first timestep; domega (B,D).
+template <typename X, int M> __global__ void cema_backward_kernel(X* dinp, float4* sums, float2* first, float* domega,
+        const X* dout, const float* start, const X* inp, const CemaCoef* coef, const float* omega, int T, int D,
+        int N) {
+    CemaPlace f(T, D);
+    CemaCoef m[M];
+    float2 a[M] = {}, b[M] = {}, Q[M] = {}, R[M] = {}; // b is a'
+    float dw = 0;
+    EACH(j, M) { m[j] = coef[(size_t)f.d * CEMA_LANES * M + j * CEMA_LANES + f.lane]; }
+    for (int t0 = T - 1; t0 >= 0; t0 -= AHEAD) {
+        float x[AHEAD], dy[AHEAD];
+        EACH(i, AHEAD) {
+            x[i] = t0 >= i ? to_float(inp[f.at + (size_t)(t0 - i) * D]) : 0;
+            dy[i] = t0 >= i ? to_float(dout[f.at + (size_t)(t0 - i) * D]) : 0;
         }
+        EACH(i, AHEAD) {
+            float dx = 0;
+            if (t0 < i) { break; }
+            EACH(j, M) {
+                float2 q = {m[j].q.x, -m[j].q.y};
+                a[j] = mul_add(q, a[j], float2{dy[i], 0});
+                Q[j] = {fmaf(x[i], a[j].x, Q[j].x), fmaf(x[i], a[j].y, Q[j].y)};
+                R[j] = {fmaf(x[i], b[j].x, R[j].x), fmaf(x[i], b[j].y, R[j].y)};
+                b[j] = mul_add(q, b[j], a[j]);
+                dx += m[j].c.x * a[j].x + m[j].c.y * a[j].y;
+            }
+            dw = fmaf(x[i], dy[i], dw);
+            dx = sum_lanes(dx) + omega[f.d] * dy[i];
+            if (f.active && f.lane == 0) { dinp[f.at + (size_t)(t0 - i) * D] = from_float<X>(dx); }
+        }
+    }
+    if (!f.active) { return; }
+    if (f.lane == 0) { domega[f.bd] = dw; }
+    EACH(j, M) {
+        int k = j * CEMA_LANES + f.lane;
+        float2 s = cema_start(start, f.bd, k, N, m[j].p), r = mul_add(float2{s.x, -s.y}, b[j], R[j]);
+        sums[f.bd * CEMA_LANES * M + k] = make_float4(Q[j].x, Q[j].y, r.x, r.y);
+        first[f.bd * CEMA_LANES * M + k] = a[j];
+    }
+}
+
+// The form for tensor cores, for N <= 16. Time is cut into blocks of SPAN timesteps, j = 0, 1, ...: block j begins with
+// state s_j, and in it
+//     y_t = sum_{i<=t} k[t-i] x_i + Re(sum c q^(t+1) s_j)       k[i] = Re(sum c q^i), k[0] with omega
+//     s_{j+1} = q^SPAN s_j + e_j                                e_j = sum_t q^(SPAN-1-t) x_t
+// For each feature these are products of 16 blocks (rows; a UNIT of time) with matrices of coefficients, which stay in
+// registers of the feature's warp. x is exact in bf16; coefficients and states are split in two bf16, which leaves y a
+// relative error of 1e-5 before it is rounded.
+//
+// Of a product, lane 4g+i has rows g and g+8, and columns 8n+2i and 8n+2i+1 of each tile n. Row g is block 2g, row g+8
+// block 2g+1; columns are timesteps, or real and imaginary part of mode 4n+i. So a thread has of one product just what
+// it needs of the next one's left factor.
+__device__ inline uint32_t pack(float a, float b) {
+    __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+    return *(uint32_t*)&v;
+}
+__device__ inline void split(uint32_t& high, uint32_t& low, float a, float b) {
+    high = pack(a, b);
+    low = pack(a - __uint_as_float(high << 16), b - __uint_as_float(high & 0xffff0000u));
+}
+struct Factor { // 16 x 8 of a right factor: rows 2i, 2i+1 | 2i+8, 2i+9 of column g
+    uint32_t high[2], low[2];
+    template <typename F> __device__ void set(int i, F value) {
+        EACH(j, 2) { split(high[j], low[j], value(2 * i + 8 * j), value(2 * i + 8 * j + 1)); }
     }
 };
-__device__ inline void stage_done() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ inline void stage_wait() { // for the oldest of STAGES - 1
-    asm volatile("cp.async.wait_group %0;" ::"n"((int)STAGES - 2) : "memory");
-    __syncwarp();
+struct Tile { float v[4]; }; // 16 x 8 of a product
+__device__ inline Tile mma(const uint32_t (&a)[4], const uint32_t (&b)[2], Tile c) { // a b + c
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c.v[0]), "+f"(c.v[1]), "+f"(c.v[2]), "+f"(c.v[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    return c;
+}
+__device__ inline Tile mma(const uint32_t (&a)[4], const Factor& b, Tile c = {}) {
+    return mma(a, b.low, mma(a, b.high, c));
 }
 
-// With ENDS, only the segments' end states from zero, to carries; else the output, from carries (NULL for zero) on. end
-// (B,D,N,2) receives h after the last timestep if not NULL.
-template <typename X, int LANES,
-        bool ENDS> __global__ void __launch_bounds__(32 * CEMA_WARPS) cema_forward_kernel(X* out, float* end,
-                float2* carries, const X* inp, const float* coef, const float* omega, int length, int T, int D, int N) {
-    enum { K = LANES * MODES };
-    __shared__ CemaStage<X, LANES> memory[CEMA_WARPS][STAGES + 1]; // for each warp; they go their own ways
-    CemaStage<X, LANES> *stages = memory[threadIdx.y], &result = stages[STAGES];
-    CemaPlace p(LANES, length, T, D, 0);
-    if (p.beyond) { return; }
-    float q_re[MODES], q_im[MODES], c_re[MODES], c_im[MODES], s_re[MODES], s_im[MODES], y[UNROLL];
-    const X* from = inp + (size_t)p.b * T * D;
-    int f = threadIdx.x / LANES, pieces = (p.t1 - p.t0 + AHEAD - 1) / AHEAD;
-    EACH(j, STAGES - 1) { stages[j].fetch(from, p.t0 + j * AHEAD, p.t0, p.t1, D); stage_done(); }
-    EACH(k, MODES) {
-        size_t i = (size_t)(p.k0 + k) * D + p.d;
-        q_re[k] = coef[COEF_Q_RE * (size_t)K * D + i];
-        q_im[k] = coef[COEF_Q_IM * (size_t)K * D + i];
-        c_re[k] = coef[COEF_C_RE * (size_t)K * D + i];
-        c_im[k] = coef[COEF_C_IM * (size_t)K * D + i];
-        float2 s = make_float2(0, 0);
-        if (!ENDS && carries) { s = carries[p.state + (size_t)k * D]; }
-        s_re[k] = s.x;
-        s_im[k] = s.y;
+// A unit of time of CHANNELS features in shared memory, transposed. The gaps keep a warp's accesses on different banks.
+template <typename E> struct CemaUnit {
+    enum { PAIR = 2 * SPAN + 8, PITCH = UNIT / (2 * SPAN) * PAIR + 16 / sizeof(E) };
+    alignas(16) E x[CHANNELS][PITCH];
+    static __device__ int place(int t) { return t / (2 * SPAN) * PAIR + t % (2 * SPAN); }
+    // Timesteps 2i, 2i+1 (or j/2 * 8 later) of block 2g or 2g+1, which are those of register j of a left factor.
+    __device__ E* at(int j) {
+        int g = threadIdx.x % 32 / 4, i = threadIdx.x % 4;
+        return &x[threadIdx.x / 32][g * PAIR + j % 2 * SPAN + j / 2 * 8 + 2 * i];
     }
-    float w = p.k0 == 0 ? omega[p.d] : 0; // one thread adds omega x
-    auto step = [&](float x) {
-        float y0 = w * x, y1 = 0;
-        EACH(k, MODES) {
-            float re = fmaf(q_re[k], s_re[k], fmaf(-q_im[k], s_im[k], x));
-            s_im[k] = fmaf(q_re[k], s_im[k], q_im[k] * s_re[k]);
-            s_re[k] = re;
-            if (ENDS) { continue; }
-            y0 = fmaf(c_re[k], s_re[k], y0);
-            y1 = fmaf(-c_im[k], s_im[k], y1);
-        }
-        return y0 + y1;
-    };
-    for (int j = 0; j < pieces; j++) {
-        int t = p.t0 + j * AHEAD;
-        CemaStage<X, LANES>& now = stages[j % STAGES];
-        stage_wait(); // and all threads are done with the stage that is filled next
-        if (j + STAGES - 1 < pieces) {
-            stages[(j + STAGES - 1) % STAGES].fetch(from, t + (STAGES - 1) * AHEAD, p.t0, p.t1, D);
-        }
-        stage_done();
-        if (t + AHEAD > p.t1) { // the last timesteps
-            for (int i = 0; t + i < p.t1; i++) {
-                float sum = step(to_float(now.x[i][f]));
-                sum = ENDS ? 0 : pair_sum<LANES>(sum, sum);
-                if (!ENDS && p.active && threadIdx.x % LANES == 0) {
-                    out[p.at + (size_t)(t + i) * D] = from_float<X>(sum);
-                }
+    // A row of all features, zeros past the end.
+    static __device__ uint4 load_row(const bf16* from, int t, int T, int D) {
+        return t < T ? *(const uint4*)(from + (size_t)t * D) : make_uint4(0, 0, 0, 0);
+    }
+    __device__ void put(int t, uint4 row) {
+        const uint32_t w[4] = {row.x, row.y, row.z, row.w};
+        EACH(c, CHANNELS) { x[c][place(t)] = __ushort_as_bfloat16(w[c / 2] >> c % 2 * 16); }
+    }
+    __device__ void write(bf16* to, int t) const {
+        float row[CHANNELS];
+        EACH(c, CHANNELS) { row[c] = x[c][place(t)]; }
+        store8(to, row);
+    }
+    __device__ void load(uint32_t (&a)[4]) {
+        EACH(j, 4) { a[j] = *(uint32_t*)at(j); }
+    }
+    __device__ void load_transposed(uint32_t (&a)[4]) { // rows are timesteps, columns blocks
+        int l = threadIdx.x % 32;
+        unsigned from = __cvta_generic_to_shared(&x[threadIdx.x / 32][l % 8 * PAIR + l / 16 * SPAN + l / 8 % 2 * 8]);
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(from) : "memory");
+    }
+};
+
+// What a thread knows of its feature.
+struct CemaBlocks {
+    int d, g, i;   // feature | lane 4g+i; its modes are 4m+i, m < 4
+    size_t bd, at; // of (b,d) | of the block's features at (b,0) among (B,T,D)
+    const CemaCoef* coef;
+    const float2* powers;
+    Factor e[4], k[2], c[2][2]; // of x to e; of x to y; of s to y
+    float2 q[4][4];             // q^16, q^32, q^64, q^128
+
+    __device__ CemaBlocks(const CemaCoef* coefs, const float2* all_powers, const float* omega, int T, int D) {
+        __shared__ float taps[CHANNELS][2 * SPAN + 1];
+        float *tap = taps[threadIdx.x / 32] + SPAN, sums[3] = {0};
+        d = blockIdx.x * CHANNELS + threadIdx.x / 32;
+        g = threadIdx.x % 32 / 4;
+        i = threadIdx.x % 4;
+        bd = (size_t)blockIdx.y * D + d;
+        at = (size_t)blockIdx.y * T * D + blockIdx.x * CHANNELS;
+        coef = coefs + (size_t)d * CEMA_LANES;
+        powers = all_powers + (size_t)d * POWERS * CEMA_LANES;
+        EACH(m, 4) {
+            float2 c0 = coef[4 * m + i].c;
+            sums[2] += c0.x;
+            EACH(n, 2) {
+                float2 v = mul_add(c0, powers[(8 * n + g + 1) * CEMA_LANES + 4 * m + i], float2{0, 0});
+                split(c[m / 2][n].high[m % 2], c[m / 2][n].low[m % 2], v.x, -v.y);
+                sums[n] += v.x;
             }
-            break;
+            e[m].set(i, [&](int t) { return component(SPAN - 1 - t, m); });
+            EACH(j, 4) { q[m][j] = powers[(SPAN + j) * CEMA_LANES + 4 * m + i]; }
         }
-        X x[UNROLL];
-        EACH(i, UNROLL) { x[i] = now.x[i][f]; }
-#pragma unroll 1
-        for (int i0 = 0; i0 < AHEAD; i0 += UNROLL) {
-            float given[UNROLL];
-            EACH(i, UNROLL) {
-                given[i] = to_float(x[i]);
-                x[i] = now.x[(i0 + UNROLL + i) % AHEAD][f]; // the next ones, while these are worked on
-            }
-            EACH(i, UNROLL) { y[i] = step(given[i]); }
-            if (ENDS) { continue; }
-#pragma unroll
-            for (int i = 0; i < UNROLL; i += 2) {
-                float sum = pair_sum<LANES>(y[i], y[i + 1]);
-                if (threadIdx.x % LANES < 2) { result.x[i0 + i + (threadIdx.x & 1)][f] = from_float<X>(sum); }
-            }
+        EACH(n, 3) { EACH(o, 2) { sums[n] += __shfl_xor_sync(~0u, sums[n], 1 << o); } }
+        if (i < 2) {
+            tap[g + 8 * i - SPAN] = 0;
+            tap[g + 8 * i + 1] = i ? sums[1] : sums[0];
         }
-        if (ENDS) { continue; }
+        if (threadIdx.x % 32 == 0) { tap[0] = sums[2] + omega[d]; }
         __syncwarp();
-        result.put(out + (size_t)p.b * T * D, t, D);
+        EACH(n, 2) { k[n].set(i, [&](int t) { return tap[8 * n + g - t]; }); }
     }
-    if (!p.active) { return; }
-    EACH(k, MODES) {
-        if (ENDS) { carries[p.state + (size_t)k * D] = make_float2(s_re[k], s_im[k]); }
-        else if (end && p.t1 == T && p.k0 + k < N) {
-            float scale = coef[COEF_P * (size_t)K * D + (size_t)(p.k0 + k) * D + p.d];
-            float* h = end + 2 * (((size_t)p.b * D + p.d) * N + p.k0 + k);
-            h[0] = scale * s_re[k];
-            h[1] = scale * s_im[k];
-        }
+    __device__ float component(int n, int m) const { // of q^n in column g of e[m]
+        float2 v = powers[n * CEMA_LANES + 4 * m + g / 2];
+        return g & 1 ? v.y : v.x;
     }
-}
-
-// End states of segments become what each segment starts from: s_in(j+1) = q^length s_in(j) + end(j), s_in(0) = h_0/p;
-// with `back`, for adjoints, the other way round with ~q and from zero. q^length is formed from the rounded q by
-// squaring in double: through logarithms it would lose its phase.
-__global__ void cema_carries_kernel(float2* carries, const float* start, const float* coef, int count, int length,
-        bool back, int B, int D, int N, int K) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, step = (size_t)B * K * D;
-    if (i >= step) { return; }
-    int d = i % D, k = i / D % K, b = i / D / K;
-    double re = 1, im = 0, s_re = 0, s_im = 0;
-    double q_re = coef[((size_t)COEF_Q_RE * K + k) * D + d], q_im = coef[((size_t)COEF_Q_IM * K + k) * D + d];
-    if (back) { q_im = -q_im; }
-    for (int n = length; n; n /= 2) {
-        if (n & 1) {
-            double t = re * q_re - im * q_im;
-            im = re * q_im + im * q_re;
-            re = t;
-        }
-        double t = q_re * q_re - q_im * q_im;
-        q_im = 2 * q_re * q_im;
-        q_re = t;
-    }
-    if (start && !back && k < N) {
-        const float* h = start + 2 * (((size_t)b * D + d) * N + k);
-        double p = coef[((size_t)COEF_P * K + k) * D + d];
-        s_re = h[0] / p;
-        s_im = h[1] / p;
-    }
-    for (int j = 0; j < count; j++) {
-        float2 *at = carries + (back ? count - 1 - j : j) * step + i, end = *at;
-        *at = make_float2(s_re, s_im);
-        double t = re * s_re - im * s_im + end.x;
-        s_im = re * s_im + im * s_re + end.y;
-        s_re = t;
-    }
-}
-
-// The states at the start of each segment, for the backward pass: floats a layer keeps.
-static size_t cema_carries_size(Gpu* gpu, int B, int T, int D, int N) {
-    CemaGrid r = cema_grid(gpu, B, T, D, N);
-    return (size_t)2 * r.count * B * r.K * D;
-}
-
-// carries: cema_carries_size floats, saved for the backward pass; used only where there are several segments or a
-// start.
-template <typename X> static void cema_forward(Gpu& gpu, X* out, float* end, float* carries, const float* start,
-        const X* inp, const float* alpha, const float* delta, const float* theta, const float* gamma,
-                const float* omega, int B, int T, int D, int N) {
-    CemaGrid r = cema_grid(&gpu, B, T, D, N);
-    const float* coef = cema_coefficients(gpu, r, alpha, delta, theta, gamma, D, N);
-    float2* c = r.count > 1 || start ? (float2*)carries : NULL;
-    size_t states = (size_t)B * r.K * D;
-    auto ends = r.lanes == FEW ? cema_forward_kernel<X, FEW, true> : cema_forward_kernel<X, ALL, true>;
-    auto scan = r.lanes == FEW ? cema_forward_kernel<X, FEW, false> : cema_forward_kernel<X, ALL, false>;
-    if (c && r.count > 1) {
-        dim3 grid = r.grid;
-        grid.z--; // nobody asks where the last one ends
-        ends<<<grid, dim3(32, CEMA_WARPS), 0, gpu.stream>>>(out, NULL, c, inp, coef, omega, r.length, T, D, N);
-    }
-    if (c) {
-        if (r.count == 1) { CUDA(cudaMemsetAsync(c, 0, states * sizeof(float2), gpu.stream)); }
-        cema_carries_kernel<<<ceil_div(states, 128), 128, 0, gpu.stream>>>(c, start, coef, r.count, r.length, false, B,
-                D, N, r.K);
-    }
-    scan<<<r.grid, dim3(32, CEMA_WARPS), 0, gpu.stream>>>(out, end, c, inp, coef, omega, r.length, T, D, N);
-    LAUNCHED();
-}
-
-// The CPU's reverse sweep, with a' started at zero in every segment and a carried on from the later ones: then
-// R = sum over segments of (sum_t x_t a'_t + ~s_in a'_0). With ENDS, only a at the first timestep of each segment, from
-// zero, to adjoints. Else dinp, and sums (segments,B,K,D,4): Q and R; first (segments,B,K,D): a at the first timestep;
-// domega by (segment, b). a'_{t-1} = ~q a'_t + a_t.
-template <typename X, int LANES,
-        bool ENDS> __global__ void __launch_bounds__(32 * CEMA_WARPS) cema_backward_kernel(X* dinp, float4* sums,
-                float2* first, float* domega, float2* adjoints, const float2* carries, const X* dout, const X* inp,
-                        const float* coef, const float* omega, int length, int T, int D) {
-    enum { K = LANES * MODES };
-    CemaPlace p(LANES, length, T, D, ENDS); // nobody asks for the first segment's a
-    // b is a'
-    float q_re[MODES], q_im[MODES], c_re[MODES], c_im[MODES], a_re[MODES], a_im[MODES], b_re[MODES], b_im[MODES];
-    float Q_re[MODES], Q_im[MODES], R_re[MODES], R_im[MODES], dw = 0;
-    __shared__ CemaStage<X, LANES> memory[CEMA_WARPS][2 * STAGES + 1];
-    CemaStage<X, LANES> *stages_x = memory[threadIdx.y], *stages_dy = stages_x + STAGES, &result = stages_dy[STAGES];
-    if (p.beyond) { return; }
-    const X *from_x = inp + (size_t)p.b * T * D, *from_dy = dout + (size_t)p.b * T * D;
-    int f = threadIdx.x / LANES, pieces = (p.t1 - p.t0 + AHEAD - 1) / AHEAD;
-    auto fetch = [&](int j) { // piece j, counted from the end
-        int t = p.t1 - (j + 1) * AHEAD;
-        if (j < pieces) {
-            stages_dy[j % STAGES].fetch(from_dy, t, p.t0, p.t1, D);
-            if (!ENDS) { stages_x[j % STAGES].fetch(from_x, t, p.t0, p.t1, D); }
-        }
-        stage_done();
-    };
-    EACH(j, STAGES - 1) { fetch(j); }
-    EACH(k, MODES) {
-        size_t i = (size_t)(p.k0 + k) * D + p.d;
-        q_re[k] = coef[COEF_Q_RE * (size_t)K * D + i];
-        q_im[k] = coef[COEF_Q_IM * (size_t)K * D + i];
-        c_re[k] = coef[COEF_C_RE * (size_t)K * D + i];
-        c_im[k] = coef[COEF_C_IM * (size_t)K * D + i];
-        float2 a = make_float2(0, 0);
-        if (!ENDS && adjoints) { a = adjoints[p.state + (size_t)k * D]; }
-        a_re[k] = a.x;
-        a_im[k] = a.y;
-        b_re[k] = b_im[k] = Q_re[k] = Q_im[k] = R_re[k] = R_im[k] = 0;
-    }
-    float w = p.k0 == 0 ? omega[p.d] : 0;
-    auto step = [&](float x, float dy) {
-        float dx0 = w * dy, dx1 = 0;
-        dw = fmaf(x, dy, dw);
-        EACH(k, MODES) {
-            float re = fmaf(q_re[k], a_re[k], fmaf(q_im[k], a_im[k], dy));
-            a_im[k] = fmaf(q_re[k], a_im[k], -q_im[k] * a_re[k]);
-            a_re[k] = re;
-            if (ENDS) { continue; }
-            Q_re[k] = fmaf(x, a_re[k], Q_re[k]);
-            Q_im[k] = fmaf(x, a_im[k], Q_im[k]);
-            R_re[k] = fmaf(x, b_re[k], R_re[k]);
-            R_im[k] = fmaf(x, b_im[k], R_im[k]);
-            float re1 = fmaf(q_re[k], b_re[k], fmaf(q_im[k], b_im[k], a_re[k]));
-            b_im[k] = fmaf(q_re[k], b_im[k], fmaf(-q_im[k], b_re[k], a_im[k]));
-            b_re[k] = re1;
-            dx0 = fmaf(c_re[k], a_re[k], dx0);
-            dx1 = fmaf(c_im[k], a_im[k], dx1);
-        }
-        return dx0 + dx1;
-    };
-    for (int j = 0; j < pieces; j++) {
-        int t = p.t1 - (j + 1) * AHEAD, s = j % STAGES;
-        stage_wait(); // and all threads are done with the stage that is filled next
-        fetch(j + STAGES - 1);
-        if (t < p.t0) { // the first timesteps
-            for (int i = AHEAD - 1; t + i >= p.t0; i--) {
-                float sum = step(ENDS ? 0 : to_float(stages_x[s].x[i][f]), to_float(stages_dy[s].x[i][f]));
-                sum = ENDS ? 0 : pair_sum<LANES>(sum, sum);
-                if (!ENDS && p.active && threadIdx.x % LANES == 0) {
-                    dinp[p.at + (size_t)(t + i) * D] = from_float<X>(sum);
-                }
-            }
-            break;
-        }
-        X x[UNROLL], dy[UNROLL];
-        auto read = [&](int i0) {
-            EACH(i, UNROLL) {
-                dy[i] = stages_dy[s].x[i0 + i][f];
-                if (!ENDS) { x[i] = stages_x[s].x[i0 + i][f]; }
-            }
+    // From e_j to s_j. h is the state before the unit and becomes the one after it, in the threads of the first block.
+    // BACK: from the last block to the first.
+    template <bool BACK> __device__ Tile scan(Tile e, float2& h, int m) const {
+        enum { FIRST = BACK ? 2 : 0, SECOND = 2 - FIRST };
+        int turn = BACK ? 7 - g : g, lane = threadIdx.x % 32;
+        auto before = [&](float2 s, int n) {
+            int from = (BACK ? lane + 4 * n : lane - 4 * n) & 31;
+            return make_float2(__shfl_sync(~0u, s.x, from), __shfl_sync(~0u, s.y, from));
         };
-        read(AHEAD - UNROLL);
-#pragma unroll 1
-        for (int i0 = AHEAD - UNROLL; i0 >= 0; i0 -= UNROLL) {
-            float given_x[UNROLL], given_dy[UNROLL], dx[UNROLL];
-            EACH(i, UNROLL) { given_dy[i] = to_float(dy[i]); given_x[i] = ENDS ? 0 : to_float(x[i]); }
-            read((i0 + AHEAD - UNROLL) % AHEAD); // the next ones, while these are worked on
-#pragma unroll
-            for (int i = UNROLL - 1; i >= 0; i--) { dx[i] = step(given_x[i], given_dy[i]); }
-            if (ENDS) { continue; }
-#pragma unroll
-            for (int i = 0; i < UNROLL; i += 2) {
-                float sum = pair_sum<LANES>(dx[i], dx[i + 1]);
-                if (threadIdx.x % LANES < 2) { result.x[i0 + i + (threadIdx.x & 1)][f] = from_float<X>(sum); }
+        float2 first = {e.v[FIRST], e.v[FIRST + 1]}, s = mul_add(q[m][0], first, float2{e.v[SECOND], e.v[SECOND + 1]});
+        if (turn == 0) { s = mul_add(q[m][1], h, s); }
+        EACH(n, 3) {
+            float2 other = before(s, 1 << n);
+            if (turn >= 1 << n) { s = mul_add(q[m][n + 1], other, s); }
+        }
+        s = before(s, 1);
+        float2 start = turn ? s : h;
+        h = s;
+        s = mul_add(q[m][0], start, first);
+        return BACK ? Tile{s.x, s.y, start.x, start.y} : Tile{start.x, start.y, s.x, s.y};
+    }
+    __device__ void output(CemaUnit<float>& to, const uint32_t (&x)[4], const Tile (&s)[4]) const {
+        Tile y[2] = {mma(x, k[0]), mma(x, k[1])};
+        EACH(m, 2) {
+            uint32_t high[4], low[4];
+            EACH(j, 4) { split(high[j], low[j], s[2 * m + j / 2].v[j % 2 * 2], s[2 * m + j / 2].v[j % 2 * 2 + 1]); }
+            EACH(n, 2) { y[n] = mma(low, c[m][n].high, mma(high, c[m][n], y[n])); }
+        }
+        EACH(j, 4) { *(float2*)to.at(j) = {y[j / 2].v[j % 2 * 2], y[j / 2].v[j % 2 * 2 + 1]}; }
+    }
+};
+
+// carries (units,B,D,16): the states before each unit.
+__global__ void __launch_bounds__(32 * CHANNELS, 2) cema_forward_blocks_kernel(bf16* out, float* end, float2* carries,
+        const float* start, const bf16* inp, const CemaCoef* coef, const float2* powers, const float* omega, int T,
+        int D, int N) {
+    __shared__ CemaUnit<bf16> given;
+    __shared__ CemaUnit<float> made;
+    CemaBlocks f(coef, powers, omega, T, D);
+    float2 h[4];
+    EACH(m, 4) { int k = 4 * m + f.i; h[m] = cema_start(start, f.bd, k, N, f.coef[k].p); }
+    uint4 next = given.load_row(inp + f.at, threadIdx.x, T, D);
+    for (int t0 = 0; t0 < T; t0 += UNIT, carries += (size_t)gridDim.y * D * CEMA_LANES) {
+        uint32_t x[4];
+        Tile s[4];
+        given.put(threadIdx.x, next);
+        next = given.load_row(inp + f.at, t0 + UNIT + threadIdx.x, T, D);
+        __syncthreads();
+        given.load(x);
+        EACH(m, 4) {
+            if (f.g == 0) { carries[f.bd * CEMA_LANES + 4 * m + f.i] = h[m]; }
+            s[m] = f.scan<false>(mma(x, f.e[m]), h[m], m);
+        }
+        f.output(made, x, s);
+        int left = T - t0, block = left / SPAN; // the end lies in this block
+        EACH(m, 4) {
+            int k = 4 * m + f.i;
+            if (!end || left > UNIT || k >= N || f.g != block / 2 % 8) { continue; }
+            int j = block % 2;
+            float2 last = left == UNIT ? h[m] : float2{j ? s[m].v[2] : s[m].v[0], j ? s[m].v[3] : s[m].v[1]};
+            for (int t = block * SPAN; t < left; t++) {
+                last = mul_add(f.coef[k].q, last, float2{to_float(given.x[threadIdx.x / 32][given.place(t)]), 0});
             }
+            ((float2*)end)[f.bd * N + k] = {f.coef[k].p * last.x, f.coef[k].p * last.y};
         }
-        if (ENDS) { continue; }
-        __syncwarp();
-        result.put(dinp + (size_t)p.b * T * D, t, D);
+        __syncthreads();
+        int t = t0 + threadIdx.x;
+        if (t < T) { made.write(out + f.at + (size_t)t * D, threadIdx.x); }
     }
-    if (!p.active) { return; }
-    if (!ENDS && p.k0 == 0) { domega[((size_t)p.segment * gridDim.y + p.b) * D + p.d] = dw; }
-    EACH(k, MODES) {
-        size_t i = p.state + (size_t)k * D;
-        if (ENDS) { adjoints[i] = make_float2(a_re[k], a_im[k]); continue; }
-        if (carries) {
-            float2 s = carries[i];
-            R_re[k] += s.x * b_re[k] + s.y * b_im[k];
-            R_im[k] += s.x * b_im[k] - s.y * b_re[k];
+}
+
+// With dy reversed in time, dx is what y is for x. So blocks of dy are put down reversed, and give z_j = sum_t q^t dy_t
+// in place of e_j; the scan from the last block to the first gives f_j, the conjugate of the adjoint a where block j
+// ends. The sums are conjugates of a polynomial in q, P = sum_{t<=u} x_t dy_u q^(u-t), and of its derivative:
+//     ~Q = P  = sum_i l_i q^i + q sum_j s_j z_j
+//     ~R = P' = sum_i i l_i q^(i-1) + sum_j (s_j z_j + q (s_j z'_j + (SPAN q^(SPAN-1) s_j + e'_j) f_j))
+// where l_i = sum of x_t dy_{t+i} inside blocks (from one more product, 16 x 16), and ' is d/dq. But s_j also has what
+// came from s_0, which Q must not: P has q s_0 ~a_0 too much.
+__global__ void __launch_bounds__(32 * CHANNELS) cema_backward_blocks_kernel(bf16* dinp, float4* sums, float2* first,
+        float* domega, const float2* carries, const bf16* dout, const bf16* inp, const CemaCoef* coef,
+        const float2* powers, const float* omega, int T, int D) {
+    __shared__ CemaUnit<bf16> given_x, given_dy;
+    __shared__ CemaUnit<float> made;
+    CemaBlocks f(coef, powers, omega, T, D);
+    Factor derivative[4]; // of x to e'
+    Tile lag[2] = {};
+    float2 sz[4] = {}, sf[4] = {}, rest[4] = {}, a[4] = {}, next_s[4];
+    uint4 next_x, next_dy;
+    const int time = threadIdx.x, reversed = time ^ (SPAN - 1);
+    auto fetch = [&](int t0) {
+        next_x = given_x.load_row(inp + f.at, t0 + time, T, D);
+        next_dy = given_x.load_row(dout + f.at, t0 + time, T, D);
+        EACH(m, 4) {
+            next_s[m] = carries[((size_t)(t0 / UNIT) * gridDim.y * D + f.bd) * CEMA_LANES + 4 * m + f.i];
         }
-        sums[i] = make_float4(Q_re[k], Q_im[k], R_re[k], R_im[k]);
-        first[i] = make_float2(a_re[k], a_im[k]);
+    };
+    auto add = [](float2& sum, Tile u, Tile v) {
+        EACH(j, 2) { sum = mul_add(float2{u.v[2 * j], u.v[2 * j + 1]}, float2{v.v[2 * j], v.v[2 * j + 1]}, sum); }
+    };
+    EACH(m, 4) {
+        derivative[m].set(f.i, [&](int t) { return (SPAN - 1 - t) * f.component(max(SPAN - 2 - t, 0), m); });
     }
+    int t0 = (T - 1) / UNIT * UNIT;
+    for (fetch(t0); t0 >= 0; t0 -= UNIT) {
+        uint32_t x[4], dy[4];
+        float2 s0[4] = {next_s[0], next_s[1], next_s[2], next_s[3]};
+        Tile z[4];
+        given_x.put(time, next_x);
+        given_dy.put(reversed, next_dy);
+        if (t0 >= UNIT) { fetch(t0 - UNIT); }
+        __syncthreads();
+        given_x.load_transposed(x);
+        given_dy.load_transposed(dy);
+        EACH(n, 2) { lag[n] = mma(dy, {x[n], x[n + 2]}, lag[n]); }
+        given_x.load(x);
+        given_dy.load(dy);
+        EACH(m, 4) {
+            Tile s = f.scan<false>(mma(x, f.e[m]), s0[m], m);
+            z[m] = mma(dy, f.e[m]);
+            add(sz[m], s, z[m]);
+            add(rest[m], s, mma(dy, derivative[m]));
+            z[m] = f.scan<true>(z[m], a[m], m); // f
+            add(sf[m], s, z[m]);
+            add(rest[m], mma(x, derivative[m]), z[m]);
+        }
+        f.output(made, dy, z);
+        __syncthreads();
+        if (t0 + time < T) { made.write(dinp + f.at + (size_t)(t0 + time) * D, reversed); }
+    }
+
+    // The rest is among the threads of a warp: lane k becomes mode k.
+    __shared__ float2 totals[CHANNELS][CEMA_LANES][4];
+    __shared__ float lags[CHANNELS][SPAN][SPAN + 1];
+    int w = threadIdx.x / 32, lane = threadIdx.x % 32;
+    EACH(m, 4) {
+        float2 all[4] = {sz[m], sf[m], rest[m], a[m]};
+        EACH(j, 4) {
+            EACH(o, 3) {
+                if (j == 3) { continue; }
+                all[j].x += __shfl_xor_sync(~0u, all[j].x, 4 << o);
+                all[j].y += __shfl_xor_sync(~0u, all[j].y, 4 << o);
+            }
+            if (f.g == 7) { totals[w][4 * m + f.i][j] = all[j]; }
+        }
+    }
+    EACH(n, 2) { EACH(j, 4) { lags[w][f.g + j / 2 * 8][8 * n + 2 * f.i + j % 2] = lag[n].v[j]; } }
+    __syncwarp();
+    float l = 0; // of lane i: l_i. Row 15-u, column t: x_t dy_u
+    for (int t = 0; t < SPAN - lane; t++) { l += lags[w][SPAN - 1 - lane - t][t]; }
+    size_t k = lane % CEMA_LANES, at = f.bd * CEMA_LANES + k;
+    float2 q = f.coef[k].q, top = f.powers[(SPAN - 1) * CEMA_LANES + k], P = {0, 0}, dP = {0, 0}, *total = totals[w][k];
+    for (int n = SPAN - 1; n >= 0; n--) {
+        dP = mul_add(q, dP, P);
+        P = mul_add(q, P, float2{__shfl_sync(~0u, l, n), 0});
+    }
+    float2 s0 = carries[at], u = mul_add(float2{SPAN * top.x, SPAN * top.y}, total[1], total[2]);
+    P = mul_add(q, mul_add(float2{-s0.x, -s0.y}, total[3], total[0]), P);
+    u = mul_add(q, u, total[0]);
+    if (lane == 0) { domega[f.bd] = l; }
+    if (lane >= CEMA_LANES) { return; }
+    sums[at] = make_float4(P.x, -P.y, dP.x + u.x, -dP.y - u.y);
+    first[at] = {total[3].x, -total[3].y};
 }
 
 // From the sums to gradients of parameters, as at the end of the CPU's cema_backward. Threads x are the modes of a
 // feature.
 __global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega,
-        float* dstart, const float4* sums, const float2* first, const float* dw, const float* start, const float* coef,
-                const float* alpha, const float* delta, const float* theta, const float* gamma, int count,
-                        bool accumulate, int B, int D, int N, int K) {
+        float* dstart, const float4* sums, const float2* first, const float* dw, const float* start,
+        const CemaCoef* coef, const float* alpha, const float* delta, const float* theta, const float* gamma,
+        bool accumulate, int B, int D, int N, int K) {
     __shared__ double turns[256];
     int k = threadIdx.x, d = blockIdx.x * blockDim.y + threadIdx.y;
     double dangle = 0, s_theta = d < D ? sigmoid_double(theta[d]) : 0;
     if (d < D && k < N) {
-        size_t i = (size_t)d * N + k, step = (size_t)B * K * D;
-        double q_re = coef[((size_t)COEF_Q_RE * K + k) * D + d], q_im = coef[((size_t)COEF_Q_IM * K + k) * D + d];
-        double p = sigmoid_double(alpha[i]), g_re = gamma[2 * i] / sqrt((double)N), g_im = gamma[2 * i
-                + 1] / sqrt((double)N);
-        double dp = 0, dq_re = 0, dq_im = 0, dg_re = 0, dg_im = 0;
+        size_t i = (size_t)d * N + k;
+        CemaCoef m = coef[(size_t)d * K + k];
+        double p = sigmoid_double(alpha[i]), root = sqrt((double)N), dp = 0;
+        double2 q = {m.q.x, m.q.y}, g = {gamma[2 * i] / root, gamma[2 * i + 1] / root}, dq = {0, 0}, dg = {0, 0};
         for (int b = 0; b < B; b++) {
-            double Q_re = 0, Q_im = 0, R_re = 0, R_im = 0;
-            size_t at = ((size_t)b * K + k) * D + d;
-            for (int j = 0; j < count; j++) {
-                float4 s = sums[j * step + at];
-                Q_re += s.x; Q_im += s.y; R_re += s.z; R_im += s.w;
-            }
-            dp += g_re * Q_re + g_im * Q_im;
-            dq_re += p * (g_re * R_re + g_im * R_im);
-            dq_im += p * (g_re * R_im - g_im * R_re);
-            dg_re += p * Q_re;
-            dg_im += p * Q_im;
-            if (start) {
-                size_t at_h = 2 * (((size_t)b * D + d) * N + k);
-                float2 a = first[at];
-                double qa_re = q_re * a.x + q_im * a.y, qa_im = q_re * a.y - q_im * a.x;
-                dg_re += start[at_h] * qa_re + start[at_h + 1] * qa_im;
-                dg_im += start[at_h] * qa_im - start[at_h + 1] * qa_re;
-                if (dstart) {
-                    dstart[at_h] += g_re * qa_re + g_im * qa_im;
-                    dstart[at_h + 1] += g_re * qa_im - g_im * qa_re;
-                }
-            }
+            size_t bd = (size_t)b * D + d, at_h = 2 * (bd * N + k);
+            float4 s = sums[bd * K + k];
+            float2 a = first[bd * K + k];
+            dp += g.x * s.x + g.y * s.y;
+            dq = mul_add(double2{p * g.x, -p * g.y}, double2{s.z, s.w}, dq);
+            dg = {dg.x + p * s.x, dg.y + p * s.y};
+            if (!start) { continue; }
+            double2 qa = mul_add(double2{q.x, -q.y}, double2{a.x, a.y}, double2{0, 0});
+            dg = mul_add(double2{start[at_h], -start[at_h + 1]}, qa, dg);
+            if (!dstart) { continue; }
+            qa = mul_add(double2{g.x, -g.y}, qa, double2{dstart[at_h], dstart[at_h + 1]});
+            dstart[at_h] = qa.x;
+            dstart[at_h + 1] = qa.y;
         }
         double s_delta = sigmoid_double(delta[i]), sine, cosine;
         sincospi(2.0 / N * (k + 1) * s_theta, &sine, &cosine);
-        double dradius = cosine * dq_re + sine * dq_im;
-        dangle = (k + 1) * (q_re * dq_im - q_im * dq_re);
-        dgamma[2 * i] = (accumulate ? dgamma[2 * i] : 0) + dg_re / sqrt((double)N);
-        dgamma[2 * i + 1] = (accumulate ? dgamma[2 * i + 1] : 0) + dg_im / sqrt((double)N);
+        double dradius = cosine * dq.x + sine * dq.y;
+        dangle = (k + 1) * (q.x * dq.y - q.y * dq.x);
+        dgamma[2 * i] = (accumulate ? dgamma[2 * i] : 0) + dg.x / root;
+        dgamma[2 * i + 1] = (accumulate ? dgamma[2 * i + 1] : 0) + dg.y / root;
         dalpha[i] = (accumulate ? dalpha[i] : 0) + p * (1 - p) * (dp - s_delta * dradius);
         ddelta[i] = (accumulate ? ddelta[i] : 0) - p * s_delta * (1 - s_delta) * dradius;
     }
@@ -1372,38 +1370,74 @@ __global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dthet
     if (k || d >= D) { return; }
     double dturn = 0, w = 0;
     for (int j = 0; j < N; j++) { dturn += turns[threadIdx.y * K + j]; }
-    for (int j = 0; j < count * B; j++) { w += dw[(size_t)j * D + d]; }
+    for (int b = 0; b < B; b++) { w += dw[(size_t)b * D + d]; }
     dtheta[d] = (accumulate ? dtheta[d] : 0) + 2 * M_PI / N * s_theta * (1 - s_theta) * dturn;
     domega[d] = (accumulate ? domega[d] : 0) + w;
 }
 
+// How a launch goes about it.
+struct Cema {
+    int K;
+    bool blocks; // on tensor cores
+    CemaCoef* coef;
+    float2* powers;
+    dim3 grid;
+};
+static Cema cema_prepare(Gpu& gpu, bool is_bf16, const float* alpha, const float* delta, const float* theta,
+        const float* gamma, int B, int T, int D, int N) {
+    Cema r;
+    r.K = CEMA_LANES * (N <= CEMA_LANES ? 1 : MANY);
+    r.blocks = is_bf16 && N <= CEMA_LANES && D % CHANNELS == 0 && T >= 4 * SPAN;
+    size_t size = (size_t)D * r.K;
+    r.coef = (CemaCoef*)gpu_scratch(&gpu, COEFFICIENTS, size * (sizeof(CemaCoef) + POWERS * sizeof(float2)));
+    r.powers = r.blocks ? (float2*)(r.coef + size) : NULL;
+    r.grid = dim3(ceil_div(D, CHANNELS), B);
+    cema_coefficients_kernel<<<ceil_div(size, 128), 128, 0, gpu.stream>>>(r.coef, r.powers, alpha, delta, theta, gamma,
+            D, N, r.K);
+    LAUNCHED();
+    return r;
+}
+
+// Floats that a layer keeps for the backward pass: the states before each unit of time.
+static size_t cema_carries_size(Gpu*, int B, int T, int D, int) {
+    return ceil_div(T, UNIT) * B * D * CEMA_LANES * 2;
+}
+
+template <typename X> static void cema_forward(Gpu& gpu, X* out, float* end, float* carries, const float* start,
+        const X* inp, const float* alpha, const float* delta, const float* theta, const float* gamma,
+        const float* omega, int B, int T, int D, int N) {
+    Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, alpha, delta, theta, gamma, B, T, D, N);
+    if (r.blocks) {
+        cema_forward_blocks_kernel<<<r.grid, 32 * CHANNELS, 0, gpu.stream>>>((bf16*)out, end, (float2*)carries, start,
+                (const bf16*)inp, r.coef, r.powers, omega, T, D, N);
+    } else {
+        auto kernel = N <= CEMA_LANES ? cema_forward_kernel<X, 1> : cema_forward_kernel<X, MANY>;
+        kernel<<<r.grid, CEMA_LANES * CHANNELS, 0, gpu.stream>>>(out, end, start, inp, r.coef, omega, T, D, N);
+    }
+    LAUNCHED();
+}
+
 template <typename X> static void cema_backward(Gpu& gpu, X* dinp, float* dalpha, float* ddelta, float* dtheta,
         float* dgamma, float* domega, float* dstart, const X* dout, const float* carries, const float* start,
-                const X* inp, const float* alpha, const float* delta, const float* theta, const float* gamma,
-                        const float* omega, int B, int T, int D, int N) {
-    CemaGrid r = cema_grid(&gpu, B, T, D, N);
-    const float* coef = cema_coefficients(gpu, r, alpha, delta, theta, gamma, D, N);
-    size_t states = (size_t)B * r.K * D, all = states * r.count;
-    float4* sums = (float4*)gpu_scratch(&gpu, CARRIES, all * (sizeof(float4) + 2 * sizeof(float2))
-                                        + sizeof(float) * r.count * B * D);
-    float2 *first = (float2*)(sums + all), *a = first + all;
-    float* dw = (float*)(a + all);
-    const float2* c = r.count > 1 || start ? (const float2*)carries : NULL;
-    auto ends = r.lanes == FEW ? cema_backward_kernel<X, FEW, true> : cema_backward_kernel<X, ALL, true>;
-    auto sweep = r.lanes == FEW ? cema_backward_kernel<X, FEW, false> : cema_backward_kernel<X, ALL, false>;
-    if (r.count > 1) {
-        dim3 grid = r.grid;
-        grid.z--;
-        ends<<<grid, dim3(32, CEMA_WARPS), 0, gpu.stream>>>(dinp, sums, first, dw, a, c, dout, inp, coef, omega,
-                                                            r.length, T, D);
-        cema_carries_kernel<<<ceil_div(states, 128), 128, 0, gpu.stream>>>(a, NULL, coef, r.count, r.length, true, B,
-                D, N, r.K);
+        const X* inp, const float* alpha, const float* delta, const float* theta, const float* gamma,
+        const float* omega, int B, int T, int D, int N) {
+    Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, alpha, delta, theta, gamma, B, T, D, N);
+    size_t states = (size_t)B * D * r.K;
+    float4* sums = (float4*)gpu_scratch(&gpu, CARRIES, states * (sizeof(float4) + sizeof(float2))
+                                        + sizeof(float) * B * D);
+    float2* first = (float2*)(sums + states);
+    float* dw = (float*)(first + states);
+    if (r.blocks) {
+        cema_backward_blocks_kernel<<<r.grid, 32 * CHANNELS, 0, gpu.stream>>>((bf16*)dinp, sums, first, dw,
+                (const float2*)carries, (const bf16*)dout, (const bf16*)inp, r.coef, r.powers, omega, T, D);
+    } else {
+        auto kernel = N <= CEMA_LANES ? cema_backward_kernel<X, 1> : cema_backward_kernel<X, MANY>;
+        kernel<<<r.grid, CEMA_LANES * CHANNELS, 0, gpu.stream>>>(dinp, sums, first, dw, dout, start, inp, r.coef, omega,
+                T, D, N);
     }
-    sweep<<<r.grid, dim3(32, CEMA_WARPS), 0, gpu.stream>>>(dinp, sums, first, dw, r.count > 1 ? a : NULL, c, dout, inp,
-                                                           coef, omega, r.length, T, D);
     cema_gradients_kernel<<<ceil_div(D, 256 / r.K), dim3(r.K, 256 / r.K), 0, gpu.stream>>>(dalpha, ddelta, dtheta,
-            dgamma, domega,
-        dstart, sums, first, dw, start, coef, alpha, delta, theta, gamma, r.count, gpu.accumulate, B, D, N, r.K);
+            dgamma, domega, dstart, sums, first, dw, start, r.coef, alpha, delta, theta, gamma, gpu.accumulate, B, D, N,
+            r.K);
     LAUNCHED();
 }
 
