@@ -242,7 +242,7 @@ template <typename X> void run_open(Run<X>* r, int keep) { // after host's weigh
     const Config* c = &r->host.m.config;
     model_alloc(gpu, &r->m, c, true);
     model_copy(gpu, &r->m, r->m.params, r->host.m.params, false);
-    model_round(gpu, &r->m);
+    model_round(gpu, &r->m, 0, r->m.size);
     pass_alloc(gpu, &r->s, c, r->host.s.B, r->host.s.T, keep, keep == KEEP_ALL ? KEEP_ALL : KEEP_NONE);
     state_alloc(gpu, &r->start, c, r->host.s.B, false);
     state_alloc(gpu, &r->dstart, c, r->host.s.B, false);
@@ -326,7 +326,7 @@ double run_update(Run* r, const Options* o, double lr, int step) {
     model_update(&r->host.m, o, lr, step, clip_scale(norm, o->clip));
     return norm;
 }
-typedef Stream RunStream;
+typedef struct { Pass pass; State state; } RunStream;
 void run_stream_open(Run* r, RunStream* s, int B) {
     const Config* c = &r->host.m.config;
     const State* past = r->host.past;
@@ -336,7 +336,7 @@ void run_stream_open(Run* r, RunStream* s, int B) {
     memcpy(s->state.norm, past->norm, sizeof(NormState) * (c->num_layers + 1) * B * c->norm_num_groups);
     memcpy(s->state.h, past->h, sizeof(float) * c->num_layers * B * c->model_dim * c->cema_ndim * 2);
 }
-void run_stream_close(RunStream* s) { stream_free(s); }
+void run_stream_close(RunStream* s) { pass_free(&s->pass); state_free(&s->state); }
 void run_stream(Run* r, RunStream* s, const int* tokens, int T, float* logits) {
     s->pass.T = T;
     model_forward(&r->host.m, &s->pass, tokens, &s->state, &s->state);

@@ -1112,28 +1112,31 @@ State state_layer(const State* s, const Config* c, int l) { // layer l's part of
     return r;
 }
 
-// Initialization as released; a pure function of the seed.
+// Row i of the parameter table, of layer l, as it starts in the released code; a pure function of the seed.
+void param_init(float* w, const Spec* s, int i, int l, const Config* c, int seed) {
+    int D = c->model_dim;
+    double std = s->init == INIT_LINEAR ? 1 / sqrt(3.0 * s->dims[1]) : s->init == INIT_EMBED ? 1 / sqrt(D)
+               : s->init == INIT_OMEGA ? 0.25 : s->init == INIT_NORMAL ? 0.2 : s->init == INIT_GAMMA ? 1 : 0;
+    double limit = s->init == INIT_EMBED ? 3 : s->init == INIT_OMEGA ? 4 : INFINITY; // in standard deviations
+    uint64_t stream = (uint64_t)i << 32 | l;
+    OMP(omp parallel for schedule(static))
+    for (size_t j = 0; j < s->size; j++) {
+        bool drawn = std > 0 && !(s->init == INIT_GAMMA && j % 2); // the imaginary part of gamma is 0
+        w[j] = drawn ? std * random_normal(seed, stream, j, limit) : s->init == INIT_RESCALE ? 0.1 * pow(0.5, l) : 0;
+    }
+    for (int j = 0; s->init == INIT_THETA && j < D; j++) { // sigmoid(theta) = D^(-i/D), i in random order
+        int other = random_bits(seed, stream, j) % (j + 1);
+        double turn = exp(-(j + 1) * log(D) / D);
+        w[j] = w[other];
+        w[other] = log(turn / (1.0 - turn));
+    }
+}
+
 void model_init(Model* m, int seed) {
-    int D = m->config.model_dim;
     for (int i = 0; i < NUM_PARAMS; i++) {
         const Spec* s = &m->specs[i];
-        double std = s->init == INIT_LINEAR ? 1 / sqrt(3.0 * s->dims[1]) : s->init == INIT_EMBED ? 1 / sqrt(D)
-                   : s->init == INIT_OMEGA ? 0.25 : s->init == INIT_NORMAL ? 0.2 : s->init == INIT_GAMMA ? 1 : 0;
-        double limit = s->init == INIT_EMBED ? 3 : s->init == INIT_OMEGA ? 4 : INFINITY; // in standard deviations
-        for (int l = 0; l < s->slots; l++) {
-            float* w = ((float**)&m->params)[i] + l * s->size;
-            uint64_t stream = (uint64_t)i << 32 | l;
-            OMP(omp parallel for schedule(static))
-            for (size_t j = 0; j < (std > 0 ? s->size : 0); j++) {
-                w[j] = s->init == INIT_GAMMA && j % 2 ? 0 : std * random_normal(seed, stream, j, limit); // Im gamma = 0
-            }
-            for (size_t j = 0; s->init == INIT_RESCALE && j < s->size; j++) { w[j] = 0.1 * pow(0.5, l); }
-            for (int j = 0; s->init == INIT_THETA && j < D; j++) { // sigmoid(theta) = D^(-i/D), i in random order
-                int other = random_bits(seed, stream, j) % (j + 1);
-                double turn = exp(-(j + 1) * log(D) / D);
-                w[j] = w[other];
-                w[other] = log(turn / (1.0 - turn));
-            }
+        for (int l = 0; s->size && l < s->slots; l++) {
+            param_init(((float**)&m->params)[i] + l * s->size, s, i, l, &m->config, seed);
         }
     }
 }
@@ -1329,6 +1332,108 @@ void model_update(Model* m, const Options* o, double lr, int step, double grad_s
 
 // PyTorch's clip_grad_norm_: what to multiply gradients of this norm by. limit 0 is none.
 double clip_scale(double norm, double limit) { return limit > 0 && norm + 1e-6 > limit ? limit / (norm + 1e-6) : 1; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backends: what training, evaluation and generation ask of a device. Here the CPU's, in train_megalodon.cu the GPU's
+
+enum { WEIGHTS, ADAM_M, ADAM_V, NUM_BLOCKS }; // blocks of parameters in a checkpoint
+static const char* block_prefixes[NUM_BLOCKS] = {"", "adam_m.", "adam_v."};
+
+typedef struct {
+    void* self;        // handed to all functions below
+    const char* name;  // of the device
+    double peak;       // FLOP/s it could do at most, dense; 0 where unknown
+    int stream_tokens; // most that one call of stream may take
+    double (*memory_needed)(void* self, const Options* o); // bytes that training takes
+    void (*open)(void* self, const Options* o, bool training); // takes all memory, or refuses
+    void (*close)(void* self);
+    // Copies row i of the parameter table, layer l, between `host` and a block.
+    void (*copy)(void* self, int block, int i, int l, float* host, bool to_host);
+    // Adds the gradient of dloss * (sum of losses) of a micro-step of --batch x --seq tokens; the first of a step
+    // starts a new sum. May return before the work is done.
+    void (*micro_step)(void* self, const int* tokens, const int* targets, double dloss, bool first);
+    double (*finish_step)(void* self, double* loss); // norm of the gradient; sum of dloss * losses over the micro-steps
+    void (*update)(void* self, const Options* o, double lr, int step, double grad_scale); // AdamW; waits for its end
+    // T tokens, all in one chunk, that follow those streamed since the last reset; their losses, if targets is not NULL
+    void (*stream)(void* self, const int* tokens, int T, const int* targets, float* losses);
+    const float* (*logits)(void* self); // (vocab) of the last token streamed
+    void (*reset)(void* self);
+} Backend;
+
+enum { STREAM_TOKENS = 512 };
+typedef struct { Model m; Pass pass, stream; State state; double loss; } Cpu;
+
+// Weights, gradients and both moments; activations and their gradients; the stream's.
+double cpu_memory_needed(void* self, const Options* o) {
+    Spec params[NUM_PARAMS], acts[NUM_ACTS], shared[NUM_ACTS]; // of one timestep
+    (void)self;
+    param_specs(params, &o->model);
+    act_specs(acts, &o->model, 1, o->recompute ? KEEP_BLOCKS : KEEP_ALL);
+    act_specs(shared, &o->model, 1, KEEP_NONE);
+    double rows = (double)o->batch * o->seq, each = specs_size(acts, NUM_ACTS), once = specs_size(shared, NUM_ACTS);
+    double streamed = min_int(o->model.chunk_size, STREAM_TOKENS);
+    return sizeof(float) * (4.0 * specs_size(params, NUM_PARAMS) + rows * (each + once) + streamed * once);
+}
+
+void cpu_open(void* self, const Options* o, bool training) {
+    Cpu* r = (Cpu*)self;
+    const Config* c = &o->model;
+    model_alloc(&r->m, c, training);
+    if (training) { pass_alloc(&r->pass, c, o->batch, o->seq, o->recompute ? KEEP_BLOCKS : KEEP_ALL, KEEP_NONE); }
+    pass_alloc(&r->stream, c, 1, min_int(c->chunk_size, STREAM_TOKENS), KEEP_NONE, KEEP_NONE);
+    state_alloc(&r->state, c, 1, true);
+}
+
+void cpu_close(void* self) {
+    Cpu* r = (Cpu*)self;
+    model_free(&r->m); pass_free(&r->pass); pass_free(&r->stream); state_free(&r->state);
+}
+
+void cpu_copy(void* self, int block, int i, int l, float* host, bool to_host) {
+    Model* m = &((Cpu*)self)->m;
+    const Params* blocks[NUM_BLOCKS] = {&m->params, &m->adam_m, &m->adam_v};
+    float* here = ((float**)blocks[block])[i] + l * m->specs[i].size;
+    memcpy(to_host ? host : here, to_host ? here : host, m->specs[i].size * sizeof(float));
+}
+
+void cpu_micro_step(void* self, const int* tokens, const int* targets, double dloss, bool first) {
+    Cpu* r = (Cpu*)self;
+    size_t scored = 0;
+    if (first) { memset(r->m.grads.embed, 0, r->m.num_parameters * sizeof(float)); r->loss = 0; }
+    model_forward(&r->m, &r->pass, tokens, NULL, NULL);
+    r->loss += model_loss(&r->m, &r->pass, targets, &scored) * dloss;
+    model_backward(&r->m, &r->pass, tokens, targets, dloss, NULL, NULL);
+}
+
+double cpu_finish_step(void* self, double* loss) {
+    *loss = ((Cpu*)self)->loss;
+    return model_grad_norm(&((Cpu*)self)->m);
+}
+
+void cpu_update(void* self, const Options* o, double lr, int step, double grad_scale) {
+    model_update(&((Cpu*)self)->m, o, lr, step, grad_scale);
+}
+
+void cpu_stream(void* self, const int* tokens, int T, const int* targets, float* losses) {
+    Cpu* r = (Cpu*)self;
+    r->stream.T = T;
+    model_forward(&r->m, &r->stream, tokens, &r->state, &r->state);
+    if (targets) { crossentropy_forward(losses, r->stream.acts.logits, targets, T, r->m.config.vocab_size); }
+}
+
+const float* cpu_logits(void* self) {
+    Cpu* r = (Cpu*)self;
+    return r->stream.acts.logits + (size_t)(r->stream.T - 1) * r->m.config.vocab_size;
+}
+
+void cpu_reset(void* self) { state_reset(&((Cpu*)self)->state, &((Cpu*)self)->m.config); }
+
+Backend cpu_backend(Cpu* r) {
+    Backend b = {r, "CPU", 0, STREAM_TOKENS, cpu_memory_needed, cpu_open, cpu_close, cpu_copy, cpu_micro_step,
+                 cpu_finish_step, cpu_update, cpu_stream, cpu_logits, cpu_reset};
+    memset(r, 0, sizeof(*r));
+    return b;
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // safetensors: 8 bytes header length, JSON header, data. The reader takes files from strangers: what is not just as the
@@ -1689,11 +1794,9 @@ void options_print(const Options* o, FILE* f) {
 // Checkpoints: weights, both Adam moments, all flags and the step, from which data order and sampling follow
 
 // Writes DIR/step_%08d.safetensors under another name, flushes it to the disk, and only then gives it its name.
-void checkpoint_save(const Model* m, const Options* o, int step) {
-    static const char* prefixes[3] = {"", "adam_m.", "adam_v."};
-    const Params* blocks[3] = {&m->params, &m->adam_m, &m->adam_v};
-    char* header = NULL;
-    size_t length = 0, offset = 0;
+void checkpoint_save(const Backend* b, const Spec specs[NUM_PARAMS], const Options* o, int step) {
+    char *header = NULL, name[128];
+    size_t length = 0, offset = 0, largest = 0;
     FILE* h = open_memstream(&header, &length);
     if (!h) { die("out of memory"); }
     fprintf(h, "{\"__metadata__\":{\"format\":\"megalodon\",\"step\":\"%d\",\"tokens\":\"%.0f\"", step,
@@ -1707,14 +1810,14 @@ void checkpoint_save(const Model* m, const Options* o, int step) {
         fputc('"', h);
     }
     fputc('}', h);
-    for (int i = 0; i < 3 * NUM_PARAMS; i++) {
-        const Spec* s = &m->specs[i % NUM_PARAMS];
+    for (int i = 0; i < NUM_BLOCKS * NUM_PARAMS; i++) {
+        const Spec* s = &specs[i % NUM_PARAMS];
         for (int l = 0; s->size && l < s->slots; l++, offset += s->size * sizeof(float)) {
-            char name[128];
-            layer_name(name, prefixes[i / NUM_PARAMS], s->name, l);
+            layer_name(name, block_prefixes[i / NUM_PARAMS], s->name, l);
             fprintf(h, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", name);
             for (int d = 0; d < 3 && s->dims[d]; d++) { fprintf(h, "%s%zu", d ? "," : "", s->dims[d]); }
             fprintf(h, "],\"data_offsets\":[%zu,%zu]}", offset, offset + s->size * sizeof(float));
+            largest = s->size > largest ? s->size : largest;
         }
     }
     fputc('}', h);
@@ -1723,11 +1826,16 @@ void checkpoint_save(const Model* m, const Options* o, int step) {
 
     const char *path = text_of("%s/step_%08d.safetensors", o->out, step), *part = text_of("%s.part", path);
     FILE* f = fopen(part, "wb");
+    float* tensor = (float*)xcalloc(largest, sizeof(float));
     bool good = f != NULL;
     for (int i = 0; good && i < 8; i++) { good = fputc(length >> 8 * i & 255, f) != EOF; }
     good = good && fwrite(header, 1, length, f) == length;
-    for (int b = 0; good && b < 3; b++) { // a Params block lies in memory as its tensors do in the file
-        good = fwrite(blocks[b]->embed, sizeof(float), m->num_parameters, f) == m->num_parameters;
+    for (int i = 0; i < NUM_BLOCKS * NUM_PARAMS; i++) {
+        const Spec* s = &specs[i % NUM_PARAMS];
+        for (int l = 0; good && s->size && l < s->slots; l++) {
+            b->copy(b->self, i / NUM_PARAMS, i % NUM_PARAMS, l, tensor, true);
+            good = fwrite(tensor, sizeof(float), s->size, f) == s->size;
+        }
     }
     good = good && !fflush(f) && !fsync(fileno(f));
     int error = errno;
@@ -1739,7 +1847,7 @@ void checkpoint_save(const Model* m, const Options* o, int step) {
     }
     int folder = open(o->out, O_RDONLY | O_DIRECTORY); // the new name must survive a power cut too
     if (folder >= 0) { fsync(folder); close(folder); }
-    free(header);
+    free(header); free(tensor);
 }
 
 // The newest step below `below` that has a checkpoint in a folder; -1 if none has.
@@ -1766,36 +1874,38 @@ void checkpoint_open(SafeTensors* st, const char* folder) {
     die("--resume %s: no valid step_*.safetensors there", folder);
 }
 
-// Reads all tensors of a block of parameters; if NULL, only checks them. prefix: "", "adam_m." or "adam_v."
-void params_load(const Spec specs[NUM_PARAMS], const Params* block, const SafeTensors* st, const char* prefix) {
+// Checks that a file has all tensors of a block of parameters, and with b, reads them into it.
+void block_load(const Backend* b, const Spec specs[NUM_PARAMS], const SafeTensors* st, int block) {
     char name[128];
     for (int i = 0; i < NUM_PARAMS; i++) {
-        float* at = block ? ((float* const*)block)[i] : NULL;
-        for (int l = 0; specs[i].size && l < specs[i].slots; l++, at += block ? specs[i].size : 0) {
-            safetensors_read(st, layer_name(name, prefix, specs[i].name, l), &specs[i], at);
+        float* tensor = b ? (float*)xcalloc(specs[i].size, sizeof(float)) : NULL;
+        for (int l = 0; specs[i].size && l < specs[i].slots; l++) {
+            safetensors_read(st, layer_name(name, block_prefixes[block], specs[i].name, l), &specs[i], tensor);
+            if (b) { b->copy(b->self, block, i, l, tensor, false); }
         }
+        free(tensor);
     }
 }
 
-// Reads the weights, and refuses files that hold more than this model has. A released state dict also holds buffers,
-// which mean nothing here, and the embedding again as the output layer where they are tied.
-void model_load(Model* m, const SafeTensors* st) {
+// Refuses files that hold more than this model has. A released state dict also holds buffers, which mean nothing here,
+// and the embedding again as the output layer where they are tied.
+void weights_check(const Spec specs[NUM_PARAMS], const SafeTensors* st, bool share_emb) {
     char name[128];
-    params_load(m->specs, &m->params, st, "");
     for (int t = 0; t < st->num_tensors; t++) {
         const char *has = st->tensors[t].name, *dot = strrchr(has, '.');
         bool known = !strncmp(has, "adam_", 5) || !strcmp(has, "rope.freqs") || (dot && !strncmp(dot, ".prior_", 7));
-        for (const Spec* s = m->specs; s < m->specs + NUM_PARAMS; s++) {
+        for (const Spec* s = specs; s < specs + NUM_PARAMS; s++) {
             for (int l = 0; s->size && l < s->slots && !known; l++) {
                 known = !strcmp(has, layer_name(name, "", s->name, l));
             }
         }
-        if (!known && m->config.share_emb && !strcmp(has, "output.output.weight")) {
-            float* output = (float*)xcalloc(m->specs[0].size, sizeof(float));
-            safetensors_read(st, has, &m->specs[0], output);
-            known = !memcmp(output, m->params.embed, m->specs[0].size * sizeof(float));
-            if (!known) { die("%s: share_emb is 1, but '%s' differs from 'embed.weight'", st->path, has); }
-            free(output);
+        if (!known && share_emb && !strcmp(has, "output.output.weight")) {
+            float *output = (float*)xcalloc(specs[0].size, sizeof(float)), *embed = (float*)xcalloc(specs[0].size, 4);
+            safetensors_read(st, has, &specs[0], output);
+            safetensors_read(st, specs[0].name, &specs[0], embed);
+            known = !memcmp(output, embed, specs[0].size * sizeof(float));
+            if (!known) { die("%s: share_emb is 1, but '%s' differs from '%s'", st->path, has, specs[0].name); }
+            free(output); free(embed);
         }
         if (!known) { die("%s: unexpected tensor '%s': a model of this configuration has none", st->path, has); }
     }
@@ -1896,29 +2006,22 @@ void dataset_sample(const Dataset* d, int seed, uint64_t step, uint64_t row, int
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Streaming: evaluation and generation in constant memory
-
-enum { STREAM_TOKENS = 512 }; // at a time, at most
-typedef struct { Pass pass; State state; int tokens[STREAM_TOKENS + 1]; } Stream; // a forward pass, and what it carries
-
-void stream_alloc(Stream* s, const Config* c) {
-    pass_alloc(&s->pass, c, 1, min_int(c->chunk_size, STREAM_TOKENS), KEEP_NONE, KEEP_NONE);
-    state_alloc(&s->state, c, 1, true);
-}
-
-void stream_free(Stream* s) { pass_free(&s->pass); state_free(&s->state); }
+// Use: evaluation, generation, training; on any backend
 
 // Mean loss in nats over the tokens of d in order, state carried; each but the first is scored once.
-double evaluate(const Model* m, Stream* s, const Dataset* d, size_t* scored) {
-    double sum = *scored = 0;
-    state_reset(&s->state, &m->config);
-    for (size_t at = 0; at + 1 < d->size; at += s->pass.T) {
-        s->pass.T = min_int(min_size(d->size - 1 - at, STREAM_TOKENS), m->config.chunk_size - s->state.pos);
-        dataset_read(d, at, s->pass.T + 1, s->tokens, m->config.vocab_size);
-        model_forward(m, &s->pass, s->tokens, &s->state, &s->state);
-        sum += model_loss(m, &s->pass, s->tokens + 1, scored);
+double evaluate(const Backend* b, const Config* c, const Dataset* d) {
+    int *tokens = (int*)xcalloc(b->stream_tokens + 1, sizeof(int)), T;
+    float* losses = (float*)xcalloc(b->stream_tokens, sizeof(float));
+    double sum = 0;
+    b->reset(b->self);
+    for (size_t at = 0; at + 1 < d->size; at += T) {
+        T = min_size(d->size - 1 - at, min_size(b->stream_tokens, c->chunk_size - at % c->chunk_size));
+        dataset_read(d, at, T + 1, tokens, c->vocab_size);
+        b->stream(b->self, tokens, T, tokens + 1, losses);
+        for (int t = 0; t < T; t++) { sum += losses[t]; }
     }
-    return sum / *scored;
+    free(tokens); free(losses);
+    return sum / (d->size - 1);
 }
 
 typedef struct { float p; int id; } Candidate;
@@ -1947,26 +2050,22 @@ int sample(const float* logits, int vocab, const Options* o, double u) {
 }
 
 // Prints n tokens that follow the prompt (a newline if it is empty): bytes, or numbers where tokens are not bytes.
-void generate(const Model* m, Stream* s, const Options* o, int n, uint64_t stream) {
+void generate(const Backend* b, const Options* o, int n, uint64_t stream) {
     const char* prompt = *o->prompt ? o->prompt : "\n";
-    int vocab = m->config.vocab_size, length = strlen(prompt);
-    state_reset(&s->state, &m->config);
-    s->pass.T = 1;
+    int vocab = o->model.vocab_size, length = strlen(prompt);
+    b->reset(b->self);
     for (int i = 0, token; i < length + n; i++) {
         if (i < length) { token = (unsigned char)prompt[i]; }
         else {
             double u = random_uniform(o->seed, ((uint64_t)2 << 56) + stream, i - length);
-            token = sample(s->pass.acts.logits, vocab, o, u);
+            token = sample(b->logits(b->self), vocab, o, u);
             if (vocab <= 256) { putchar(token); } else { printf("%d ", token); }
             fflush(stdout);
         }
         if (token >= vocab) { die("--prompt: byte %d is not below vocab_size %d", token, vocab); }
-        if (i + 1 < length + n) { model_forward(m, &s->pass, &token, &s->state, &s->state); }
+        if (i + 1 < length + n) { b->stream(b->self, &token, 1, NULL, NULL); }
     }
 }
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Training
 
 // Learning rate of a step counted from 0: linear warmup, then from lr to lr * lr_end_ratio over the rest of the steps.
 double learning_rate(const Options* o, int step) {
@@ -2005,12 +2104,14 @@ FILE* log_open(const Options* o, int step) {
     return f;
 }
 
-// Prints the line of a finished step, and adds it to log.tsv. val is NAN where the step has no validation.
+// Prints the line of a finished step, and adds it to log.tsv. val is NAN where the step has no validation. peak: of the
+// device, in tokens/s, or 0.
 void log_step(const Options* o, FILE* log, int step, double loss, double norm, double lr, double ms, double left,
-              double val) {
+              double val, double peak) {
     double tokens = (double)o->accum * o->batch * o->seq, speed = 1e3 * tokens / ms;
-    printf("step %d/%d | loss %.4f | norm %.3f | lr %.2e | %.0f tok/s | %.1f ms | %d:%02d left\n", step, o->steps, loss,
-           norm, lr, speed, ms, (int)left / 60, (int)left % 60);
+    printf("step %d/%d | loss %.4f | norm %.3f | lr %.2e | %.0f tok/s | %.1f ms | %s%d:%02d left\n", step, o->steps,
+           loss, norm, lr, speed, ms, peak > 0 ? text_of("%.1f%% of peak | ", 100 * speed / peak) : "", (int)left / 60,
+           (int)left % 60);
     if (!isnan(val)) { printf("step %d: val loss %.4f\n", step, val); }
     fflush(stdout);
     if (!log) { return; }
@@ -2019,57 +2120,70 @@ void log_step(const Options* o, FILE* log, int step, double loss, double norm, d
     if (fflush(log)) { die("cannot write %s/log.tsv: %s", o->out, strerror(errno)); }
 }
 
-void train(Model* m, const Options* o, int first_step, const Dataset* data, const Dataset* held_out) {
-    const Config* c = &m->config;
-    int B = o->batch, T = o->seq;
-    size_t rows = (size_t)B * T, scored;
-    int *tokens = (int*)xcalloc(rows + 1, sizeof(int)), *targets = (int*)xcalloc(rows, sizeof(int));
-    Pass pass;
-    Stream stream;
-    pass_alloc(&pass, c, B, T, o->recompute ? KEEP_BLOCKS : KEEP_ALL, KEEP_NONE);
-    stream_alloc(&stream, c);
+// FLOPs of a token, forward and backward: 2 + 4 for each weight in a matrix product, and attention's, causal (a chunk's
+// mean length is c/2).
+double flops_per_token(const Config* c) {
+    Spec specs[NUM_PARAMS];
+    double weights = (double)c->vocab_size * c->model_dim; // the output layer
+    param_specs(specs, c);
+    for (int i = 0; i < NUM_PARAMS; i++) {
+        if (specs[i].init == INIT_LINEAR && specs[i].dims[1]) { weights += (double)specs[i].slots * specs[i].size; }
+    }
+    return 6 * weights + 3.0 * c->num_layers * c->chunk_size * (c->z_dim + c->value_dim);
+}
+
+// The tokens and targets of all micro-steps of a step.
+void read_step(const Options* o, const Dataset* data, int step, int* tokens, int* targets) {
+    size_t T = o->seq;
+    int* row = (int*)xcalloc(T + 1, sizeof(int));
+    for (size_t r = 0; r < (size_t)o->accum * o->batch; r++) {
+        dataset_sample(data, o->seed, step, r, T, o->model.vocab_size, row);
+        memcpy(tokens + r * T, row, T * sizeof(int));
+        memcpy(targets + r * T, row + 1, T * sizeof(int));
+    }
+    free(row);
+}
+
+void train(const Backend* b, const Options* o, const Spec* specs, int first_step, const Dataset* data,
+           const Dataset* held_out) {
+    size_t rows = (size_t)o->batch * o->seq;
+    int *tokens = (int*)xcalloc(rows * o->accum, sizeof(int)), *targets = (int*)xcalloc(rows * o->accum, sizeof(int));
     FILE* log = *o->out ? log_open(o, first_step) : NULL;
     signal(SIGINT, on_signal); signal(SIGTERM, on_signal);
-    double started = seconds(), dloss = 1.0 / rows / o->accum;
+    double started = seconds(), dloss = 1.0 / rows / o->accum, peak = b->peak / flops_per_token(&o->model);
+    read_step(o, data, first_step, tokens, targets);
     for (int step = first_step; step < o->steps; step++) {
         double step_started = seconds(), loss = 0, val = NAN, lr = learning_rate(o, step);
-        memset(m->grads.embed, 0, m->num_parameters * sizeof(float));
         for (int micro = 0; micro < o->accum; micro++) {
-            for (size_t b = 0; b < (size_t)B; b++) { // T + 1 tokens; the next row overwrites the last of them
-                dataset_sample(data, o->seed, step, (uint64_t)micro * B + b, T, c->vocab_size, tokens + b * T);
-                memcpy(targets + b * T, tokens + b * T + 1, T * sizeof(int));
-            }
-            model_forward(m, &pass, tokens, NULL, NULL);
-            loss += model_loss(m, &pass, targets, &scored) * dloss;
-            model_backward(m, &pass, tokens, targets, dloss, NULL, NULL);
+            b->micro_step(b->self, tokens + micro * rows, targets + micro * rows, dloss, micro == 0);
         }
-        double norm = model_grad_norm(m);
         int done = step + 1;
         bool last = done == o->steps;
+        if (!last) { read_step(o, data, done, tokens, targets); } // while a GPU works
+        double norm = b->finish_step(b->self, &loss);
         if (!isfinite(loss) || !isfinite(norm)) {
             die("step %d: loss %g, gradient norm %g: stopped before the weights change; checkpoints stay as they are",
                 done, loss, norm);
         }
-        model_update(m, o, lr, done, clip_scale(norm, o->clip));
+        b->update(b->self, o, lr, done, clip_scale(norm, o->clip));
         double ms = 1e3 * (seconds() - step_started);
         bool validates = held_out->size > 1 && (last || (o->val_every && done % o->val_every == 0));
-        if (validates) { val = evaluate(m, &stream, held_out, &scored); }
+        if (validates) { val = evaluate(b, &o->model, held_out); }
         double left = (seconds() - started) / (done - first_step) * (o->steps - done);
-        log_step(o, log, done, loss, norm, lr, ms, left, val);
+        log_step(o, log, done, loss, norm, lr, ms, left, val, peak);
         if (o->sample_every && (last || done % o->sample_every == 0)) {
             printf("---- sample ----\n");
-            generate(m, &stream, o, 400, done);
+            generate(b, o, 400, done);
             printf("\n----------------\n");
         }
         bool stop = stop_asked; // read once: a signal may come at any moment
         bool due = last || stop || (o->checkpoint_every && done % o->checkpoint_every == 0);
-        if (*o->out && due) { checkpoint_save(m, o, done); }
+        if (*o->out && due) { checkpoint_save(b, specs, o, done); }
         if (!stop) { continue; }
         printf("stopped by a signal after step %d, %s\n", done, *o->out ? "saved" : "not saved: no --out");
         break;
     }
     if (log) { fclose(log); }
-    pass_free(&pass); stream_free(&stream);
     free(tokens); free(targets);
 }
 
@@ -2088,17 +2202,6 @@ void data_open(const Options* o, bool training, Dataset* data, Dataset* held_out
     if (used) { die("--out %s holds checkpoints: --resume it, or name another folder", o->out); }
     dataset_check(held_out, o->model.vocab_size);
     if (*o->out && mkdir(o->out, 0777) && errno != EEXIST) { die("--out %s: %s", o->out, strerror(errno)); }
-}
-
-// Bytes that training takes: weights, gradients and both moments; activations and their gradients; the stream's.
-double memory_needed(const Options* o) {
-    Spec params[NUM_PARAMS], acts[NUM_ACTS], shared[NUM_ACTS]; // of one timestep
-    param_specs(params, &o->model);
-    act_specs(acts, &o->model, 1, o->recompute ? KEEP_BLOCKS : KEEP_ALL);
-    act_specs(shared, &o->model, 1, KEEP_NONE);
-    double rows = (double)o->batch * o->seq, each = specs_size(acts, NUM_ACTS), once = specs_size(shared, NUM_ACTS);
-    double streamed = min_int(o->model.chunk_size, STREAM_TOKENS);
-    return sizeof(float) * (4.0 * specs_size(params, NUM_PARAMS) + rows * (each + once) + streamed * once);
 }
 
 // A preset first, then what a file says, then the flags, whatever their order. With --load or --resume st is left open.
@@ -2142,59 +2245,71 @@ void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
     if (strlen(o->out) > PATH_MAX - 64) { die("--out: the name is too long"); }
 }
 
+// What the options ask for. With --load or --resume st is open.
+void run(const Backend* b, const Options* o, SafeTensors* st) {
+    bool loaded = *o->load || *o->resume, training = !o->generate && !*o->eval;
+    FILE* info = o->generate ? stderr : stdout; // a sample has stdout for itself
+    Spec specs[NUM_PARAMS];
+    static Dataset data, held_out;
+    param_specs(specs, &o->model);
+    options_print(o, info);
+    fprintf(info, "device: %s\nnum_parameters: %zu\n", b->name, specs_size(specs, NUM_PARAMS));
+    double needed = b->memory_needed(b->self, o);
+    if (training) { fprintf(info, "memory: %.1f MB\n", needed / 1e6); }
+    if (needed > 1e15) { die("--batch %d --seq %d: more than any machine has", o->batch, o->seq); }
+    if (o->dry_run) { return; }
+    data_open(o, training, &data, &held_out);
+    for (int block = WEIGHTS; loaded && block <= (*o->resume && training ? ADAM_V : WEIGHTS); block++) {
+        block_load(NULL, specs, st, block); // before the memory is taken that the file says it needs
+    }
+    b->open(b->self, o, training);
+    if (loaded) {
+        weights_check(specs, st, o->model.share_emb);
+        for (int block = WEIGHTS; block <= (*o->resume && training ? ADAM_V : WEIGHTS); block++) {
+            block_load(b, specs, st, block);
+        }
+        fprintf(info, "weights: %s\n", st->path);
+    }
+    for (int i = 0; !loaded && i < NUM_PARAMS; i++) {
+        float* tensor = (float*)xcalloc(specs[i].size, sizeof(float));
+        for (int l = 0; specs[i].size && l < specs[i].slots; l++) {
+            param_init(tensor, &specs[i], i, l, &o->model, o->seed);
+            b->copy(b->self, WEIGHTS, i, l, tensor, false);
+        }
+        free(tensor);
+    }
+    if (training) {
+        int step = *o->resume ? atoi(safetensors_meta(st, "step")) : 0;
+        if (step >= o->steps) { printf("step %d of %d: nothing left to do\n", step, o->steps); }
+        else { train(b, o, specs, step, &data, &held_out); }
+    } else if (o->generate) { generate(b, o, o->generate, 0); }
+    else {
+        double loss = evaluate(b, &o->model, &data);
+        printf("eval: tokens %zu nats/token %.6f perplexity %.4f bits/byte ", data.size - 1, loss, exp(loss));
+        printf(data.segments[0].width == 1 ? "%.4f\n" : "unknown\n", loss / log(2));
+    }
+    b->close(b->self);
+    if (loaded) { safetensors_close(st); }
+    if (fflush(stdout) || ferror(stdout)) { die("stdout: %s", strerror(errno)); }
+}
+
 #ifndef TESTING
 int main(int argc, char** argv) {
     Options o;
     SafeTensors st;
-    Model model;
-    Spec specs[NUM_PARAMS];
-    static Dataset data, held_out;
+    Cpu cpu;
+    Backend backend = cpu_backend(&cpu);
 #ifdef _OPENMP
     // libgomp's threads spin at barriers, which is ruinous as soon as another process wants a core; a short spin costs
     // nothing. It reads this before main, hence the second start.
     if (!getenv("GOMP_SPINCOUNT") && !setenv("GOMP_SPINCOUNT", "3000", 0)) { execv("/proc/self/exe", argv); }
 #endif
     options_parse(&o, argc, argv, &st);
-    bool loaded = *o.load || *o.resume, training = !o.generate && !*o.eval;
-    FILE* info = o.generate ? stderr : stdout; // a sample has stdout for itself
 #ifdef _OPENMP
     if (o.threads) { omp_set_num_threads(o.threads); }
     o.threads = omp_get_max_threads();
 #endif
-    param_specs(specs, &o.model);
-    options_print(&o, info);
-    fprintf(info, "num_parameters: %zu\n", specs_size(specs, NUM_PARAMS));
-    if (training) { fprintf(info, "memory: %.1f MB\n", memory_needed(&o) / 1e6); }
-    if (memory_needed(&o) > 1e15) { die("--batch %d --seq %d: more than any machine has", o.batch, o.seq); }
-    if (o.dry_run) { return 0; }
-    data_open(&o, training, &data, &held_out);
-    if (loaded) { params_load(specs, NULL, &st, ""); } // before the memory is taken that the file says it needs
-    model_alloc(&model, &o.model, training);
-    if (loaded) { model_load(&model, &st); fprintf(info, "weights: %s\n", st.path); }
-    else { model_init(&model, o.seed); }
-    if (training) {
-        int step = *o.resume ? atoi(safetensors_meta(&st, "step")) : 0;
-        if (*o.resume) {
-            params_load(specs, &model.adam_m, &st, "adam_m.");
-            params_load(specs, &model.adam_v, &st, "adam_v.");
-        }
-        if (step >= o.steps) { printf("step %d of %d: nothing left to do\n", step, o.steps); }
-        else { train(&model, &o, step, &data, &held_out); }
-    } else {
-        Stream stream;
-        size_t scored;
-        stream_alloc(&stream, &o.model);
-        if (o.generate) { generate(&model, &stream, &o, o.generate, 0); }
-        else {
-            double loss = evaluate(&model, &stream, &data, &scored);
-            printf("eval: tokens %zu nats/token %.6f perplexity %.4f bits/byte ", scored, loss, exp(loss));
-            printf(data.segments[0].width == 1 ? "%.4f\n" : "unknown\n", loss / log(2));
-        }
-        stream_free(&stream);
-    }
-    model_free(&model);
-    if (loaded) { safetensors_close(&st); }
-    if (fflush(stdout) || ferror(stdout)) { die("stdout: %s", strerror(errno)); }
+    run(&backend, &o, &st);
     return 0;
 }
 #endif

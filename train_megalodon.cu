@@ -2180,23 +2180,28 @@ __global__ void round_kernel(bf16* out, const float* inp, size_t n) {
         out[i] = __float2bfloat16_rn(inp[i]);
     }
 }
-// After the parameters have changed otherwise than by model_update.
-template <typename X> static void model_round(Gpu& gpu, ModelOf<X>* m) {
+// After n parameters from `at` on have changed otherwise than by model_update.
+template <typename X> static void model_round(Gpu& gpu, ModelOf<X>* m, size_t at, size_t n) {
     if (std::is_same<X, float>::value) { return; }
-    round_kernel<<<NORM_BLOCKS, 256, 0, gpu.stream>>>((bf16*)m->weights, m->params, m->size);
+    round_kernel<<<NORM_BLOCKS, 256, 0, gpu.stream>>>((bf16*)m->weights + at, m->params + at, n);
     LAUNCHED();
 }
 
-// Copies between a block on the device (params, grads, adam_m or adam_v) and one of a Model of the CPU.
-template <typename X> static void model_copy(Gpu& gpu, const ModelOf<X>* m, float* block, Params host, bool to_host) {
+// Copies tensor i of layer l between a block on the device (params, grads, adam_m or adam_v) and the host.
+template <typename X> static void tensor_copy(Gpu& gpu, const ModelOf<X>* m, float* block, int i, int l, float* host,
+        bool to_host) {
+    const ParamPlace* p = &m->places[i];
+    float* there = block + p->offset + l * p->step;
+    size_t width = p->columns * sizeof(float), pitch = p->pitch * sizeof(float);
     gpu_sync(&gpu);
+    if (to_host) { CUDA(cudaMemcpy2D(host, width, there, pitch, width, p->rows, cudaMemcpyDeviceToHost)); }
+    else { CUDA(cudaMemcpy2D(there, pitch, host, width, width, p->rows, cudaMemcpyHostToDevice)); }
+}
+// The same for all tensors of a block of a Model of the CPU.
+template <typename X> static void model_copy(Gpu& gpu, const ModelOf<X>* m, float* block, Params host, bool to_host) {
     for (int i = 0; i < NUM_PARAMS; i++) {
-        const ParamPlace* p = &m->places[i];
         for (int l = 0; m->specs[i].size && l < m->specs[i].slots; l++) {
-            float *there = block + p->offset + l * p->step, *here = ((float**)&host)[i] + l * m->specs[i].size;
-            size_t width = p->columns * sizeof(float), pitch = p->pitch * sizeof(float);
-            if (to_host) { CUDA(cudaMemcpy2D(here, width, there, pitch, width, p->rows, cudaMemcpyDeviceToHost)); }
-            else { CUDA(cudaMemcpy2D(there, pitch, here, width, width, p->rows, cudaMemcpyHostToDevice)); }
+            tensor_copy(gpu, m, block, i, l, ((float**)&host)[i] + l * m->specs[i].size, to_host);
         }
     }
 }
@@ -2393,16 +2398,6 @@ template <typename X> static StateOf<X> state_layer(const StateOf<X>* s, const C
         r.v += l * chunk * c->value_dim;
     }
     return r;
-}
-
-// The CPU's initialization.
-template <typename X> static void model_init(Gpu& gpu, ModelOf<X>* m, int seed) {
-    Model host;
-    model_alloc(&host, &m->config, false);
-    model_init(&host, seed);
-    model_copy(gpu, m, m->params, host.params, false);
-    model_free(&host);
-    model_round(gpu, m);
 }
 
 // Sizes that every function of the model needs.
@@ -2680,85 +2675,21 @@ template <typename X> static void model_update(Gpu& gpu, ModelOf<X>* m, const Op
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Streaming: evaluation and generation in constant memory
+// The backend: what the loops of train_megalodon.c ask of a GPU
 
-template <typename X> struct StreamOf {
-    PassOf<X> pass;   // of at most a chunk
-    StateOf<X> state; // what it carries
-    int* tokens;      // of a chunk and one more, on the host
-    float* logits;    // of the last timestep of each batch row, on the host
+template <typename X> struct GpuBackend {
+    Gpu gpu;
+    ModelOf<X> m;
+    PassOf<X> pass, stream; // of a micro-step, of at most a chunk
+    StateOf<X> state;       // what the stream carries
+    double *sums, *losses;  // sum of the losses of each micro-step: on the device, on the host
+    double dloss;
+    int micro;              // micro-steps since the last update
+    float* logits;          // on the host
 };
+template <typename X> static GpuBackend<X>* of(void* self) { return (GpuBackend<X>*)self; }
 
-template <typename X> static void stream_alloc(Gpu& gpu, StreamOf<X>* s, const Config* c, int B) {
-    pass_alloc(gpu, &s->pass, c, B, c->chunk_size, KEEP_NONE, KEEP_NONE);
-    state_alloc(gpu, &s->state, c, B, true);
-    s->tokens = (int*)xcalloc((size_t)B * (c->chunk_size + 1), sizeof(int));
-    s->logits = (float*)xcalloc((size_t)B * c->vocab_size, sizeof(float));
-}
-
-template <typename X> static void stream_free(Gpu& gpu, StreamOf<X>* s) {
-    pass_free(gpu, &s->pass);
-    state_free(gpu, &s->state);
-    free(s->tokens);
-    free(s->logits);
-}
-
-// The last timestep's logits of every batch row, on the host.
-template <typename X> static const float* stream_logits(Gpu& gpu, const ModelOf<X>* m, StreamOf<X>* s) {
-    size_t vocab = m->config.vocab_size, T = s->pass.T, B = s->pass.B;
-    const X* logits = acts_layer<X>(s->pass.places, s->pass.acts, 0).logits + (T - 1) * vocab;
-    gpu_sync(&gpu);
-    CUDA(cudaMemcpy2D(s->logits, vocab * sizeof(X), logits, T * vocab * sizeof(X), vocab * sizeof(X), B,
-                      cudaMemcpyDeviceToHost));
-    to_floats<X>(s->logits, B * vocab);
-    return s->logits;
-}
-
-// Mean loss in nats over the tokens of d in order, state carried; each but the first is scored once.
-template <typename X> static double evaluate(Gpu& gpu, const ModelOf<X>* m, StreamOf<X>* s, const Dataset* d,
-        size_t* scored) {
-    double sum = 0;
-    state_reset(gpu, &s->state, &m->config);
-    *scored = 0;
-    for (size_t at = 0; at + 1 < d->size; at += s->pass.T) {
-        s->pass.T = min_size(d->size - 1 - at, m->config.chunk_size);
-        dataset_read(d, at, s->pass.T + 1, s->tokens, m->config.vocab_size);
-        model_forward(gpu, m, &s->pass, s->tokens, &s->state, &s->state);
-        sum += model_loss(gpu, m, &s->pass, s->tokens + 1, scored);
-    }
-    return sum / *scored;
-}
-
-// Prints n tokens that follow the prompt (a newline if it is empty): bytes, or numbers where tokens are not bytes.
-template <typename X> static void generate(Gpu& gpu, const ModelOf<X>* m, StreamOf<X>* s, const Options* o, int n,
-        uint64_t stream) {
-    const char* prompt = *o->prompt ? o->prompt : "\n";
-    int vocab = m->config.vocab_size;
-    state_reset(gpu, &s->state, &m->config);
-    // as much as the chunk has room for
-    for (size_t left = strlen(prompt); left; left -= s->pass.T, prompt += s->pass.T) {
-        s->pass.T = min_size(left, m->config.chunk_size - s->state.pos);
-        for (int i = 0; i < s->pass.T; i++) {
-            s->tokens[i] = (unsigned char)prompt[i];
-            if (s->tokens[i] >= vocab) { die("--prompt: byte %d is not below vocab_size %d", s->tokens[i], vocab); }
-        }
-        model_forward(gpu, m, &s->pass, s->tokens, &s->state, &s->state);
-    }
-    for (int i = 0; i < n; i++) {
-        int token = sample(stream_logits(gpu, m, s), vocab, o, random_uniform(o->seed, ((uint64_t)2 << 56) + stream,
-                i));
-        if (vocab <= 256) { putchar(token); } else { printf("%d ", token); }
-        fflush(stdout);
-        s->pass.T = 1;
-        if (i + 1 < n) { model_forward(gpu, m, &s->pass, &token, &s->state, &s->state); }
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Training
-
-// Bytes that training takes, counted by asking for all of it without taking it; scratch memory as it will be at its
-// largest.
+// Counted by asking for all of it without taking it; scratch memory as it will be at its largest.
 template <typename X> static size_t memory_needed(const Gpu& gpu, const Options* o, int keep) {
     const Config* c = &o->model;
     Gpu count = gpu;
@@ -2768,8 +2699,8 @@ template <typename X> static size_t memory_needed(const Gpu& gpu, const Options*
     size_t rows = (size_t)o->batch * o->seq, chunk = min_int(c->chunk_size, o->seq), D = c->model_dim, V = c->value_dim;
     size_t scores = sizeof(X) * 2 * chunk * chunk, least = 2 * (size_t)SCORES_BYTES;
     count.dry = true;
-    count.allocated = WORKSPACE + (scores > least ? scores : least) + rows * D / 4 + (D
-            + V) * gpu.card.multiProcessorCount * 160;
+    count.allocated = WORKSPACE + (scores > least ? scores : least) + rows * D / 4
+                      + (D + V) * gpu.card.multiProcessorCount * 160;
     model_alloc(count, &m, c, true);
     pass_alloc(count, &s, c, o->batch, o->seq, keep, KEEP_NONE);
     pass_alloc(count, &s, c, 1, c->chunk_size, KEEP_NONE, KEEP_NONE);
@@ -2783,10 +2714,14 @@ template <typename X> static int what_to_keep(const Gpu& gpu, const Options* o) 
     return memory_needed<X>(gpu, o, KEEP_ALL) <= gpu.card.totalGlobalMem / 2 ? (int)KEEP_ALL : (int)KEEP_CHEAPLY;
 }
 
+template <typename X> static double gpu_memory_needed(void* self, const Options* o) {
+    return memory_needed<X>(of<X>(self)->gpu, o, what_to_keep<X>(of<X>(self)->gpu, o));
+}
+
 // Refuses what does not fit the card, with the numbers and what would fit.
 template <typename X> static void memory_check(Gpu& gpu, const Options* o) {
     size_t free, total, needed = memory_needed<X>(gpu, o, what_to_keep<X>(gpu, o));
-    char advice[128] = "; not even --batch 1 --seq 1 --recompute 1 would fit";
+    const char* advice = "; not even --batch 1 --seq 1 --recompute 1 would fit";
     CUDA(cudaMemGetInfo(&free, &total));
     if (needed <= free) { return; }
     Options less = *o;
@@ -2794,155 +2729,129 @@ template <typename X> static void memory_check(Gpu& gpu, const Options* o) {
     less.recompute = 1;
     while (!fits() && less.batch > 1) { less.batch--; }
     while (!fits() && less.seq > 1) { less.seq /= 2; }
-    if (fits()) {
-        snprintf(advice, sizeof(advice), "; --batch %d --seq %d --recompute 1 would fit", less.batch, less.seq);
-    }
+    if (fits()) { advice = text_of("; --batch %d --seq %d --recompute 1 would fit", less.batch, less.seq); }
     die("training needs %.1f MB of GPU memory, %.1f MB of %.1f MB are free%s", needed / 1e6, free / 1e6, total / 1e6,
         advice);
 }
 
-// Writes a checkpoint through a Model of the CPU, which has no gradients here.
-template <typename X> static void checkpoint_save(Gpu& gpu, const ModelOf<X>* m, const Options* o, int step) {
-    Model host;
-    model_alloc(&host, &m->config, false);
-    specs_place(&host.adam_m, (float*)xcalloc(m->num_parameters, sizeof(float)), host.specs, NUM_PARAMS);
-    specs_place(&host.adam_v, (float*)xcalloc(m->num_parameters, sizeof(float)), host.specs, NUM_PARAMS);
-    model_copy(gpu, m, m->params, host.params, true);
-    model_copy(gpu, m, m->adam_m, host.adam_m, true);
-    model_copy(gpu, m, m->adam_v, host.adam_v, true);
-    checkpoint_save(&host, o, step);
-    model_free(&host);
+template <typename X> static void gpu_open(void* self, const Options* o, bool training) {
+    GpuBackend<X>* r = of<X>(self);
+    const Config* c = &o->model;
+    if (training) { memory_check<X>(r->gpu, o); }
+    model_alloc(r->gpu, &r->m, c, training);
+    if (training) {
+        pass_alloc(r->gpu, &r->pass, c, o->batch, o->seq, what_to_keep<X>(r->gpu, o), KEEP_NONE);
+        r->sums = (double*)gpu_alloc(&r->gpu, o->accum * sizeof(double));
+        r->losses = (double*)xcalloc(o->accum, sizeof(double));
+    }
+    pass_alloc(r->gpu, &r->stream, c, 1, c->chunk_size, KEEP_NONE, KEEP_NONE);
+    state_alloc(r->gpu, &r->state, c, 1, true);
+    r->logits = (float*)xcalloc(c->vocab_size, sizeof(float));
 }
 
-template <typename X> static void train(Gpu& gpu, ModelOf<X>* m, const Options* o, int first_step, const Dataset* data,
-        const Dataset* held_out) {
-    const Config* c = &m->config;
-    int B = o->batch, T = o->seq, *row = (int*)xcalloc((size_t)T + 1, sizeof(int));
-    size_t rows = (size_t)B * T, scored;
-    int *tokens = (int*)xcalloc(rows * o->accum, sizeof(int)), *targets = (int*)xcalloc(rows * o->accum, sizeof(int));
-    double *losses = (double*)gpu_alloc(&gpu, o->accum * sizeof(double)), *sums = (double*)xcalloc(o->accum,
-            sizeof(double));
-    PassOf<X> pass;
-    StreamOf<X> stream;
-    pass_alloc(gpu, &pass, c, B, T, what_to_keep<X>(gpu, o), KEEP_NONE);
-    stream_alloc(gpu, &stream, c, 1);
-    FILE* log = *o->out ? log_open(o, first_step) : NULL;
-    signal(SIGINT, on_signal);
-    signal(SIGTERM, on_signal);
-    auto read_step = [&](int step) { // all micro-steps' tokens
-        for (size_t r = 0; r < (size_t)B * o->accum; r++) {
-            dataset_sample(data, o->seed, step, r, T, c->vocab_size, row);
-            memcpy(tokens + r * T, row, T * sizeof(int));
-            memcpy(targets + r * T, row + 1, T * sizeof(int));
-        }
-    };
-    read_step(first_step);
-    double started = seconds();
-    for (int step = first_step; step < o->steps && !stop_asked; step++) {
-        double step_started = seconds(), loss = 0, val = NAN, lr = learning_rate(o, step),
-                dloss = 1.0 / rows / o->accum;
-        for (int micro = 0; micro < o->accum; micro++) {
-            gpu.accumulate = micro > 0;
-            model_forward<X>(gpu, m, &pass, tokens + micro * rows, NULL, NULL);
-            model_losses(gpu, m, &pass, targets + micro * rows, dloss, losses + micro);
-            model_backward<X>(gpu, m, &pass, tokens + micro * rows, NULL, NULL);
-        }
-        if (step + 1 < o->steps) { read_step(step + 1); } // while the GPU works
-        double norm = model_grad_norm(gpu, m);
-        int done = step + 1;
-        bool last = done == o->steps;
-        CUDA(cudaMemcpy(sums, losses, o->accum * sizeof(double), cudaMemcpyDeviceToHost));
-        for (int micro = 0; micro < o->accum; micro++) { loss += sums[micro] * dloss; }
-        if (!isfinite(loss) || !isfinite(norm)) {
-            die("step %d: loss %g, gradient norm %g: stopped before the weights change; checkpoints stay as they are",
-                done, loss, norm);
-        }
-        model_update(gpu, m, o, lr, done, clip_scale(norm, o->clip));
-        gpu_sync(&gpu);
-        double ms = 1e3 * (seconds() - step_started);
-        if (held_out->size > 1 && (last || (o->val_every && done % o->val_every == 0))) {
-            val = evaluate(gpu, m, &stream, held_out, &scored);
-        }
-        log_step(o, log, done, loss, norm, lr, ms, (seconds() - started) / (done - first_step) * (o->steps - done),
-                 val);
-        if (o->sample_every && (last || done % o->sample_every == 0)) {
-            printf("---- sample ----\n");
-            generate(gpu, m, &stream, o, 400, done);
-            printf("\n----------------\n");
-        }
-        bool due = last || stop_asked || (o->checkpoint_every && done % o->checkpoint_every == 0);
-        if (*o->out && due) { checkpoint_save(gpu, m, o, done); }
-        if (stop_asked) {
-            printf("stopped by a signal after step %d, %s\n", done, *o->out ? "saved" : "not saved: no --out");
-        }
+template <typename X> static void gpu_close(void* self) {
+    GpuBackend<X>* r = of<X>(self);
+    model_free(r->gpu, &r->m);
+    if (r->losses) { pass_free(r->gpu, &r->pass); }
+    pass_free(r->gpu, &r->stream);
+    state_free(r->gpu, &r->state);
+    cudaFree(r->sums);
+    free(r->losses);
+    free(r->logits);
+    gpu_close(&r->gpu);
+}
+
+template <typename X> static void gpu_copy(void* self, int block, int i, int l, float* host, bool to_host) {
+    ModelOf<X>* m = &of<X>(self)->m;
+    float* blocks[NUM_BLOCKS] = {m->params, m->adam_m, m->adam_v};
+    const ParamPlace* p = &m->places[i];
+    tensor_copy(of<X>(self)->gpu, m, blocks[block], i, l, host, to_host);
+    if (block == WEIGHTS && !to_host) {
+        model_round(of<X>(self)->gpu, m, p->offset + l * p->step, (p->rows - 1) * p->pitch + p->columns);
     }
-    if (log) { fclose(log); }
-    pass_free(gpu, &pass);
-    stream_free(gpu, &stream);
-    cudaFree(losses);
-    void* blocks[4] = {row, tokens, targets, sums};
-    for (int i = 0; i < 4; i++) { free(blocks[i]); }
+}
+
+template <typename X> static void gpu_micro_step(void* self, const int* tokens, const int* targets, double dloss,
+        bool first) {
+    GpuBackend<X>* r = of<X>(self);
+    r->micro = first ? 0 : r->micro + 1;
+    r->gpu.accumulate = !first;
+    r->dloss = dloss;
+    model_forward<X>(r->gpu, &r->m, &r->pass, tokens, NULL, NULL);
+    model_losses(r->gpu, &r->m, &r->pass, targets, dloss, r->sums + r->micro);
+    model_backward<X>(r->gpu, &r->m, &r->pass, tokens, NULL, NULL);
+}
+
+template <typename X> static double gpu_finish_step(void* self, double* loss) {
+    GpuBackend<X>* r = of<X>(self);
+    double norm = model_grad_norm(r->gpu, &r->m);
+    CUDA(cudaMemcpy(r->losses, r->sums, (r->micro + 1) * sizeof(double), cudaMemcpyDeviceToHost));
+    *loss = 0;
+    for (int i = 0; i <= r->micro; i++) { *loss += r->losses[i] * r->dloss; }
+    return norm;
+}
+
+template <typename X> static void gpu_update(void* self, const Options* o, double lr, int step, double grad_scale) {
+    model_update(of<X>(self)->gpu, &of<X>(self)->m, o, lr, step, grad_scale);
+    gpu_sync(&of<X>(self)->gpu);
+}
+
+template <typename X> static void gpu_stream(void* self, const int* tokens, int T, const int* targets, float* losses) {
+    GpuBackend<X>* r = of<X>(self);
+    r->stream.T = T;
+    model_forward(r->gpu, &r->m, &r->stream, tokens, &r->state, &r->state);
+    if (!targets) { return; }
+    model_losses(r->gpu, &r->m, &r->stream, targets, 0, r->m.sums);
+    gpu_sync(&r->gpu);
+    const float* from = acts_layer<X>(r->stream.places, r->stream.acts, 0).losses;
+    CUDA(cudaMemcpy(losses, from, T * sizeof(float), cudaMemcpyDeviceToHost));
+}
+
+template <typename X> static const float* gpu_logits(void* self) {
+    GpuBackend<X>* r = of<X>(self);
+    size_t vocab = r->m.config.vocab_size;
+    const X* from = acts_layer<X>(r->stream.places, r->stream.acts, 0).logits + (r->stream.T - 1) * vocab;
+    gpu_sync(&r->gpu);
+    CUDA(cudaMemcpy(r->logits, from, vocab * sizeof(X), cudaMemcpyDeviceToHost));
+    to_floats<X>(r->logits, vocab);
+    return r->logits;
+}
+
+template <typename X> static void gpu_reset(void* self) {
+    state_reset(of<X>(self)->gpu, &of<X>(self)->state, &of<X>(self)->m.config);
+}
+
+// Dense peak in bf16 of the cards whose data sheets we know; 0 for the others.
+static double peak_flops(const cudaDeviceProp* card) {
+    static const struct { const char* name; double peak; } cards[] = {
+        {"A100", 312e12}, {"H100 PCIe", 756e12}, {"H100 NVL", 835e12}, {"H100", 989e12}, {"H200 NVL", 835e12},
+        {"H200", 989e12}, {"GH200", 989e12}, {"L40S", 362e12}, {"RTX 4090", 165e12}, {"RTX 3090", 71e12}
+    };
+    for (size_t i = 0; i < sizeof(cards) / sizeof(cards[0]); i++) {
+        if (strstr(card->name, cards[i].name)) { return cards[i].peak; }
+    }
+    return 0;
 }
 
 #ifndef TESTING
-// The CPU's main, on the GPU. st is open with --load and --resume.
-template <typename X> static void run(Gpu& gpu, const Options* o, SafeTensors* st) {
-    bool loaded = *o->load || *o->resume, training = !o->generate && !*o->eval;
-    FILE* info = o->generate ? stderr : stdout; // a sample has stdout for itself
-    ModelOf<X> model;
-    Spec specs[NUM_PARAMS];
-    static Dataset data, held_out;
-    int step = *o->resume && training ? atoi(safetensors_meta(st, "step")) : 0;
-    param_specs(specs, &o->model);
-    options_print(o, info);
-    fprintf(info, "gpu: %s, in %s\nnum_parameters: %zu\n", gpu.card.name, sizeof(X) == 2 ? "bf16" : "fp32",
-            specs_size(specs, NUM_PARAMS));
-    if (training) { fprintf(info, "memory: %.1f MB\n", memory_needed<X>(gpu, o, what_to_keep<X>(gpu, o)) / 1e6); }
-    if (o->dry_run) { return; }
-
-    data_open(o, training, &data, &held_out);
-    if (training) { memory_check<X>(gpu, o); }
-    model_alloc(gpu, &model, &o->model, training);
-    if (loaded) { // by way of a Model of the CPU; the moments go through its params
-        Model host;
-        model_alloc(&host, &o->model, false);
-        model_load(&host, st);
-        model_copy(gpu, &model, model.params, host.params, false);
-        for (int i = 0; *o->resume && training && i < 2; i++) {
-            params_load(host.specs, &host.params, st, i ? "adam_v." : "adam_m.");
-            model_copy(gpu, &model, i ? model.adam_v : model.adam_m, host.params, false);
-        }
-        fprintf(info, "weights: %s\n", st->path);
-        model_free(&host);
-        model_round(gpu, &model);
-    } else { model_init(gpu, &model, o->seed); }
-    if (training) { train(gpu, &model, o, step, &data, &held_out); }
-    else {
-        StreamOf<X> stream;
-        size_t scored;
-        stream_alloc(gpu, &stream, &o->model, 1);
-        if (o->generate) { generate(gpu, &model, &stream, o, o->generate, 0); }
-        else {
-            double loss = evaluate(gpu, &model, &stream, &data, &scored);
-            printf("eval: tokens %zu nats/token %.6f perplexity %.4f bits/byte ", scored, loss, exp(loss));
-            printf(data.segments[0].width == 1 ? "%.4f\n" : "unknown\n", loss / log(2));
-        }
-        stream_free(gpu, &stream);
-    }
-    model_free(gpu, &model);
-    if (loaded) { safetensors_close(st); }
+template <typename X> static void gpu_run(const Options* o, SafeTensors* st) {
+    GpuBackend<X>* r = (GpuBackend<X>*)xcalloc(1, sizeof(GpuBackend<X>));
+    gpu_open(&r->gpu);
+    bool fast = sizeof(X) == 2;
+    Backend b = {r, text_of("%s, %s", r->gpu.card.name, fast ? "bf16" : "fp32"), fast ? peak_flops(&r->gpu.card) : 0,
+                 o->model.chunk_size, gpu_memory_needed<X>, gpu_open<X>, gpu_close<X>, gpu_copy<X>, gpu_micro_step<X>,
+                 gpu_finish_step<X>, gpu_update<X>, gpu_stream<X>, gpu_logits<X>, gpu_reset<X>};
+    run(&b, o, st);
+    free(r);
 }
 
 int main(int argc, char** argv) {
     Options o;
     SafeTensors st;
-    Gpu gpu;
     options_parse(&o, argc, argv, &st);
     bool fp32 = !strcmp(o.precision, "fp32");
     if (!fp32 && strcmp(o.precision, "bf16")) { die("--precision %s: expected bf16 or fp32", o.precision); }
-    gpu_open(&gpu);
-    if (fp32) { run<float>(gpu, &o, &st); } else { run<bf16>(gpu, &o, &st); }
-    gpu_close(&gpu);
+    if (fp32) { gpu_run<float>(&o, &st); } else { gpu_run<bf16>(&o, &st); }
     return 0;
 }
 #endif

@@ -121,7 +121,7 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     StateOf<X> gs, gd;
     model_alloc(gpu, &gm, &c, true);
     model_copy(gpu, &gm, gm.params, m.params, false);
-    model_round(gpu, &gm);
+    model_round(gpu, &gm, 0, gm.size);
     pass_alloc(gpu, &gp, &c, B, T, KEEP_ALL, KEEP_ALL);
     CUDA(cudaMemset(gp.acts, 0xff, gp.acts_size)); // NaN
     CUDA(cudaMemset(gp.grads, 0xff, gp.grads_size));
@@ -142,20 +142,20 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     float *one_shot = (float*)xcalloc(rows * c.vocab_size, sizeof(float));
     memcpy(one_shot, s.acts.logits, rows * c.vocab_size * sizeof(float));
     for (int piece = 1; piece <= T && T <= 400; piece = piece == 1 && T > 1 ? T : T + 1) {
-        StreamOf<X> st;
-        Pass host;
-        stream_alloc(gpu, &st, &c, B);
-        if (past) { state_copy(gpu, &st.state, &start, &c, false); }
+        PassOf<X> pass;
+        StateOf<X> state;
+        pass_alloc(gpu, &pass, &c, B, c.chunk_size, KEEP_NONE, KEEP_NONE);
+        state_alloc(gpu, &state, &c, B, true);
+        if (past) { state_copy(gpu, &state, &start, &c, false); }
         int* tokens = (int*)xcalloc(rows, sizeof(int));
         float *logits = (float*)xcalloc(rows * c.vocab_size, sizeof(float)),
                 *part = (float*)xcalloc(rows * c.vocab_size, sizeof(float));
-        (void)host;
-        for (int t = 0; t < T; t += st.pass.T) {
-            int n = min_int(min_int(piece, T - t), c.chunk_size - st.state.pos);
+        for (int t = 0; t < T; t += pass.T) {
+            int n = min_int(min_int(piece, T - t), c.chunk_size - state.pos);
             for (int b = 0; b < B; b++) { memcpy(tokens + b * n, x + (size_t)b * T + t, n * sizeof(int)); }
-            st.pass.T = n;
-            model_forward(gpu, &gm, &st.pass, tokens, &st.state, &st.state);
-            pass_fetch(gpu, &st.pass, &c, A_logits, 0, false, part);
+            pass.T = n;
+            model_forward(gpu, &gm, &pass, tokens, &state, &state);
+            pass_fetch(gpu, &pass, &c, A_logits, 0, false, part);
             for (int b = 0; b < B; b++) {
                 memcpy(logits + ((size_t)b * T + t) * c.vocab_size, part + (size_t)b * n * c.vocab_size,
                        sizeof(float) * n * c.vocab_size);
@@ -163,7 +163,8 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
         }
         compare(piece == 1 ? "logits, token by token" : "logits, in pieces", logits, one_shot, rows * c.vocab_size, 0,
                 act_bound, false);
-        stream_free(gpu, &st);
+        pass_free(gpu, &pass);
+        state_free(gpu, &state);
         free(tokens);
         free(logits);
         free(part);
@@ -315,7 +316,7 @@ template <typename X> static void check_dump(Gpu& gpu, const char* path) {
     PassOf<X> gp;
     model_alloc(gpu, &gm, c, true);
     model_copy(gpu, &gm, gm.params, m.params, false);
-    model_round(gpu, &gm);
+    model_round(gpu, &gm, 0, gm.size);
     pass_alloc(gpu, &gp, c, B, T, KEEP_ALL, KEEP_ALL);
     model_forward<X>(gpu, &gm, &gp, x, NULL, NULL);
     float loss = model_loss(gpu, &gm, &gp, y, &scored) / scored;
@@ -470,14 +471,7 @@ template <typename X> static void model_noise(Gpu& gpu, ModelOf<X>* m) {
                                                        scale, i * 1000 + l);
         }
     }
-    model_round(gpu, m);
-}
-
-// FLOPs of a training step per token: 6 for every weight in matrix products, and attention's.
-static double flops_per_token(const Config* c) {
-    double D = c->model_dim, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim, L = c->num_layers;
-    return 6 * (L * (D * V * 3 + D * Z + D * D + D * F * (c->swiglu ? 3 : 2)) + D * c->vocab_size)
-            + 3 * L * c->chunk_size * (Z + V);
+    model_round(gpu, m, 0, m->size);
 }
 
 template <typename X> static double bench_model(Gpu& gpu, const char* preset, int layers, int B, int T, int keep,
@@ -537,27 +531,29 @@ static void bench_decode(Gpu& gpu, const char* preset, int B) {
     Options o = default_options;
     for (int i = 0; i < NUM_PRESETS; i++) { if (!strcmp(presets[i].name, preset)) { o.model = presets[i].config; } }
     ModelOf<bf16> m;
-    StreamOf<bf16> s;
+    PassOf<bf16> pass;
+    StateOf<bf16> state;
     model_alloc(gpu, &m, &o.model, false);
     model_noise(gpu, &m);
-    stream_alloc(gpu, &s, &o.model, B);
-    state_reset(gpu, &s.state, &o.model);
-    int n = 512, skip = 768;
-    s.pass.T = 1;
+    pass_alloc(gpu, &pass, &o.model, B, 1, KEEP_NONE, KEEP_NONE);
+    state_alloc(gpu, &state, &o.model, B, true);
+    int n = 512, skip = 768, *tokens = (int*)xcalloc(B, sizeof(int));
     double t0 = 0;
-    s.state.pos = skip;
+    state.pos = skip;
     for (int i = 0; i < n + 10; i++) {
         if (i == 10) { gpu_sync(&gpu); t0 = seconds(); }
-        for (int b = 0; b < B; b++) { s.tokens[b] = (i * 7 + b) % o.model.vocab_size; }
-        model_forward(gpu, &m, &s.pass, s.tokens, &s.state, &s.state);
-        stream_logits(gpu, &m, &s);
+        for (int b = 0; b < B; b++) { tokens[b] = (i * 7 + b) % o.model.vocab_size; }
+        model_forward(gpu, &m, &pass, tokens, &state, &state);
+        gpu_sync(&gpu);
     }
     double t = (seconds() - t0) / n, D = o.model.model_dim, V = o.model.value_dim, Z = o.model.z_dim;
     double bytes = 2.0 * m.num_parameters - (o.model.share_emb ? 0 : 2 * D * o.model.vocab_size)
             + 2.0 * B * o.model.num_layers * 1024 * (V + Z);
     printf("decode %-14s batch %-3d %.0f tok/s, %.3f ms a token; reading weights and cache at 4.3 TB/s: %.3f ms, %.0f%%\n", preset, B, B / t, 1e3 * t, bytes / 4.3e9, 100 * bytes / 4.3e12 / t);
     model_free(gpu, &m);
-    stream_free(gpu, &s);
+    pass_free(gpu, &pass);
+    state_free(gpu, &state);
+    free(tokens);
 }
 
 static void bench_kernels(Gpu& gpu) {
@@ -685,7 +681,7 @@ int main(int argc, char** argv) {
                     {"mega7.3B", 8, 2, 4096, 45500},
             {"mega200M", 0, 1, 8192, 0}, {"mega200M", 0, 1, 131072, 0}, {"mega7.3B", 32, 1, 4096, 0}};
         for (int i = from; i < to; i++) {
-            bench_model<bf16>(gpu, r[i].preset, r[i].layers, r[i].B, r[i].T, i == 7 ? KEEP_BLOCKS : KEEP_CHEAPLY,
+            bench_model<bf16>(gpu, r[i].preset, r[i].layers, r[i].B, r[i].T, i == 7 ? (int)KEEP_BLOCKS : (int)KEEP_CHEAPLY,
                               r[i].target);
         }
         return 0;
