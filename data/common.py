@@ -2,12 +2,12 @@
 
 From each split's texts (a file is a document) OUT/train.bin, valid.bin and test.bin are made, each with a sidecar:
 
-NAME.bin   llm.c's format: 256 int32 (magic 20240520, version 1, number of tokens, zeros), then uint16 tokens; for ids of
-           65,536 and more magic 20240801, version 7 and uint32. Every document is followed by the end-of-document token.
-           What passes 2^30 tokens goes on in NAME_1.bin, NAME_2.bin, ..., from the next document on.
+NAME.bin   llm.c's format: 256 int32 (magic 20240520, version 1, number of tokens, zeros), then uint16 tokens; for
+           ids of 65,536 and more magic 20240801, version 7 and uint32. Every document is followed by the
+           end-of-document token. What passes 2^30 tokens goes on in NAME_1.bin, NAME_2.bin, ..., at a document's start.
 NAME.info  lines "key value": words (separated by ASCII whitespace), lines (newlines) and bytes (UTF-8), all of the
-           original text; documents; tokens (end-of-document tokens included); eod, its id; vocab_size; tokenizer, the
-           .tok file's name in the same folder, absent for bytes; lossless, 0 where decoding does not give the text back.
+           original text; documents; tokens (end-of-document tokens included); eod, its id; vocab_size; tokenizer,
+           the .tok file's name in the same folder, absent for bytes; lossless, 0 where decoding changes the text.
            WikiText is reported per word and line end (perplexity = exp(nats / (words + lines))), PG19 per word.
 
 Tokenizers: bytes (256 ids, the end of document is byte 0, which text does not hold), or a SentencePiece model, of which
@@ -23,9 +23,9 @@ OUT/tokenizer.tok holds all that encoding and decoding need. It is a text file; 
     lossless 1
     n -3.7163 " the"             then one line per id: type, score, bytes
 
-Types: n normal, u user-defined, b byte (one byte; all 256 or none), c control or unknown (no bytes; never found in text),
-x unused (never found in text, but decoded). Scores are doubles. In the bytes \\xHH is a byte below 0x20, ", \\, 0x7f, or
-one of a byte piece from 0x80 on; every other byte stands for itself. Decoding joins the bytes of the pieces.
+Types: n normal, u user-defined, b byte (one byte; all 256 or none), c control or unknown (no bytes; never found in
+text), x unused (never found in text, but decoded). Scores are floats. In the bytes \\xHH is a byte below 0x20, ", \\,
+0x7f, or one of a byte piece from 0x80 on; every other byte stands for itself. Decoding joins the bytes of the pieces.
 
 Encoding. The text is cut after each newline, and lines are encoded one by one (a line's newline belongs to it): scores
 are summed in float32, which a whole book would wear out. With `whitespace collapse` (T5's model and its like), runs of
@@ -33,13 +33,14 @@ space, tab, newline and carriage return in the line become one space, none at it
 put in front. SentencePiece then also applies the model's Unicode normalization, of which the .tok knows nothing: there
 ASCII is exact. A character is 1 byte if its first is below 0xc0, 2 below 0xe0, 3 below 0xf0, else 4.
 
-unigram: the best path over positions, best[0] = 0, the others unset. From each character's start s on, shortest first,
-    for each n or u piece that the text from s begins with: candidate = score + best[s] in double; if best[end] is unset
-    or less than candidate, it becomes candidate, rounded to float, reached from s by this piece. If none of them was
-    exactly the one character, the same for `unknown`, the character's length, candidate = unknown_score + best[s] in float.
+unigram: the best path over positions; all scores are floats and each sum is rounded to one. best[0] = 0, the others are
+    unset. From each character's start s on, in order: for each n or u piece that the text from s begins with, shortest
+    first, candidate = best[s] + score; if best[end] is unset or less than candidate, it becomes that, reached from s by
+    this piece. If none of them was exactly the one character, the same for `unknown`, the character's length and
+    unknown_score. Before that, if best[s] < -100000, best[s] is subtracted from it and all later ones that are set.
 bpe: the symbols are characters; but the longest u piece at a position is one symbol, which never merges. As long as two
-    neighbours joined are an n or u piece, those of the highest score are joined, the leftmost first. What is no piece in
-    the end is `unknown`.
+    neighbours joined are an n or u piece, those of the highest score are joined, the leftmost first. What is no piece
+    in the end is `unknown`.
 Last: an `unknown` becomes its bytes' byte pieces; without these, neighbouring ones become a single `unknown`.
 """
 import argparse, contextlib, glob, hashlib, io, os, random, sys, time, urllib.error, urllib.request
@@ -226,7 +227,6 @@ class SentencePiece:
     def write(self, folder):
         """tokenizer.tok and tokenizer.model, from which it is made."""
         normal = [piece.score for piece in self.model.pieces if piece.type == 1]
-        top = max(normal + [float(numpy.finfo(numpy.float32).tiny)]) # SentencePiece starts from FLT_MIN, which is > 0
         unknown = float(numpy.float32(min(normal)) - numpy.float32(10))
         head = {"kind": "bpe" if self.bpe else "unigram", "pieces": self.vocab_size, "eod": self.eod,
                 "unknown": self.processor.unk_id(), "unknown_score": repr(unknown),
@@ -237,7 +237,7 @@ class SentencePiece:
             data = self.bytes_of(piece)
             score = piece.score
             if piece.type == 4: # as SentencePiece has it: user-defined pieces always win
-                score = score if self.bpe else float(numpy.float32(len(data)) * numpy.float32(top)) - 0.1
+                score = score if self.bpe else float(numpy.float32(0.1 * (len(data) - 1)))
             quoted = b"".join(b"\\x%02x" % c if c < 0x20 or c in b'"\\\x7f' or (piece.type == 6 and c >= 0x80)
                               else bytes([c]) for c in data)
             text.append(b'%s %s "%s"' % (b"?nccuxb"[piece.type:piece.type + 1], repr(score).encode(), quoted))
@@ -362,8 +362,8 @@ def prepare(out, splits, options, published=None):
         tokenizer.write(out)
     for name, paths in splits.items():
         n = write_split(out, name, paths, tokenizer)
-        print(f"{name}: {n['documents']:,} documents, {n['lines']:,} lines, {n['words']:,} words, {n['bytes']:,} bytes: "
-              f"{n['tokens']:,} tokens, {n['bytes'] / n['tokens']:.2f} bytes and {n['words'] / n['tokens']:.3f} words each")
+        print(f"{name}: {n['documents']:,} documents, {n['lines']:,} lines, {n['words']:,} words, {n['bytes']:,} bytes:"
+              f" {n['tokens']:,} tokens of {n['bytes'] / n['tokens']:.2f} bytes, {n['words'] / n['tokens']:.3f} words")
         if published and name in published:
             key, number = published[name]
             found = n["words"] + n["lines"] if key == "words + lines" else n[key]

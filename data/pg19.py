@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """PG19: 28,752 books of Project Gutenberg published before 1919, from Google Cloud Storage. A book is a document.
-Published perplexities are per word: 6,966,499 in the test split. 11 GB to download; --books 500 takes the first 500 books
-to train on, and the validation and test splits whole.
+Published perplexities are per word: 6,966,499 in the test split. 11 GB to download; --books 500 takes the first 500
+books to train on, and the validation and test splits whole.
 
-Papers on PG19 use T5's SentencePiece model (32,000 pieces): --tokenizer spiece.model, from google-t5/t5-small on Hugging
-Face. It drops line ends and knows no braces, so it does not give the text back.
+Papers on PG19 use T5's SentencePiece model (32,000 pieces): --tokenizer spiece.model, from google-t5/t5-small on
+Hugging Face. It drops line ends and knows no braces, so it does not give the text back.
 
     data/pg19.py --books 500
     ./train_megalodon --train 'out/pg19/train*.bin' --val out/pg19/valid.bin --vocab-size 32000
@@ -25,7 +25,8 @@ def listing(base, prefix):
     found, token = [], None
     while token != "":
         query = {"prefix": prefix, "fields": "items(name,size,md5Hash),nextPageToken", "maxResults": 1000}
-        url = f"{base}/storage/v1/b/{BUCKET}/o?" + urllib.parse.urlencode({**query, **({"pageToken": token} if token else {})})
+        query.update({"pageToken": token} if token else {})
+        url = f"{base}/storage/v1/b/{BUCKET}/o?{urllib.parse.urlencode(query)}"
         try:
             page = json.loads(fetch(url))
             found += [(item["name"], int(item["size"]), base64.b64decode(item["md5Hash"]).hex())
@@ -39,8 +40,9 @@ def listing(base, prefix):
 def main():
     parser = parser_of(__doc__, "out/pg19", "train")
     parser.add_argument("--books", type=int, metavar="N", help="take only the first N books to train on (default all)")
-    parser.add_argument("--connections", type=int, default=8, metavar="N", help="downloads at the same time (default 8)")
-    parser.add_argument("--base", default="https://storage.googleapis.com", metavar="URL", help="where Cloud Storage is")
+    parser.add_argument("--connections", type=int, default=8, metavar="N", help="downloads at a time (default 8)")
+    parser.add_argument("--base", default="https://storage.googleapis.com", metavar="URL",
+                        help="where Cloud Storage is")
     options = parser.parse_args()
     if (options.books is not None and options.books < 1) or options.connections < 1:
         raise Failure("--books and --connections: expected a number of 1 or more")
@@ -54,8 +56,9 @@ def main():
         if not files:
             raise Failure(f"{options.base}: no books in {theirs}")
         paths[name] = [os.path.join(raw, path) for path, _, _ in files]
+        total = sum(size for _, size, _ in files)
         with concurrent.futures.ThreadPoolExecutor(options.connections) as pool, \
-                tqdm(desc=name, total=sum(size for _, size, _ in files), unit="B", unit_scale=True, disable=None) as progress:
+                tqdm(desc=name, total=total, unit="B", unit_scale=True, disable=None) as progress:
             work = {pool.submit(download, f"{options.base}/{BUCKET}/{path}", os.path.join(raw, path), size,
                                 ("md5", md5), False): size for path, size, md5 in files}
             try:
