@@ -45,8 +45,11 @@ Last: an `unknown` becomes its bytes' byte pieces; without these, neighbouring o
 """
 import argparse, contextlib, glob, hashlib, io, os, random, sys, time, urllib.error, urllib.request
 
-import numpy
-from tqdm import tqdm
+try:
+    import numpy
+    from tqdm import tqdm
+except ImportError as e:
+    sys.exit(f"error: {e}: pip install -r dev/requirements.txt")
 
 SHARD = 1 << 30             # tokens in a .bin; its header counts in int32
 TRAINING_TEXT = 100_000_000 # bytes that a tokenizer is trained on, at most
@@ -62,6 +65,8 @@ def main_of(main):
         main()
     except Failure as e:
         sys.exit(f"error: {e}")
+    except ImportError as e:
+        sys.exit(f"error: {e}: pip install -r dev/requirements.txt")
     except OSError as e:
         sys.exit(f"error: {e.filename}: {e.strerror}" if e.filename else f"error: {e}")
     except KeyboardInterrupt:
@@ -274,12 +279,14 @@ def train_sentencepiece(paths, vocab_size):
     except UnicodeDecodeError as e:
         raise Failure(f"the training text is not UTF-8: {e}") from None
     except RuntimeError as e:
-        raise Failure(f"--vocab-size {vocab_size}: {' '.join(str(e).split())}") from None
+        raise Failure(f"--vocab-size {vocab_size}: {' '.join(str(e).split('] ')[-1].split())}") from None
     return model.getvalue()
 
 
 def tokenizer_of(name, vocab_size, train_paths):
     """What --tokenizer and --vocab-size ask for."""
+    if vocab_size is not None and vocab_size < 1:
+        raise Failure(f"--vocab-size {vocab_size}: expected a number of 1 or more")
     if name == "bytes":
         tokenizer = Bytes()
     elif name == "train":

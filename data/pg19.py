@@ -11,9 +11,7 @@ Hugging Face. It drops line ends and knows no braces, so it does not give the te
 """
 import base64, concurrent.futures, json, os, urllib.parse
 
-from tqdm import tqdm
-
-from common import Failure, download, fetch, main_of, parser_of, prepare
+from common import Failure, download, fetch, main_of, parser_of, prepare, tqdm
 
 BOOKS = {"train": 28_602, "valid": 50, "test": 100}
 WORDS = {"train": 1_973_136_207, "valid": 3_007_061, "test": 6_966_499}

@@ -7,7 +7,11 @@
 """
 import argparse, csv, math, os, sys
 
-import numpy
+try:
+    import matplotlib
+    import numpy
+except ImportError as e:
+    sys.exit(f"error: {e}: pip install -r dev/requirements.txt")
 
 COLORS = ["#1f5fa8", "#d1495b", "#2a9d63", "#e08e1b", "#7a4fa3", "#4d4d4d"]
 
@@ -127,7 +131,6 @@ def main():
         sys.exit(f"error: {len(options.files)} files, {len(names)} names: expected as many, and at most {len(COLORS)}")
     if getattr(options, "chunk", 1) < 1:
         sys.exit(f"error: --chunk {options.chunk}: expected a number of 1 or more")
-    import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,

@@ -406,6 +406,8 @@ def test_text(folder, text):
     refuses("--vocab-size 1000000", script, folder + "/books", *out, "--vocab-size", "1000000")
     refuses("has 600 tokens", script, folder + "/books", *out, "--vocab-size", "601", "--tokenizer",
             folder + "/train/tokenizer.model")
+    refuses("--vocab-size 0", script, folder + "/books", *out, "--vocab-size", "0")
+    refuses("--vocab-size 270", script, folder + "/books", *out, "--vocab-size", "270")
     refuses("--out", script, folder + "/books")
     refuses("unrecognized", script, folder + "/books", *out, "--vocab", "300")
 
@@ -453,6 +455,8 @@ def test_downloads(folder, text):
     works("wikitext.py 2", *wikitext, folder + "/wikitext", expects=["words + lines 300, published 217,646"])
     result("wikitext.py 2: files", "".join(check_files(folder + "/wikitext", name, [splits[theirs]]) for name, theirs in
                                             (("train", "train"), ("valid", "validation"), ("test", "test"))))
+    refuses("pip install", "-c", "import sys; sys.modules['pyarrow'] = None; sys.path.insert(0, 'data'); import wikitext; "
+            f"sys.argv[1:] = {wikitext[1:] + (folder + '/nopyarrow',)}; wikitext.main_of(wikitext.main)")
     listing[-1]["lfs"]["oid"] = "0" * 64
     server.files[f"/api/datasets/Salesforce/wikitext/tree/{REVISION}/wikitext-2-v1"] = json.dumps(listing).encode()
     refuses("sha256 is", *wikitext, folder + "/wikitextbad")
