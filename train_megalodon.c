@@ -65,7 +65,7 @@ __attribute__((noreturn, format(printf, 1, 2))) void die(const char* format, ...
     va_list args;
     va_start(args, format);
     fflush(stdout);
-    if (ranks.rank) { sleep(1); }
+    if (ranks.rank) { signal(SIGTERM, SIG_DFL); sleep(1); }
     fputs("error: ", stderr);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
@@ -161,6 +161,15 @@ void ranks_group(int chunks) {
 #ifdef USE_MPI
     if (ranks.count > 1) { MPI_Comm_split(MPI_COMM_WORLD, ranks.group, ranks.rank, &rank_group); }
 #endif
+}
+
+// T timesteps of a sequence in slices of whole chunks
+int slice_length(int T, int c) {
+    if (ranks.chunks > 1 && (T % ranks.chunks || T / ranks.chunks % c)) {
+        die("sequences of %d tokens over --chunk-parallel %d: %.9g each, expected a multiple of chunk_size %d", T,
+            ranks.chunks, (double)T / ranks.chunks, c);
+    }
+    return T / ranks.chunks;
 }
 
 // all = the `bytes` bytes of each rank of the group, in their order
@@ -2512,17 +2521,14 @@ void run(const Backend* b, const Options* o, SafeTensors* st) {
     FILE* info = o->generate ? stderr : stdout; // a sample has stdout for itself
     Spec specs[NUM_PARAMS];
     static Dataset data, held_out;
-    int slice = o->seq / o->chunk_parallel;
     ranks_group(o->chunk_parallel);
-    if (ranks.chunks > 1 && (o->seq % ranks.chunks || slice % o->model.chunk_size)) {
-        die("--seq %d over --chunk-parallel %d: %.9g tokens each, expected a multiple of chunk_size %d", o->seq,
-            ranks.chunks, (double)o->seq / ranks.chunks, o->model.chunk_size);
-    }
+    slice_length(o->seq, o->model.chunk_size);
     if (!training && ranks.rank) { return; } // these take one
     param_specs(specs, &o->model);
     options_print(o, info);
     if (ranks.count > 1) {
-        fprintf(info, "ranks: %d, %d groups of %d, %d threads each\n", ranks.count, ranks.groups, ranks.chunks, o->threads);
+        fprintf(info, "ranks: %d = %d groups x %d slices, %d threads each\n", ranks.count, ranks.groups, ranks.chunks,
+                o->threads);
     }
     fprintf(info, "device: %s\nnum_parameters: %zu\n", b->name, specs_size(specs, NUM_PARAMS));
     double needed = b->memory_needed(b->self, o);
