@@ -116,17 +116,12 @@ int min_int(int a, int b) { return a < b ? a : b; }
 #ifdef USE_MPI
 #include <mpi.h>
 static MPI_Comm rank_group; // the ranks with slices of the same sequences
+void ranks_close(void) { MPI_Finalize(); }
 #endif
 
 void ranks_abort(void) { // no rank may go on, or wait, when one has failed
 #ifdef USE_MPI
     if (ranks.count > 1) { MPI_Abort(MPI_COMM_WORLD, 1); }
-#endif
-}
-
-void ranks_close(void) {
-#ifdef USE_MPI
-    MPI_Finalize();
 #endif
 }
 
@@ -145,8 +140,8 @@ void ranks_open(void) {
     atexit(ranks_close);
 #endif
     if (ranks.count != started) {
-        die("%d processes were started, this one knows of %d: built without MPI (see make), or for another MPI's mpirun "
-            "(srun: --mpi=pmix)", started, ranks.count);
+        die("%d processes were started, this one knows of %d: built without MPI (make says), or for another mpirun; "
+            "srun: --mpi=pmix", started, ranks.count);
     }
     if (ranks.rank && !freopen("/dev/null", "w", stdout)) { die("/dev/null: %s", strerror(errno)); }
 }
@@ -682,23 +677,30 @@ void timestepnorm_forward(float* out, float* mean, float* rstd, NormState* end, 
 //     dinp_s = dout (w+1) rstd + (U_s + 2 (x_s - c) V_s) / F,   U_s = sum_{t>=s} (a_t - 2 (mean_t - c) b_t) / n_t,
 //                                                               V_s = sum_{t>=s} b_t / n_t
 // for any constant c (the last mean, so that little cancels): one sweep from the end. The statistics before the first
-// timestep count start.count timesteps; dstart (B,G) receives their gradients if not NULL. Where ranks hold slices
-// (`sliced`; start is then what comes before this one), the terms of U and V from later ranks are added last.
+// timestep count start.count timesteps; dstart (B,G) receives their gradients if not NULL. Where ranks hold slices,
+// start is what comes before this one, and U and V begin with what the later ranks found in a sweep of their own:
+// with `alone` (B,G) not NULL, these sums of this slice alone are all that is computed.
 typedef struct { double U, V, c; } NormSums;
 void timestepnorm_backward(float* dinp, float* dw, float* db, NormState* dstart, const float* dout, const float* mean,
                            const float* rstd, const NormState* start, const float* inp, const float* w,
-                           int B, int T, int D, int G, bool sliced) {
-    int F = D / G;
-    NormSums *all = NULL, *mine = NULL;
-    if (sliced) {
+                           int B, int T, int D, int G, NormSums* alone) {
+    int F = D / G, later = alone ? 0 : ranks.chunks - ranks.chunk - 1;
+    NormSums* all = NULL;
+    if (!alone && ranks.chunks > 1) {
         all = (NormSums*)xcalloc((size_t)(ranks.chunks + 1) * B * G, sizeof(NormSums));
-        mine = all + (size_t)ranks.chunks * B * G;
+        timestepnorm_backward(dinp, dw, db, NULL, dout, mean, rstd, start, inp, w, B, T, D, G, all);
+        all_gather(all + B * G, all, sizeof(NormSums) * B * G);
     }
     OMP(omp parallel for schedule(static))
     for (int g = 0; g < G; g++) {
         for (int row = 0; row < B; row++) {
             NormState s = start ? start[row * G + g] : no_past;
             double U = 0, V = 0, c = mean[((size_t)row * T + T - 1) * G + g];
+            for (int r = ranks.chunks - later; r < ranks.chunks; r++) {
+                NormSums sums = all[((r + 1) * B + row) * G + g];
+                U += sums.U + 2 * (c - sums.c) * sums.V; // about this c
+                V += sums.V;
+            }
             for (int t = T - 1; t >= 0; t--) {
                 size_t k = ((size_t)row * T + t) * G + g;
                 const float *x = inp + k * F, *dy = dout + k * F, *wg = w + g * F;
@@ -715,7 +717,7 @@ void timestepnorm_backward(float* dinp, float* dw, float* db, NormState* dstart,
                 V += dv / n;
                 float u = (U - 2 * c * V) / F, v = 2 * V / F;
                 OMP(omp simd)
-                for (int i = 0; i < F; i++) {
+                for (int i = 0; i < (alone ? 0 : F); i++) {
                     dinp[k * F + i] += dy[i] * (wg[i] + 1.0f) * r + (u + v * x[i]);
                     dw[g * F + i] += dy[i] * (x[i] - mu) * r;
                     db[g * F + i] += dy[i];
@@ -725,27 +727,7 @@ void timestepnorm_backward(float* dinp, float* dw, float* db, NormState* dstart,
                 dstart[row * G + g].mean += s.count * (U + 2 * (s.mean - c) * V);
                 dstart[row * G + g].var += s.count * V;
             }
-            if (sliced) { NormSums sums = {U, V, c}; mine[row * G + g] = sums; }
-        }
-    }
-    if (!sliced) { return; }
-    all_gather(all, mine, sizeof(NormSums) * B * G);
-    OMP(omp parallel for schedule(static))
-    for (int i = 0; i < B * G; i++) { // row i / G, group i % G
-        double U = 0, V = 0, c = mine[i].c;
-        for (int r = ranks.chunk + 1; r < ranks.chunks; r++) {
-            NormSums later = all[(size_t)r * B * G + i];
-            U += later.U + 2 * (c - later.c) * later.V; // about this slice's c
-            V += later.V;
-        }
-        float u = (U - 2 * c * V) / F, v = 2 * V / F;
-        for (int t = 0; t < T; t++) {
-            size_t k = (((size_t)(i / G) * T + t) * G + i % G) * F;
-            for (int j = 0; j < F; j++) { dinp[k + j] += u + v * inp[k + j]; }
-        }
-        if (dstart) {
-            dstart[i].mean += start[i].count * (U + 2 * (start[i].mean - c) * V);
-            dstart[i].var += start[i].count * V;
+            if (alone) { NormSums sums = {U, V, c}; alone[row * G + g] = sums; }
         }
     }
     free(all);
@@ -783,57 +765,16 @@ void cema_modes(CemaMode m[CEMA_MAX_NDIM], const float* alpha, const float* delt
     }
 }
 
-// Where ranks hold slices of the sequences, each of T timesteps: state (B,D,N,2) = h before this rank's slice of x,
-//     h = e_{r-1} + q^T (e_{r-2} + q^T (... (e_0 + q^T start))),  e = sum_t q^{T-t} p x_t over the timesteps of a slice
-// or, if `later`, the a of cema_backward that enters this slice of dy = x from the later ones,
-//     ~a = s_{r+1} + q^T (s_{r+2} + ...),  s = sum_t q^{t-1} dy_t, the same sums backwards in time.
-void cema_exchange(float* state, const float* start, const float* x, bool later, const float* alpha,
-                   const float* delta, const float* theta, const float* gamma, int B, int T, int D, int N) {
-    size_t size = (size_t)B * D * N * 2, modes_size = (size_t)D * N;
-    float *all = (float*)xcalloc((ranks.chunks + 1) * size, sizeof(float)), *mine = all + ranks.chunks * size;
-    Complex* power = (Complex*)xcalloc(modes_size, sizeof(Complex)); // q^T
-    OMP(omp parallel for schedule(static))
-    for (int d0 = 0; d0 < D; d0 += LANES) {
-        int lanes = min_int(LANES, D - d0);
-        CemaMode modes[CEMA_MAX_NDIM];
-        cema_modes(modes, alpha, delta, theta, gamma, d0, D, N);
-        for (int i = 0; i < lanes * N; i++) {
-            Complex square = lane(&modes[i % N].q, i / N), result = {1, 0};
-            for (int n = T; n; n /= 2, square = mul(square, square)) { result = n % 2 ? mul(result, square) : result; }
-            power[(size_t)d0 * N + i] = result;
-        }
-        for (int b = 0; b < B; b++) {
-            ComplexLanes sum[CEMA_MAX_NDIM] = {{{0}, {0}}};
-            for (int t = 0; t < T; t++) {
-                float now[LANES] = {0};
-                memcpy(now, x + ((size_t)b * T + (later ? T - 1 - t : t)) * D + d0, lanes * sizeof(float));
-                for (int k = 0; k < N; k++) {
-                    CemaMode m = modes[k];
-                    ComplexLanes s = sum[k];
-                    for (int j = 0; j < LANES; j++) {
-                        sum[k].re[j] = m.q.re[j] * s.re[j] - m.q.im[j] * s.im[j] + (later ? 1 : m.p[j]) * now[j];
-                        sum[k].im[j] = m.q.re[j] * s.im[j] + m.q.im[j] * s.re[j];
-                    }
-                }
-            }
-            for (int i = 0; i < lanes * N; i++) {
-                float* to = mine + 2 * (((size_t)b * D + d0) * N + i);
-                to[0] = sum[i % N].re[i / N]; to[1] = sum[i % N].im[i / N];
-            }
-        }
+// Where ranks hold slices of T timesteps: what the state s is after those from rank `first` up, or down, to this one.
+// A slice turns it into q^T s + e, where e is what it makes of 0: 2 numbers at i of the `size` of each rank.
+Complex cema_carry(Complex s, Complex q, int T, int first, const float* all, size_t size, size_t i) {
+    Complex power = {1, 0};
+    for (int n = T; n; n /= 2, q = mul(q, q)) { power = n % 2 ? mul(power, q) : power; } // q^T
+    for (int r = first; r != ranks.chunk; r += first ? -1 : 1) {
+        s = mul(power, s);
+        s.re += all[r * size + i]; s.im += all[r * size + i + 1];
     }
-    all_gather(all, mine, size * sizeof(float));
-    OMP(omp parallel for schedule(static))
-    for (size_t i = 0; i < size; i += 2) {
-        Complex s = {start ? start[i] : 0, start ? start[i + 1] : 0};
-        for (int r = later ? ranks.chunks - 1 : 0; r != ranks.chunk; r += later ? -1 : 1) {
-            s = mul(power[i / 2 % modes_size], s);
-            s.re += all[r * size + i]; s.im += all[r * size + i + 1];
-        }
-        state[i] = s.re; state[i + 1] = later ? -s.im : s.im;
-    }
-    free(all);
-    free(power);
+    return s;
 }
 
 // out, inp (B,T,D) | alpha, delta (D,N), theta, omega (D), gamma (D,N,2) | start, end (B,D,N,2): h before and after
@@ -842,9 +783,12 @@ void cema_exchange(float* state, const float* start, const float* x, bool later,
 void cema_forward(float* out, float* end, float* before, const float* start, const float* inp, const float* alpha,
                   const float* delta, const float* theta, const float* gamma, const float* omega,
                   int B, int T, int D, int N) {
-    if (before) {
-        cema_exchange(before, start, inp, false, alpha, delta, theta, gamma, B, T, D, N);
-        start = before;
+    size_t size = (size_t)B * D * N * 2;
+    float* all = NULL;
+    if (before) { // this slice alone, before the others are known
+        all = (float*)xcalloc(ranks.chunks * size, sizeof(float));
+        cema_forward(out, before, NULL, NULL, inp, alpha, delta, theta, gamma, omega, B, T, D, N);
+        all_gather(all, before, size * sizeof(float));
     }
     OMP(omp parallel for schedule(static))
     for (int d0 = 0; d0 < D; d0 += LANES) {
@@ -854,8 +798,14 @@ void cema_forward(float* out, float* end, float* before, const float* start, con
         for (int b = 0; b < B; b++) {
             size_t state = ((size_t)b * D + d0) * N * 2;
             ComplexLanes h[CEMA_MAX_NDIM] = {{{0}, {0}}};
-            for (int i = 0; start && i < lanes * N; i++) {
-                h[i % N].re[i / N] = start[state + 2 * i]; h[i % N].im[i / N] = start[state + 2 * i + 1];
+            for (int i = 0; (start || before) && i < lanes * N; i++) {
+                size_t at = state + 2 * i;
+                Complex s = {start ? start[at] : 0, start ? start[at + 1] : 0};
+                if (before) {
+                    s = cema_carry(s, lane(&modes[i % N].q, i / N), T, 0, all, size, at);
+                    before[at] = s.re; before[at + 1] = s.im;
+                }
+                h[i % N].re[i / N] = s.re; h[i % N].im[i / N] = s.im;
             }
             for (int t0 = 0; t0 < T; t0 += TIMES) {
                 float x[TIMES][LANES] = {{0}}, y[TIMES][LANES] = {{0}};
@@ -884,6 +834,7 @@ void cema_forward(float* out, float* end, float* before, const float* start, con
             }
         }
     }
+    free(all);
 }
 
 // One sweep from the end, without the states h. A complex gradient dz stands for dL/dRe z + i dL/dIm z. With ~ for the
@@ -892,15 +843,22 @@ void cema_forward(float* out, float* end, float* before, const float* start, con
 //     dg = sum_t dy_t ~h_t = p Q + ~h_0 ~q a_1            dh_0 = ~g ~q a_1
 // and dq = sum_t ~g a_t ~h_{t-1}, where h_{t-1} = q^{t-1} h_0 + p sum_{s<t} q^{t-1-s} x_s. Summed over t first:
 //     dq = ~g (p R + ~h_0 a'_0), R = sum_s x_s a'_s       a'_s = sum_{t>s} ~q^{t-1-s} a_t, or a'_{s-1} = ~q a'_s + a_s
-// dinp (B,T,D) is assigned; dstart (B,D,N,2) is added to and may be NULL. Where ranks hold slices (`sliced`; start is
-// then what comes before this one), a continues from the later ones; a' is of this slice, and dq's sum over the slices
-// is exact. So is dg's, but there Q has all that comes of x_t, also later: ~h_0 counts for the first slice alone.
+// dinp (B,T,D) is assigned; dstart (B,D,N,2) is added to and may be NULL. Where ranks hold slices, start is what comes
+// before this one, and a goes on from the later ones, as they found it alone: with `alone` (B,D,N,2) not NULL, a_1 of
+// this slice alone is all that is computed. a' is of this slice, so that dq over the slices has each term once; dg's Q
+// has all that comes of x_t, in later slices too, so ~h_0 counts for the first slice only.
 void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega,
                    float* dstart, const float* dout, const float* start, const float* inp, const float* alpha,
                    const float* delta, const float* theta, const float* gamma, const float* omega,
-                   int B, int T, int D, int N, bool sliced) {
-    float* after = sliced ? (float*)xcalloc((size_t)B * D * N * 2, sizeof(float)) : NULL; // a of timestep T + 1
-    if (sliced) { cema_exchange(after, NULL, dout, true, alpha, delta, theta, gamma, B, T, D, N); }
+                   int B, int T, int D, int N, float* alone) {
+    size_t size = (size_t)B * D * N * 2;
+    float* all = NULL;
+    if (!alone && ranks.chunks > 1) {
+        all = (float*)xcalloc((ranks.chunks + 1) * size, sizeof(float));
+        cema_backward(dinp, NULL, NULL, NULL, NULL, NULL, NULL, dout, start, inp, alpha, delta, theta, gamma, omega,
+                      B, T, D, N, all + ranks.chunks * size);
+        all_gather(all, all + ranks.chunks * size, size * sizeof(float));
+    }
     OMP(omp parallel for schedule(static))
     for (int d0 = 0; d0 < D; d0 += LANES) {
         int lanes = min_int(LANES, D - d0);
@@ -911,9 +869,11 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
         for (int b = 0; b < B; b++) {
             struct { ComplexLanes a, a1; Complex Q[LANES], R[LANES]; } s[CEMA_MAX_NDIM]; // a1 is a'
             memset(s, 0, sizeof(s));
-            for (int i = 0; after && i < lanes * N; i++) {
-                const float* a = after + 2 * (((size_t)b * D + d0) * N + i);
-                s[i % N].a.re[i / N] = a[0]; s[i % N].a.im[i / N] = a[1];
+            for (int i = 0; all && i < lanes * N; i++) {
+                size_t h = 2 * (((size_t)b * D + d0) * N + i);
+                Complex a = {0, 0}, q = lane(&modes[i % N].q, i / N), q_ = {q.re, -q.im};
+                a = cema_carry(a, q_, T, ranks.chunks - 1, all, size, h);
+                s[i % N].a.re[i / N] = a.re; s[i % N].a.im[i / N] = a.im;
             }
             double dw[LANES] = {0};
             for (int t0 = (T - 1) / TIMES * TIMES; t0 >= 0; t0 -= TIMES) {
@@ -958,6 +918,7 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
                 int k = i % N, j = i / N;
                 size_t w = 2 * ((size_t)d0 * N + i), h = 2 * (((size_t)b * D + d0) * N + i); // in dgamma, in the state
                 double p = modes[k].p[j];
+                if (alone) { alone[h] = s[k].a.re[j]; alone[h + 1] = s[k].a.im[j]; continue; }
                 Complex q = lane(&modes[k].q, j), g = lane(&modes[k].g, j), h0 = {0, 0};
                 if (start) { h0.re = start[h]; h0.im = start[h + 1]; }
                 Complex qa = conj_mul(q, lane(&s[k].a, j)), ha = conj_mul(h0, lane(&s[k].a1, j)); // ~q a_1, ~h_0 a'_0
@@ -972,7 +933,7 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
                 if (k == 0) { domega[d0 + j] += dw[j]; }
             }
         }
-        for (int i = 0; i < lanes * N; i++) { // from p and q to what they are made of: q = radius exp(i angle)
+        for (int i = 0; !alone && i < lanes * N; i++) { // to what p and q are made of: q = radius exp(i angle)
             int k = i % N, j = i / N;
             size_t w = (size_t)d0 * N + i;
             double p = sigmoid(alpha[w]), s_delta = sigmoid(delta[w]), s_theta = sigmoid(theta[d0 + j]);
@@ -983,7 +944,7 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
             dtheta[d0 + j] += turn * s_theta * (1 - s_theta) * dangle;
         }
     }
-    free(after);
+    free(all);
 }
 
 // Layer normalization over the D features of a row: out = (inp - mean) rstd (w + 1) + b. With mean and b NULL, RMS
@@ -1472,7 +1433,7 @@ void block_backward(const Model* m, const Pass* s, int l, const State* start, St
     norm_backward(d.cema, g.rmsnorm_w, NULL, d.rmsnorm, NULL, a.rmsnorm_rstd, a.cema, p.rmsnorm_w, rows, D);
     cema_backward(d.timenorm, g.cema_alpha, g.cema_delta, g.cema_theta, g.cema_gamma, g.cema_omega, din.h, d.cema, in.h,
                   a.timenorm, p.cema_alpha, p.cema_delta, p.cema_theta, p.cema_gamma, p.cema_omega, B, T, D,
-                  c->cema_ndim, s->before);
+                  c->cema_ndim, NULL);
     silu_backward(d.wv, NULL, d.v, a.wv, NULL, rows * V);
     matmul_backward(d.timenorm, g.wv, g.wv_b, d.wv, a.timenorm, p.wv, d.timenorm, rows, D, V);
 
@@ -1480,7 +1441,7 @@ void block_backward(const Model* m, const Pass* s, int l, const State* start, St
     OMP(omp parallel for schedule(static))
     for (size_t i = 0; i < rows * D; i++) { dx[i] = d.out[i] + d.mega[i]; }
     timestepnorm_backward(dx, g.timenorm_w, g.timenorm_b, din.norm, d.timenorm, a.timenorm_mean, a.timenorm_rstd,
-                          in.norm, x, p.timenorm_w, B, T, D, c->norm_num_groups, s->before);
+                          in.norm, x, p.timenorm_w, B, T, D, c->norm_num_groups, NULL);
 }
 
 const float* output_weight(const Model* m, Params p) { return m->config.share_emb ? p.embed : p.output; }
@@ -1525,7 +1486,7 @@ void model_backward(const Model* m, const Pass* s, const int* tokens, const int*
     memset(dx, 0, sizeof(float) * rows * D);
     timestepnorm_backward(dx, m->grads.final_w, m->grads.final_b, state_layer(dstart, c, L).norm, d.final, a.final_mean,
                           a.final_rstd, state_layer(s->before ? s->before : start, c, L).norm,
-                          block_input(s->specs, a, L), m->params.final_w, B, T, D, c->norm_num_groups, s->before);
+                          block_input(s->specs, a, L), m->params.final_w, B, T, D, c->norm_num_groups, NULL);
     for (int l = L - 1; l >= 0; l--) { // with --recompute, only the last layer's activations are still there
         if (s->keep == KEEP_BLOCKS && l < L - 1) { block_forward(m, s, l, start, NULL); }
         block_backward(m, s, l, start, dstart);
@@ -1588,10 +1549,9 @@ typedef struct {
     double (*memory_needed)(void* self, const Options* o); // bytes that training takes
     void (*open)(void* self, const Options* o, bool training); // takes all memory, or refuses
     void (*close)(void* self);
-    // Elements [part[0],part[1]) of row i of the parameter table, layer l, are in this rank's shard.
-    void (*part)(void* self, int i, int l, size_t part[2]);
-    // Copies this tensor between `host` and a block: the rank's part of it, into the weights all.
-    void (*copy)(void* self, int block, int i, int l, float* host, bool to_host);
+    // Copies row i of the parameter table, layer l, between `host` and a block: into the weights all of it, else only
+    // the elements [part[0],part[1]) that are in this rank's shard.
+    void (*copy)(void* self, int block, int i, int l, float* host, bool to_host, size_t part[2]);
     // Adds the gradient of dloss * (sum of losses) of a micro-step of --batch x --seq tokens; the first of a step
     // starts a new sum. May return before the work is done.
     void (*micro_step)(void* self, const int* tokens, const int* targets, double dloss, bool first);
@@ -1613,9 +1573,9 @@ double cpu_memory_needed(void* self, const Options* o) {
     param_specs(params, &o->model);
     act_specs(acts, &o->model, 1, o->recompute ? KEEP_BLOCKS : KEEP_ALL);
     act_specs(shared, &o->model, 1, KEEP_NONE);
-    double rows = (double)o->batch * o->seq / ranks.chunks, each = specs_size(acts, NUM_ACTS), once = specs_size(shared, NUM_ACTS);
-    double streamed = min_int(o->model.chunk_size, STREAM_TOKENS);
-    return sizeof(float) * ((2 + 2.0 / ranks.count) * specs_size(params, NUM_PARAMS) + rows * (each + once) + streamed * once);
+    double rows = (double)o->batch * o->seq / ranks.chunks, streamed = min_int(o->model.chunk_size, STREAM_TOKENS);
+    double each = specs_size(acts, NUM_ACTS), once = specs_size(shared, NUM_ACTS), blocks = 2 + 2.0 / ranks.count;
+    return sizeof(float) * (blocks * specs_size(params, NUM_PARAMS) + rows * (each + once) + streamed * once);
 }
 
 void cpu_open(void* self, const Options* o, bool training) {
@@ -1633,22 +1593,17 @@ void cpu_close(void* self) {
     model_free(&r->m); pass_free(&r->pass); pass_free(&r->stream); state_free(&r->state);
 }
 
-void cpu_part(void* self, int i, int l, size_t part[2]) {
-    const Model* m = &((Cpu*)self)->m;
-    size_t size = m->specs[i].size, at = ((float* const*)&m->params)[i] + l * size - m->params.embed;
-    part[0] = m->first > at ? min_size(m->first - at, size) : 0;
-    part[1] = m->last > at ? min_size(m->last - at, size) : 0;
-}
-
-void cpu_copy(void* self, int block, int i, int l, float* host, bool to_host) {
+void cpu_copy(void* self, int block, int i, int l, float* host, bool to_host, size_t part[2]) {
     Model* m = &((Cpu*)self)->m;
-    size_t part[2] = {0, m->specs[i].size};
-    float *weights = ((float**)&m->params)[i] + l * m->specs[i].size, *here = weights;
-    if (block != WEIGHTS || to_host) { cpu_part(self, i, l, part); }
-    if (block != WEIGHTS) {
-        here = (block == ADAM_M ? m->adam_m : m->adam_v) + (weights - m->params.embed) - m->first;
+    float* here = ((float**)&m->params)[i] + l * m->specs[i].size;
+    size_t size = m->specs[i].size, at = here - m->params.embed, first = 0, last = size;
+    if (block != WEIGHTS || to_host) {
+        first = m->first > at ? min_size(m->first - at, size) : 0;
+        last = m->last > at ? min_size(m->last - at, size) : 0;
     }
-    memcpy((to_host ? host : here) + part[0], (to_host ? here : host) + part[0], (part[1] - part[0]) * sizeof(float));
+    if (block != WEIGHTS) { here = (block == ADAM_M ? m->adam_m : m->adam_v) + at - m->first; }
+    memcpy((to_host ? host : here) + first, (to_host ? here : host) + first, (last - first) * sizeof(float));
+    part[0] = first; part[1] = last;
 }
 
 void cpu_micro_step(void* self, const int* tokens, const int* targets, double dloss, bool first) {
@@ -1685,8 +1640,8 @@ const float* cpu_logits(void* self) {
 void cpu_reset(void* self) { state_reset(&((Cpu*)self)->state, &((Cpu*)self)->m.config); }
 
 Backend cpu_backend(Cpu* r) {
-    Backend b = {r, "CPU", 0, STREAM_TOKENS, cpu_memory_needed, cpu_open, cpu_close, cpu_part, cpu_copy,
-                 cpu_micro_step, cpu_finish_step, cpu_update, cpu_stream, cpu_logits, cpu_reset};
+    Backend b = {r, "CPU", 0, STREAM_TOKENS, cpu_memory_needed, cpu_open, cpu_close, cpu_copy, cpu_micro_step,
+                 cpu_finish_step, cpu_update, cpu_stream, cpu_logits, cpu_reset};
     memset(r, 0, sizeof(*r));
     return b;
 }
@@ -2096,9 +2051,7 @@ void checkpoint_save(const Backend* b, const Spec specs[NUM_PARAMS], const Optio
         const Spec* s = &specs[i % NUM_PARAMS];
         for (int l = 0; good && s->size && l < s->slots; l++, at += s->size * sizeof(float)) {
             size_t mine[2];
-            b->part(b->self, i % NUM_PARAMS, l, mine);
-            if (mine[0] == mine[1]) { continue; }
-            b->copy(b->self, i / NUM_PARAMS, i % NUM_PARAMS, l, tensor, true);
+            b->copy(b->self, i / NUM_PARAMS, i % NUM_PARAMS, l, tensor, true, mine);
             good = !fseeko(f, at + mine[0] * sizeof(float), SEEK_SET) &&
                    fwrite(tensor + mine[0], sizeof(float), mine[1] - mine[0], f) == mine[1] - mine[0];
         }
@@ -2144,11 +2097,12 @@ void checkpoint_open(SafeTensors* st, const char* folder) {
 // Checks that a file has all tensors of a block of parameters, and with b, reads them into it.
 void block_load(const Backend* b, const Spec specs[NUM_PARAMS], const SafeTensors* st, int block) {
     char name[128];
+    size_t part[2];
     for (int i = 0; i < NUM_PARAMS; i++) {
         float* tensor = b ? (float*)xcalloc(specs[i].size, sizeof(float)) : NULL;
         for (int l = 0; specs[i].size && l < specs[i].slots; l++) {
             safetensors_read(st, layer_name(name, block_prefixes[block], specs[i].name, l), &specs[i], tensor);
-            if (b) { b->copy(b->self, block, i, l, tensor, false); }
+            if (b) { b->copy(b->self, block, i, l, tensor, false, part); }
         }
         free(tensor);
     }
@@ -2547,11 +2501,12 @@ void run(const Backend* b, const Options* o, SafeTensors* st) {
         }
         fprintf(info, "weights: %s\n", st->path);
     }
+    size_t part[2];
     for (int i = 0; !loaded && i < NUM_PARAMS; i++) {
         float* tensor = (float*)xcalloc(specs[i].size, sizeof(float));
         for (int l = 0; specs[i].size && l < specs[i].slots; l++) {
             param_init(tensor, &specs[i], i, l, &o->model, o->seed);
-            b->copy(b->self, WEIGHTS, i, l, tensor, false);
+            b->copy(b->self, WEIGHTS, i, l, tensor, false, part);
         }
         free(tensor);
     }
