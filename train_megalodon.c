@@ -54,15 +54,23 @@ what the code does, because that is what checkpoints mean, and says so.
 // ---------------------------------------------------------------------------------------------------------------------
 // Errors and memory
 
-// Every error ends here: one line that names the file, flag or tensor and says what was expected; exit status 1.
+// The processes of a job, see "Ranks". The `chunks` ranks of a group hold consecutive slices of the same sequences,
+// other groups hold other sequences: rank = group * chunks + chunk.
+static struct { int rank, count, chunk, chunks, group, groups; } ranks = {0, 1, 0, 1, 0, 1};
+void ranks_abort(void);
+
+// Every error ends here: one line that names the file, flag or tensor and says what was expected; exit status 1. What
+// all ranks find wrong, rank 0 says alone: it ends the job before the others speak.
 __attribute__((noreturn, format(printf, 1, 2))) void die(const char* format, ...) {
     va_list args;
     va_start(args, format);
     fflush(stdout);
+    if (ranks.rank) { signal(SIGTERM, SIG_DFL); sleep(1); }
     fputs("error: ", stderr);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
     va_end(args);
+    ranks_abort();
     exit(1);
 }
 
@@ -103,6 +111,98 @@ size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 int min_int(int a, int b) { return a < b ? a : b; }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Ranks: the processes that mpirun or srun started; one, without them. All that is MPI stands here.
+
+#ifdef USE_MPI
+#include <mpi.h>
+static MPI_Comm rank_group; // the ranks with slices of the same sequences
+void ranks_close(void) { MPI_Finalize(); }
+#endif
+
+void ranks_abort(void) { // no rank may go on, or wait, when one has failed
+#ifdef USE_MPI
+    if (ranks.count > 1) { MPI_Abort(MPI_COMM_WORLD, 1); }
+#endif
+}
+
+// Starts MPI, if there are several processes. What ranks other than 0 print is not seen.
+void ranks_open(void) {
+    static const char* counts[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"};
+    int started = 1;
+    for (int i = 0; i < 3; i++) { started = getenv(counts[i]) ? atoi(getenv(counts[i])) : started; }
+    if (started <= 1) { return; }
+#ifdef USE_MPI
+    int level;
+    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
+    MPI_Comm_size(MPI_COMM_WORLD, &ranks.count);
+    MPI_Comm_rank(MPI_COMM_WORLD, &ranks.rank);
+    ranks.groups = ranks.count; ranks.group = ranks.rank;
+    atexit(ranks_close);
+#endif
+    if (ranks.count != started) {
+        die("%d processes were started, this one knows of %d: built without MPI (make says), or for another mpirun; "
+            "srun: --mpi=pmix", started, ranks.count);
+    }
+    if (ranks.rank && !freopen("/dev/null", "w", stdout)) { die("/dev/null: %s", strerror(errno)); }
+}
+
+// Puts the ranks into groups of `chunks`.
+void ranks_group(int chunks) {
+    if (ranks.count % chunks) {
+        die("--chunk-parallel %d: expected a number that divides that of the processes, %d", chunks, ranks.count);
+    }
+    ranks.chunks = chunks; ranks.chunk = ranks.rank % chunks;
+    ranks.groups = ranks.count / chunks; ranks.group = ranks.rank / chunks;
+#ifdef USE_MPI
+    if (ranks.count > 1) { MPI_Comm_split(MPI_COMM_WORLD, ranks.group, ranks.rank, &rank_group); }
+#endif
+}
+
+// T timesteps of a sequence in slices of whole chunks
+int slice_length(int T, int c) {
+    if (ranks.chunks > 1 && (T % ranks.chunks || T / ranks.chunks % c)) {
+        die("sequences of %d tokens over --chunk-parallel %d: %.9g each, expected a multiple of chunk_size %d", T,
+            ranks.chunks, (double)T / ranks.chunks, c);
+    }
+    return T / ranks.chunks;
+}
+
+// all = the `bytes` bytes of each rank of the group, in their order
+void all_gather(void* all, const void* mine, size_t bytes) {
+    if (ranks.chunks == 1) { memcpy(all, mine, bytes); return; }
+#ifdef USE_MPI
+    MPI_Allgather(mine, bytes, MPI_BYTE, all, bytes, MPI_BYTE, rank_group);
+#endif
+}
+
+// x (n) = its sum over all ranks. Every rank returns when all are here.
+void all_sum(double* x, int n) {
+#ifdef USE_MPI
+    if (ranks.count > 1) { MPI_Allreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD); }
+#endif
+    (void)x; (void)n;
+}
+
+// Rank r's shard of n numbers is [shard_start(n, r), shard_start(n, r + 1)). Of a block of them, every rank receives
+// either all shards from their owners, or the sums over the ranks in its own shard (the rest is then scratch).
+size_t shard_start(size_t n, int rank) { return n * rank / ranks.count; }
+enum { GATHER_SHARDS, SUM_SHARD };
+void shards_exchange(float* x, size_t n, int what) {
+    for (int r = 0; r < (ranks.count > 1 ? ranks.count : 0); r++) {
+        size_t end = shard_start(n, r + 1);
+        for (size_t at = shard_start(n, r), size; at < end; at += size) {
+            size = min_size(end - at, 1 << 28); // MPI counts in ints
+#ifdef USE_MPI
+            if (what == GATHER_SHARDS) { MPI_Bcast(x + at, size, MPI_FLOAT, r, MPI_COMM_WORLD); }
+            else if (r != ranks.rank) { MPI_Reduce(x + at, NULL, size, MPI_FLOAT, MPI_SUM, r, MPI_COMM_WORLD); }
+            else { MPI_Reduce(MPI_IN_PLACE, x + at, size, MPI_FLOAT, MPI_SUM, r, MPI_COMM_WORLD); }
+#endif
+        }
+    }
+    (void)x; (void)what;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Options: one table. The struct, the parser, --help, the printed configuration and what a checkpoint records all come
 // from it. A row is: kind, name (with dashes on the command line), default, smallest and largest value, help.
 
@@ -133,7 +233,7 @@ int min_int(int a, int b) { return a < b ? a : b; }
         "training data: .txt or other text (a byte is a token) or llm.c's .bin; commas and * for several files") \
     X(TEXT, val,               "", 0, 0,          "validation data; without it the last 10% of each training file") \
     X(TEXT, out,               "", 0, 0,          "folder for checkpoints and log.tsv") \
-    X(INT,  batch,              4, 1, 1 << 24,    "sequences in a micro-step") \
+    X(INT,  batch,              4, 1, 1 << 24,    "sequences in a micro-step, of each group of processes") \
     X(INT,  seq,              256, 1, INT_MAX,    "tokens in a sequence") \
     X(INT,  accum,              1, 1, 1 << 24,    "micro-steps in a step") \
     X(INT,  steps,           1000, 1, INT_MAX,    "steps, and the length of the learning rate schedule") \
@@ -165,6 +265,7 @@ int min_int(int a, int b) { return a < b ? a : b; }
     X(INT,  top_k,              0, 0, INT_MAX,    "sample from the k likeliest tokens; 0 for all") \
     X(REAL, top_p,            1.0, 0, 1,          "sample from the likeliest tokens that hold this probability") \
     X(TEXT, eval,              "", 0, 0,          "print the loss on this file, streamed from its start to its end") \
+    X(INT,  chunk_parallel,     1, 1, 1 << 20,    "processes that share a sequence, a slice of whole chunks each") \
     X(FLAG, dry_run,            0, 0, 1,          "print configuration, parameters and memory, and stop") \
     X(FLAG, help,               0, 0, 1,          "print this")
 
@@ -509,6 +610,12 @@ void embedding_backward(float* dweight, const float* dout, const int* tokens, fl
 // Running statistics of one batch row and group: timesteps seen, mean and population variance of all their features.
 typedef struct { double count, mean, var; } NormState;
 static const NormState no_past = {0, 0, 0};
+NormState norm_merge(NormState a, NormState b) { // Chan's formula; one of them may be empty, not both
+    double n = a.count + b.count, delta = b.mean - a.mean;
+    NormState s = {n, a.mean + delta * b.count / n,
+                   (a.count * a.var + b.count * b.var + delta * delta * a.count * b.count / n) / n};
+    return s;
+}
 
 // Timestep normalization, eq. 4: group norm over time, past only. For each batch row and group of D/G features,
 //     mean_t, var_t = mean and population variance of all features of the group in timesteps 1..t
@@ -516,9 +623,24 @@ static const NormState no_past = {0, 0, 0};
 // out, inp (B,T,D) | w, b (D) | mean, rstd (B,T,G): saved for the backward pass | start, end (B,G): statistics before
 // and after these T timesteps, all that is carried; start NULL is an empty past, end may be NULL or start. They merge
 // by Chan's formula, a timestep at a time, in double: summed in floats, a stream of 10^7 timesteps would drift.
-void timestepnorm_forward(float* out, float* mean, float* rstd, NormState* end, const NormState* start,
-                          const float* inp, const float* w, const float* b, int B, int T, int D, int G, float eps) {
+// Where ranks hold slices of the sequences, all of T timesteps, `before` (B,G) receives the statistics before this one,
+// start being those before the first; else it is NULL.
+void timestepnorm_forward(float* out, float* mean, float* rstd, NormState* end, NormState* before,
+                          const NormState* start, const float* inp, const float* w, const float* b,
+                          int B, int T, int D, int G, float eps) {
     int F = D / G;
+    if (before) { // of this slice alone; then those of the slices before it, merged
+        timestepnorm_forward(out, mean, rstd, before, NULL, NULL, inp, w, b, B, T, D, G, eps);
+        NormState* all = (NormState*)xcalloc((size_t)ranks.chunks * B * G, sizeof(NormState));
+        all_gather(all, before, sizeof(NormState) * B * G);
+        for (int i = 0; i < B * G; i++) {
+            NormState s = start ? start[i] : no_past;
+            for (int r = 0; r < ranks.chunk; r++) { s = norm_merge(s, all[(size_t)r * B * G + i]); }
+            before[i] = s;
+        }
+        free(all);
+        start = before;
+    }
     OMP(omp parallel for collapse(2) schedule(static))
     for (int row = 0; row < B; row++) {
         for (int g = 0; g < G; g++) {
@@ -555,16 +677,30 @@ void timestepnorm_forward(float* out, float* mean, float* rstd, NormState* end, 
 //     dinp_s = dout (w+1) rstd + (U_s + 2 (x_s - c) V_s) / F,   U_s = sum_{t>=s} (a_t - 2 (mean_t - c) b_t) / n_t,
 //                                                               V_s = sum_{t>=s} b_t / n_t
 // for any constant c (the last mean, so that little cancels): one sweep from the end. The statistics before the first
-// timestep count start.count timesteps; dstart (B,G) receives their gradients if not NULL.
+// timestep count start.count timesteps; dstart (B,G) receives their gradients if not NULL. Where ranks hold slices,
+// start is what comes before this one, and U and V begin with what the later ranks found in a sweep of their own:
+// with `alone` (B,G) not NULL, these sums of this slice alone are all that is computed.
+typedef struct { double U, V, c; } NormSums;
 void timestepnorm_backward(float* dinp, float* dw, float* db, NormState* dstart, const float* dout, const float* mean,
                            const float* rstd, const NormState* start, const float* inp, const float* w,
-                           int B, int T, int D, int G) {
-    int F = D / G;
+                           int B, int T, int D, int G, NormSums* alone) {
+    int F = D / G, later = alone ? 0 : ranks.chunks - ranks.chunk - 1;
+    NormSums* all = NULL;
+    if (!alone && ranks.chunks > 1) {
+        all = (NormSums*)xcalloc((size_t)(ranks.chunks + 1) * B * G, sizeof(NormSums));
+        timestepnorm_backward(dinp, dw, db, NULL, dout, mean, rstd, start, inp, w, B, T, D, G, all);
+        all_gather(all + B * G, all, sizeof(NormSums) * B * G);
+    }
     OMP(omp parallel for schedule(static))
     for (int g = 0; g < G; g++) {
         for (int row = 0; row < B; row++) {
             NormState s = start ? start[row * G + g] : no_past;
             double U = 0, V = 0, c = mean[((size_t)row * T + T - 1) * G + g];
+            for (int r = ranks.chunks - later; r < ranks.chunks; r++) {
+                NormSums sums = all[((r + 1) * B + row) * G + g];
+                U += sums.U + 2 * (c - sums.c) * sums.V; // about this c
+                V += sums.V;
+            }
             for (int t = T - 1; t >= 0; t--) {
                 size_t k = ((size_t)row * T + t) * G + g;
                 const float *x = inp + k * F, *dy = dout + k * F, *wg = w + g * F;
@@ -581,7 +717,7 @@ void timestepnorm_backward(float* dinp, float* dw, float* db, NormState* dstart,
                 V += dv / n;
                 float u = (U - 2 * c * V) / F, v = 2 * V / F;
                 OMP(omp simd)
-                for (int i = 0; i < F; i++) {
+                for (int i = 0; i < (alone ? 0 : F); i++) {
                     dinp[k * F + i] += dy[i] * (wg[i] + 1.0f) * r + (u + v * x[i]);
                     dw[g * F + i] += dy[i] * (x[i] - mu) * r;
                     db[g * F + i] += dy[i];
@@ -591,8 +727,10 @@ void timestepnorm_backward(float* dinp, float* dw, float* db, NormState* dstart,
                 dstart[row * G + g].mean += s.count * (U + 2 * (s.mean - c) * V);
                 dstart[row * G + g].var += s.count * V;
             }
+            if (alone) { NormSums sums = {U, V, c}; alone[row * G + g] = sums; }
         }
     }
+    free(all);
 }
 
 // Complex exponential moving average, eq. 2, 3 and 5. Feature d runs N damped oscillators k = 1..N:
@@ -609,6 +747,7 @@ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 Complex lane(const ComplexLanes* z, int j) { Complex c = {z->re[j], z->im[j]}; return c; }
 // conj(a) b
 Complex conj_mul(Complex a, Complex b) { Complex c = {a.re * b.re + a.im * b.im, a.re * b.im - a.im * b.re}; return c; }
+Complex mul(Complex a, Complex b) { Complex c = {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re}; return c; }
 
 // Coefficients of the strip of features that starts at d0.
 void cema_modes(CemaMode m[CEMA_MAX_NDIM], const float* alpha, const float* delta, const float* theta,
@@ -626,10 +765,31 @@ void cema_modes(CemaMode m[CEMA_MAX_NDIM], const float* alpha, const float* delt
     }
 }
 
+// Where ranks hold slices of T timesteps: what the state s is after those from rank `first` up, or down, to this one.
+// A slice turns it into q^T s + e, where e is what it makes of 0: 2 numbers at i of the `size` of each rank.
+Complex cema_carry(Complex s, Complex q, int T, int first, const float* all, size_t size, size_t i) {
+    Complex power = {1, 0};
+    for (int n = T; n; n /= 2, q = mul(q, q)) { power = n % 2 ? mul(power, q) : power; } // q^T
+    for (int r = first; r != ranks.chunk; r += first ? -1 : 1) {
+        s = mul(power, s);
+        s.re += all[r * size + i]; s.im += all[r * size + i + 1];
+    }
+    return s;
+}
+
 // out, inp (B,T,D) | alpha, delta (D,N), theta, omega (D), gamma (D,N,2) | start, end (B,D,N,2): h before and after
-// these timesteps; start NULL is zero, end may be NULL or start. Nothing is saved for the backward pass.
-void cema_forward(float* out, float* end, const float* start, const float* inp, const float* alpha, const float* delta,
-                  const float* theta, const float* gamma, const float* omega, int B, int T, int D, int N) {
+// these timesteps; start NULL is zero, end may be NULL or start. Nothing is saved for the backward pass. `before`: as
+// for the timestep norm.
+void cema_forward(float* out, float* end, float* before, const float* start, const float* inp, const float* alpha,
+                  const float* delta, const float* theta, const float* gamma, const float* omega,
+                  int B, int T, int D, int N) {
+    size_t size = (size_t)B * D * N * 2;
+    float* all = NULL;
+    if (before) { // this slice alone, before the others are known
+        all = (float*)xcalloc(ranks.chunks * size, sizeof(float));
+        cema_forward(out, before, NULL, NULL, inp, alpha, delta, theta, gamma, omega, B, T, D, N);
+        all_gather(all, before, size * sizeof(float));
+    }
     OMP(omp parallel for schedule(static))
     for (int d0 = 0; d0 < D; d0 += LANES) {
         int lanes = min_int(LANES, D - d0);
@@ -638,8 +798,14 @@ void cema_forward(float* out, float* end, const float* start, const float* inp, 
         for (int b = 0; b < B; b++) {
             size_t state = ((size_t)b * D + d0) * N * 2;
             ComplexLanes h[CEMA_MAX_NDIM] = {{{0}, {0}}};
-            for (int i = 0; start && i < lanes * N; i++) {
-                h[i % N].re[i / N] = start[state + 2 * i]; h[i % N].im[i / N] = start[state + 2 * i + 1];
+            for (int i = 0; (start || before) && i < lanes * N; i++) {
+                size_t at = state + 2 * i;
+                Complex s = {start ? start[at] : 0, start ? start[at + 1] : 0};
+                if (before) {
+                    s = cema_carry(s, lane(&modes[i % N].q, i / N), T, 0, all, size, at);
+                    before[at] = s.re; before[at + 1] = s.im;
+                }
+                h[i % N].re[i / N] = s.re; h[i % N].im[i / N] = s.im;
             }
             for (int t0 = 0; t0 < T; t0 += TIMES) {
                 float x[TIMES][LANES] = {{0}}, y[TIMES][LANES] = {{0}};
@@ -668,6 +834,7 @@ void cema_forward(float* out, float* end, const float* start, const float* inp, 
             }
         }
     }
+    free(all);
 }
 
 // One sweep from the end, without the states h. A complex gradient dz stands for dL/dRe z + i dL/dIm z. With ~ for the
@@ -676,11 +843,22 @@ void cema_forward(float* out, float* end, const float* start, const float* inp, 
 //     dg = sum_t dy_t ~h_t = p Q + ~h_0 ~q a_1            dh_0 = ~g ~q a_1
 // and dq = sum_t ~g a_t ~h_{t-1}, where h_{t-1} = q^{t-1} h_0 + p sum_{s<t} q^{t-1-s} x_s. Summed over t first:
 //     dq = ~g (p R + ~h_0 a'_0), R = sum_s x_s a'_s       a'_s = sum_{t>s} ~q^{t-1-s} a_t, or a'_{s-1} = ~q a'_s + a_s
-// dinp (B,T,D) is assigned; dstart (B,D,N,2) is added to and may be NULL.
+// dinp (B,T,D) is assigned; dstart (B,D,N,2) is added to and may be NULL. Where ranks hold slices, start is what comes
+// before this one, and a goes on from the later ones, as they found it alone: with `alone` (B,D,N,2) not NULL, a_1 of
+// this slice alone is all that is computed. a' is of this slice, so that dq over the slices has each term once; dg's Q
+// has all that comes of x_t, in later slices too, so ~h_0 counts for the first slice only.
 void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega,
                    float* dstart, const float* dout, const float* start, const float* inp, const float* alpha,
                    const float* delta, const float* theta, const float* gamma, const float* omega,
-                   int B, int T, int D, int N) {
+                   int B, int T, int D, int N, float* alone) {
+    size_t size = (size_t)B * D * N * 2;
+    float* all = NULL;
+    if (!alone && ranks.chunks > 1) {
+        all = (float*)xcalloc((ranks.chunks + 1) * size, sizeof(float));
+        cema_backward(dinp, NULL, NULL, NULL, NULL, NULL, NULL, dout, start, inp, alpha, delta, theta, gamma, omega,
+                      B, T, D, N, all + ranks.chunks * size);
+        all_gather(all, all + ranks.chunks * size, size * sizeof(float));
+    }
     OMP(omp parallel for schedule(static))
     for (int d0 = 0; d0 < D; d0 += LANES) {
         int lanes = min_int(LANES, D - d0);
@@ -691,6 +869,12 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
         for (int b = 0; b < B; b++) {
             struct { ComplexLanes a, a1; Complex Q[LANES], R[LANES]; } s[CEMA_MAX_NDIM]; // a1 is a'
             memset(s, 0, sizeof(s));
+            for (int i = 0; all && i < lanes * N; i++) {
+                size_t h = 2 * (((size_t)b * D + d0) * N + i);
+                Complex a = {0, 0}, q = lane(&modes[i % N].q, i / N), q_ = {q.re, -q.im};
+                a = cema_carry(a, q_, T, ranks.chunks - 1, all, size, h);
+                s[i % N].a.re[i / N] = a.re; s[i % N].a.im[i / N] = a.im;
+            }
             double dw[LANES] = {0};
             for (int t0 = (T - 1) / TIMES * TIMES; t0 >= 0; t0 -= TIMES) {
                 float x[TIMES][LANES] = {{0}}, dy[TIMES][LANES] = {{0}}, dx[TIMES][LANES] = {{0}};
@@ -705,16 +889,16 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
                     ComplexLanes a = s[k].a, a1 = s[k].a1, Qt = {{0}, {0}}, Rt = {{0}, {0}};
                     for (int t = times - 1; t >= 0; t--) {
                         for (int j = 0; j < LANES; j++) {
-                            // a'_t = ~q a'_{t+1} + a_{t+1} and a_t = ~q a_{t+1} + dy_t
-                            float re1 = m.q.re[j] * a1.re[j] + m.q.im[j] * a1.im[j] + a.re[j];
-                            float im1 = m.q.re[j] * a1.im[j] - m.q.im[j] * a1.re[j] + a.im[j];
+                            // a_t = ~q a_{t+1} + dy_t; x_t meets a_t and a'_t; a'_{t-1} = ~q a'_t + a_t
+                            float re1 = a1.re[j], im1 = a1.im[j];
                             float re = m.q.re[j] * a.re[j] + m.q.im[j] * a.im[j] + dy[t][j];
                             float im = m.q.re[j] * a.im[j] - m.q.im[j] * a.re[j];
-                            a1.re[j] = re1; a1.im[j] = im1;
-                            a.re[j] = re; a.im[j] = im;
                             Qt.re[j] += x[t][j] * re; Qt.im[j] += x[t][j] * im;
                             Rt.re[j] += x[t][j] * re1; Rt.im[j] += x[t][j] * im1;
                             dx[t][j] += m.p[j] * (m.g.re[j] * re + m.g.im[j] * im);
+                            a1.re[j] = m.q.re[j] * re1 + m.q.im[j] * im1 + re;
+                            a1.im[j] = m.q.re[j] * im1 - m.q.im[j] * re1 + im;
+                            a.re[j] = re; a.im[j] = im;
                         }
                     }
                     s[k].a = a; s[k].a1 = a1;
@@ -734,12 +918,13 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
                 int k = i % N, j = i / N;
                 size_t w = 2 * ((size_t)d0 * N + i), h = 2 * (((size_t)b * D + d0) * N + i); // in dgamma, in the state
                 double p = modes[k].p[j];
-                Complex q = lane(&modes[k].q, j), g = lane(&modes[k].g, j), h0 = {0, 0}, a = lane(&s[k].a, j);
+                if (alone) { alone[h] = s[k].a.re[j]; alone[h + 1] = s[k].a.im[j]; continue; }
+                Complex q = lane(&modes[k].q, j), g = lane(&modes[k].g, j), h0 = {0, 0};
                 if (start) { h0.re = start[h]; h0.im = start[h + 1]; }
-                Complex qa = conj_mul(q, a), qa1 = conj_mul(q, lane(&s[k].a1, j));
-                Complex a1_0 = {a.re + qa1.re, a.im + qa1.im}; // a'_0
-                Complex hqa = conj_mul(h0, qa), ha = conj_mul(h0, a1_0), dh0 = conj_mul(g, qa);
+                Complex qa = conj_mul(q, lane(&s[k].a, j)), ha = conj_mul(h0, lane(&s[k].a1, j)); // ~q a_1, ~h_0 a'_0
+                Complex hqa = conj_mul(h0, qa), dh0 = conj_mul(g, qa);
                 Complex r = {p * s[k].R[j].re + ha.re, p * s[k].R[j].im + ha.im}, gr = conj_mul(g, r); // dq = ~g r
+                if (ranks.chunk > 0) { hqa.re = hqa.im = 0; }
                 dgamma[w] += (p * s[k].Q[j].re + hqa.re) / sqrt(N);
                 dgamma[w + 1] += (p * s[k].Q[j].im + hqa.im) / sqrt(N);
                 dp[k][j] += conj_mul(g, s[k].Q[j]).re;
@@ -748,7 +933,7 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
                 if (k == 0) { domega[d0 + j] += dw[j]; }
             }
         }
-        for (int i = 0; i < lanes * N; i++) { // from p and q to what they are made of: q = radius exp(i angle)
+        for (int i = 0; !alone && i < lanes * N; i++) { // to what p and q are made of: q = radius exp(i angle)
             int k = i % N, j = i / N;
             size_t w = (size_t)d0 * N + i;
             double p = sigmoid(alpha[w]), s_delta = sigmoid(delta[w]), s_theta = sigmoid(theta[d0 + j]);
@@ -759,6 +944,7 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
             dtheta[d0 + j] += turn * s_theta * (1 - s_theta) * dangle;
         }
     }
+    free(all);
 }
 
 // Layer normalization over the D features of a row: out = (inp - mean) rstd (w + 1) + b. With mean and b NULL, RMS
@@ -1026,8 +1212,10 @@ typedef struct {
     Config config;
     Spec specs[NUM_PARAMS];
     size_t num_parameters;
-    Params params, grads, adam_m, adam_v; // each one block of num_parameters floats that starts at .embed
-    float* rotations;                     // (c,Z/H/2,2): cos and sin of the rotary angles
+    Params params, grads;    // each one block of num_parameters floats that starts at .embed
+    size_t first, last;      // this rank's shard of the parameters
+    float *adam_m, *adam_v;  // (last - first): their moments (ZeRO-1: no rank has those of other shards)
+    float* rotations;        // (c,Z/H/2,2): cos and sin of the rotary angles
 } Model;
 
 // The memory of a forward pass over (B,T) tokens, and of its backward pass if keep is not KEEP_NONE.
@@ -1035,6 +1223,7 @@ typedef struct {
     int B, T, keep;
     Spec specs[NUM_ACTS], dspecs[NUM_ACTS];
     Acts acts, grads;
+    State* before; // training where ranks hold slices of T timesteps: what comes before this one's; else NULL
 } Pass;
 
 // Refuses what no model can be.
@@ -1051,9 +1240,12 @@ void model_alloc(Model* m, const Config* c, bool training) {
     m->config = *c;
     param_specs(m->specs, c);
     m->num_parameters = specs_size(m->specs, NUM_PARAMS);
-    Params* blocks[4] = {&m->params, &m->grads, &m->adam_m, &m->adam_v};
-    for (int i = 0; i < (training ? 4 : 1); i++) {
-        specs_place(blocks[i], (float*)xcalloc(m->num_parameters, sizeof(float)), m->specs, NUM_PARAMS);
+    m->first = shard_start(m->num_parameters, ranks.rank); m->last = shard_start(m->num_parameters, ranks.rank + 1);
+    specs_place(&m->params, (float*)xcalloc(m->num_parameters, sizeof(float)), m->specs, NUM_PARAMS);
+    if (training) {
+        specs_place(&m->grads, (float*)xcalloc(m->num_parameters, sizeof(float)), m->specs, NUM_PARAMS);
+        m->adam_m = (float*)xcalloc(m->last - m->first, sizeof(float));
+        m->adam_v = (float*)xcalloc(m->last - m->first, sizeof(float));
     }
     int zd = c->z_dim / c->num_heads;
     m->rotations = (float*)xcalloc((size_t)c->chunk_size * zd, sizeof(float));
@@ -1067,22 +1259,8 @@ void model_alloc(Model* m, const Config* c, bool training) {
 }
 
 void model_free(Model* m) {
-    free(m->params.embed); free(m->grads.embed); free(m->adam_m.embed); free(m->adam_v.embed); free(m->rotations);
+    free(m->params.embed); free(m->grads.embed); free(m->adam_m); free(m->adam_v); free(m->rotations);
 }
-
-// keep_grads: KEEP_NONE, or KEEP_ALL where a test wants to see the gradients of every layer's activations.
-void pass_alloc(Pass* s, const Config* c, int B, int T, int keep, int keep_grads) {
-    memset(s, 0, sizeof(*s));
-    s->B = B; s->T = T; s->keep = keep;
-    act_specs(s->specs, c, (size_t)B * T, keep);
-    act_specs(s->dspecs, c, (size_t)B * T, keep_grads);
-    specs_place(&s->acts, (float*)xcalloc(specs_size(s->specs, NUM_ACTS), sizeof(float)), s->specs, NUM_ACTS);
-    if (keep != KEEP_NONE) {
-        specs_place(&s->grads, (float*)xcalloc(specs_size(s->dspecs, NUM_ACTS), sizeof(float)), s->dspecs, NUM_ACTS);
-    }
-}
-
-void pass_free(Pass* s) { free(s->acts.embed); free(s->grads.embed); }
 
 void state_alloc(State* s, const Config* c, int B, bool cache) {
     size_t layers = c->num_layers, chunk = cache ? (size_t)B * c->chunk_size : 0;
@@ -1094,6 +1272,26 @@ void state_alloc(State* s, const Config* c, int B, bool cache) {
 }
 
 void state_free(State* s) { free(s->norm); free(s->h); free(s->k); free(s->v); }
+
+// keep_grads: KEEP_NONE, or KEEP_ALL where a test wants to see the gradients of every layer's activations.
+void pass_alloc(Pass* s, const Config* c, int B, int T, int keep, int keep_grads) {
+    memset(s, 0, sizeof(*s));
+    s->B = B; s->T = T; s->keep = keep;
+    act_specs(s->specs, c, (size_t)B * T, keep);
+    act_specs(s->dspecs, c, (size_t)B * T, keep_grads);
+    specs_place(&s->acts, (float*)xcalloc(specs_size(s->specs, NUM_ACTS), sizeof(float)), s->specs, NUM_ACTS);
+    if (keep != KEEP_NONE) {
+        specs_place(&s->grads, (float*)xcalloc(specs_size(s->dspecs, NUM_ACTS), sizeof(float)), s->dspecs, NUM_ACTS);
+    }
+    if (keep == KEEP_NONE || ranks.chunks == 1) { return; }
+    s->before = (State*)xcalloc(1, sizeof(State));
+    state_alloc(s->before, c, B, false);
+}
+
+void pass_free(Pass* s) {
+    free(s->acts.embed); free(s->grads.embed);
+    if (s->before) { state_free(s->before); free(s->before); }
+}
 
 void state_reset(State* s, const Config* c) { // back to the empty past
     memset(s->norm, 0, sizeof(NormState) * (c->num_layers + 1) * s->B * c->norm_num_groups);
@@ -1157,13 +1355,13 @@ void block_forward(const Model* m, const Pass* s, int l, const State* start, Sta
     const float* x = block_input(s->specs, s->acts, l);
     Params p = params_layer(m, m->params, l);
     Acts a = acts_layer(s->specs, s->acts, l);
-    State in = state_layer(start, c, l), next = state_layer(end, c, l);
+    State in = state_layer(start, c, l), next = state_layer(end, c, l), before = state_layer(s->before, c, l);
 
     // Long memory: n = timestep_norm(x), e = cema(n), m = rms_norm(e).
-    timestepnorm_forward(a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, in.norm, x, p.timenorm_w,
+    timestepnorm_forward(a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, before.norm, in.norm, x, p.timenorm_w,
                          p.timenorm_b, B, T, D, c->norm_num_groups, eps);
-    cema_forward(a.cema, next.h, in.h, a.timenorm, p.cema_alpha, p.cema_delta, p.cema_theta, p.cema_gamma, p.cema_omega,
-                 B, T, D, c->cema_ndim);
+    cema_forward(a.cema, next.h, before.h, in.h, a.timenorm, p.cema_alpha, p.cema_delta, p.cema_theta, p.cema_gamma,
+                 p.cema_omega, B, T, D, c->cema_ndim);
     norm_forward(a.rmsnorm, NULL, a.rmsnorm_rstd, a.cema, p.rmsnorm_w, NULL, rows, D, eps);
 
     // Short memory: attention inside the chunk. Queries and keys see the past through m; values are made from n, what
@@ -1206,7 +1404,7 @@ void block_backward(const Model* m, const Pass* s, int l, const State* start, St
     float* dx = block_input(s->dspecs, s->grads, l);
     Params p = params_layer(m, m->params, l), g = params_layer(m, m->grads, l);
     Acts a = acts_layer(s->specs, s->acts, l), d = acts_layer(s->dspecs, s->grads, l);
-    State in = state_layer(start, c, l), din = state_layer(dstart, c, l);
+    State in = state_layer(s->before ? s->before : start, c, l), din = state_layer(dstart, c, l);
 
     const float* dffn = d.out;
     if (c->rescale_nffn) {
@@ -1235,7 +1433,7 @@ void block_backward(const Model* m, const Pass* s, int l, const State* start, St
     norm_backward(d.cema, g.rmsnorm_w, NULL, d.rmsnorm, NULL, a.rmsnorm_rstd, a.cema, p.rmsnorm_w, rows, D);
     cema_backward(d.timenorm, g.cema_alpha, g.cema_delta, g.cema_theta, g.cema_gamma, g.cema_omega, din.h, d.cema, in.h,
                   a.timenorm, p.cema_alpha, p.cema_delta, p.cema_theta, p.cema_gamma, p.cema_omega, B, T, D,
-                  c->cema_ndim);
+                  c->cema_ndim, NULL);
     silu_backward(d.wv, NULL, d.v, a.wv, NULL, rows * V);
     matmul_backward(d.timenorm, g.wv, g.wv_b, d.wv, a.timenorm, p.wv, d.timenorm, rows, D, V);
 
@@ -1243,7 +1441,7 @@ void block_backward(const Model* m, const Pass* s, int l, const State* start, St
     OMP(omp parallel for schedule(static))
     for (size_t i = 0; i < rows * D; i++) { dx[i] = d.out[i] + d.mega[i]; }
     timestepnorm_backward(dx, g.timenorm_w, g.timenorm_b, din.norm, d.timenorm, a.timenorm_mean, a.timenorm_rstd,
-                          in.norm, x, p.timenorm_w, B, T, D, c->norm_num_groups);
+                          in.norm, x, p.timenorm_w, B, T, D, c->norm_num_groups, NULL);
 }
 
 const float* output_weight(const Model* m, Params p) { return m->config.share_emb ? p.embed : p.output; }
@@ -1259,8 +1457,8 @@ void model_forward(const Model* m, const Pass* s, const int* tokens, const State
     embedding_forward(a.embed, tokens, m->params.embed, embedding_scale(c), rows, D);
     for (int l = 0; l < L; l++) { block_forward(m, s, l, start, end); }
     timestepnorm_forward(a.final, a.final_mean, a.final_rstd, state_layer(end, c, L).norm,
-                         state_layer(start, c, L).norm, block_input(s->specs, a, L), m->params.final_w,
-                         m->params.final_b, B, T, D, c->norm_num_groups, c->norm_eps);
+                         state_layer(s->before, c, L).norm, state_layer(start, c, L).norm, block_input(s->specs, a, L),
+                         m->params.final_w, m->params.final_b, B, T, D, c->norm_num_groups, c->norm_eps);
     matmul_forward(a.logits, a.final, output_weight(m, m->params), NULL, NULL, rows, D, c->vocab_size);
     if (end) { end->pos = ((start ? start->pos : 0) + T) % c->chunk_size; }
 }
@@ -1287,8 +1485,8 @@ void model_backward(const Model* m, const Pass* s, const int* tokens, const int*
                     NULL, rows, D, c->vocab_size);
     memset(dx, 0, sizeof(float) * rows * D);
     timestepnorm_backward(dx, m->grads.final_w, m->grads.final_b, state_layer(dstart, c, L).norm, d.final, a.final_mean,
-                          a.final_rstd, state_layer(start, c, L).norm, block_input(s->specs, a, L), m->params.final_w,
-                          B, T, D, c->norm_num_groups);
+                          a.final_rstd, state_layer(s->before ? s->before : start, c, L).norm,
+                          block_input(s->specs, a, L), m->params.final_w, B, T, D, c->norm_num_groups, NULL);
     for (int l = L - 1; l >= 0; l--) { // with --recompute, only the last layer's activations are still there
         if (s->keep == KEEP_BLOCKS && l < L - 1) { block_forward(m, s, l, start, NULL); }
         block_backward(m, s, l, start, dstart);
@@ -1296,12 +1494,14 @@ void model_backward(const Model* m, const Pass* s, const int* tokens, const int*
     embedding_backward(m->grads.embed, d.embed, tokens, embedding_scale(c), rows, D);
 }
 
-// Global L2 norm of the gradient. Partial sums over fixed blocks, added in order.
+// Adds up the gradients of all ranks, each in its shard, and returns their global L2 norm. Partial sums over fixed
+// blocks, added in order.
 double model_grad_norm(const Model* m) {
     enum { BLOCK = 1 << 16 };
-    size_t n = m->num_parameters, blocks = (n + BLOCK - 1) / BLOCK;
+    size_t n = m->last - m->first, blocks = (n + BLOCK - 1) / BLOCK;
     double *partial = (double*)xcalloc(blocks, sizeof(double)), sum = 0;
-    const float* g = m->grads.embed;
+    const float* g = m->grads.embed + m->first;
+    shards_exchange(m->grads.embed, m->num_parameters, SUM_SHARD);
     OMP(omp parallel for schedule(static))
     for (size_t b = 0; b < blocks; b++) {
         double s = 0;
@@ -1309,6 +1509,7 @@ double model_grad_norm(const Model* m) {
         partial[b] = s;
     }
     for (size_t b = 0; b < blocks; b++) { sum += partial[b]; }
+    all_sum(&sum, 1);
     free(partial);
     return sqrt(sum);
 }
@@ -1317,17 +1518,18 @@ double model_grad_norm(const Model* m) {
 // count from 1. Every parameter decays, the norms' too. Plus-1 (eq. 23) makes that right and needs no line here: scales
 // are stored as offsets from 1, so decay draws them to 1, not to 0, where they would shut the layer off (appendix B.2).
 void model_update(Model* m, const Options* o, double lr, int step, double grad_scale) {
-    float *w = m->params.embed, *g = m->grads.embed, *m1 = m->adam_m.embed, *m2 = m->adam_v.embed;
+    float *w = m->params.embed + m->first, *g = m->grads.embed + m->first, *m1 = m->adam_m, *m2 = m->adam_v;
     float beta1 = o->beta1, beta2 = o->beta2, eps = o->adam_eps, scale = grad_scale;
     float keep = 1.0 - lr * o->weight_decay, size = lr / (1.0 - pow(o->beta1, step));
     float correction = 1.0 / sqrt(1.0 - pow(o->beta2, step)), beta1c = 1.0 - o->beta1, beta2c = 1.0 - o->beta2;
     OMP(omp parallel for schedule(static))
-    for (size_t i = 0; i < m->num_parameters; i++) {
+    for (size_t i = 0; i < m->last - m->first; i++) {
         float grad = g[i] * scale;
         m1[i] = beta1 * m1[i] + beta1c * grad;
         m2[i] = beta2 * m2[i] + beta2c * grad * grad;
         w[i] = w[i] * keep - size * m1[i] / (sqrtf(m2[i]) * correction + eps);
     }
+    shards_exchange(m->params.embed, m->num_parameters, GATHER_SHARDS);
 }
 
 // PyTorch's clip_grad_norm_: what to multiply gradients of this norm by. limit 0 is none.
@@ -1347,8 +1549,9 @@ typedef struct {
     double (*memory_needed)(void* self, const Options* o); // bytes that training takes
     void (*open)(void* self, const Options* o, bool training); // takes all memory, or refuses
     void (*close)(void* self);
-    // Copies row i of the parameter table, layer l, between `host` and a block.
-    void (*copy)(void* self, int block, int i, int l, float* host, bool to_host);
+    // Copies row i of the parameter table, layer l, between `host` and a block: into the weights all of it, else only
+    // the elements [part[0],part[1]) that are in this rank's shard.
+    void (*copy)(void* self, int block, int i, int l, float* host, bool to_host, size_t part[2]);
     // Adds the gradient of dloss * (sum of losses) of a micro-step of --batch x --seq tokens; the first of a step
     // starts a new sum. May return before the work is done.
     void (*micro_step)(void* self, const int* tokens, const int* targets, double dloss, bool first);
@@ -1363,23 +1566,24 @@ typedef struct {
 enum { STREAM_TOKENS = 512 };
 typedef struct { Model m; Pass pass, stream; State state; double loss; } Cpu;
 
-// Weights, gradients and both moments; activations and their gradients; the stream's.
+// Weights, gradients, a shard of both moments; activations and their gradients; the stream's.
 double cpu_memory_needed(void* self, const Options* o) {
     Spec params[NUM_PARAMS], acts[NUM_ACTS], shared[NUM_ACTS]; // of one timestep
     (void)self;
     param_specs(params, &o->model);
     act_specs(acts, &o->model, 1, o->recompute ? KEEP_BLOCKS : KEEP_ALL);
     act_specs(shared, &o->model, 1, KEEP_NONE);
-    double rows = (double)o->batch * o->seq, each = specs_size(acts, NUM_ACTS), once = specs_size(shared, NUM_ACTS);
-    double streamed = min_int(o->model.chunk_size, STREAM_TOKENS);
-    return sizeof(float) * (4.0 * specs_size(params, NUM_PARAMS) + rows * (each + once) + streamed * once);
+    double rows = (double)o->batch * o->seq / ranks.chunks, streamed = min_int(o->model.chunk_size, STREAM_TOKENS);
+    double each = specs_size(acts, NUM_ACTS), once = specs_size(shared, NUM_ACTS), blocks = 2 + 2.0 / ranks.count;
+    return sizeof(float) * (blocks * specs_size(params, NUM_PARAMS) + rows * (each + once) + streamed * once);
 }
 
 void cpu_open(void* self, const Options* o, bool training) {
     Cpu* r = (Cpu*)self;
     const Config* c = &o->model;
     model_alloc(&r->m, c, training);
-    if (training) { pass_alloc(&r->pass, c, o->batch, o->seq, o->recompute ? KEEP_BLOCKS : KEEP_ALL, KEEP_NONE); }
+    int keep = o->recompute ? KEEP_BLOCKS : KEEP_ALL;
+    if (training) { pass_alloc(&r->pass, c, o->batch, o->seq / ranks.chunks, keep, KEEP_NONE); }
     pass_alloc(&r->stream, c, 1, min_int(c->chunk_size, STREAM_TOKENS), KEEP_NONE, KEEP_NONE);
     state_alloc(&r->state, c, 1, true);
 }
@@ -1389,11 +1593,17 @@ void cpu_close(void* self) {
     model_free(&r->m); pass_free(&r->pass); pass_free(&r->stream); state_free(&r->state);
 }
 
-void cpu_copy(void* self, int block, int i, int l, float* host, bool to_host) {
+void cpu_copy(void* self, int block, int i, int l, float* host, bool to_host, size_t part[2]) {
     Model* m = &((Cpu*)self)->m;
-    const Params* blocks[NUM_BLOCKS] = {&m->params, &m->adam_m, &m->adam_v};
-    float* here = ((float**)blocks[block])[i] + l * m->specs[i].size;
-    memcpy(to_host ? host : here, to_host ? here : host, m->specs[i].size * sizeof(float));
+    float* here = ((float**)&m->params)[i] + l * m->specs[i].size;
+    size_t size = m->specs[i].size, at = here - m->params.embed, first = 0, last = size;
+    if (block != WEIGHTS || to_host) {
+        first = m->first > at ? min_size(m->first - at, size) : 0;
+        last = m->last > at ? min_size(m->last - at, size) : 0;
+    }
+    if (block != WEIGHTS) { here = (block == ADAM_M ? m->adam_m : m->adam_v) + at - m->first; }
+    memcpy((to_host ? host : here) + first, (to_host ? here : host) + first, (last - first) * sizeof(float));
+    part[0] = first; part[1] = last;
 }
 
 void cpu_micro_step(void* self, const int* tokens, const int* targets, double dloss, bool first) {
@@ -1407,6 +1617,7 @@ void cpu_micro_step(void* self, const int* tokens, const int* targets, double dl
 
 double cpu_finish_step(void* self, double* loss) {
     *loss = ((Cpu*)self)->loss;
+    all_sum(loss, 1);
     return model_grad_norm(&((Cpu*)self)->m);
 }
 
@@ -1793,14 +2004,17 @@ void options_print(const Options* o, FILE* f) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Checkpoints: weights, both Adam moments, all flags and the step, from which data order and sampling follow
 
-// Writes DIR/step_%08d.safetensors under another name, flushes it to the disk, and only then gives it its name.
+double step_tokens(const Options* o) { return (double)o->accum * ranks.groups * o->batch * o->seq; }
+
+// Writes DIR/step_%08d.safetensors under another name, flushes it to the disk, and only then gives it its name. Rank 0
+// writes the header, then every rank what is in its shard.
 void checkpoint_save(const Backend* b, const Spec specs[NUM_PARAMS], const Options* o, int step) {
     char *header = NULL, name[128];
     size_t length = 0, offset = 0, largest = 0;
     FILE* h = open_memstream(&header, &length);
     if (!h) { die("out of memory"); }
     fprintf(h, "{\"__metadata__\":{\"format\":\"megalodon\",\"step\":\"%d\",\"tokens\":\"%.0f\"", step,
-            (double)step * o->accum * o->batch * o->seq);
+            step * step_tokens(o));
     for (int i = 0; option_rows[i].group != MODE_GROUP; i++) {
         fprintf(h, ",\"%s\":\"", option_key(i));
         for (const char* s = option_text(o, i); *s; s++) {
@@ -1825,22 +2039,28 @@ void checkpoint_save(const Backend* b, const Spec specs[NUM_PARAMS], const Optio
     fclose(h);
 
     const char *path = text_of("%s/step_%08d.safetensors", o->out, step), *part = text_of("%s.part", path);
-    FILE* f = fopen(part, "wb");
+    double at = ranks.rank ? 0 : 8 + length; // the same on all ranks, though their headers may differ in --threads
+    all_sum(&at, 1);
+    int fd = open(part, O_CREAT | O_WRONLY, 0666);
+    FILE* f = fd < 0 ? NULL : fdopen(fd, "wb");
     float* tensor = (float*)xcalloc(largest, sizeof(float));
-    bool good = f != NULL;
-    for (int i = 0; good && i < 8; i++) { good = fputc(length >> 8 * i & 255, f) != EOF; }
-    good = good && fwrite(header, 1, length, f) == length;
+    bool good = f && !ftruncate(fd, at + offset);
+    for (int i = 0; good && !ranks.rank && i < 8; i++) { good = fputc(length >> 8 * i & 255, f) != EOF; }
+    good = good && (ranks.rank || fwrite(header, 1, length, f) == length);
     for (int i = 0; i < NUM_BLOCKS * NUM_PARAMS; i++) {
         const Spec* s = &specs[i % NUM_PARAMS];
-        for (int l = 0; good && s->size && l < s->slots; l++) {
-            b->copy(b->self, i / NUM_PARAMS, i % NUM_PARAMS, l, tensor, true);
-            good = fwrite(tensor, sizeof(float), s->size, f) == s->size;
+        for (int l = 0; good && s->size && l < s->slots; l++, at += s->size * sizeof(float)) {
+            size_t mine[2];
+            b->copy(b->self, i / NUM_PARAMS, i % NUM_PARAMS, l, tensor, true, mine);
+            good = !fseeko(f, at + mine[0] * sizeof(float), SEEK_SET) &&
+                   fwrite(tensor + mine[0], sizeof(float), mine[1] - mine[0], f) == mine[1] - mine[0];
         }
     }
     good = good && !fflush(f) && !fsync(fileno(f));
     int error = errno;
     if (f) { fclose(f); }
-    if (!good || rename(part, path)) {
+    if (good) { all_sum(&at, 1); } // waits for all
+    if (!good || (ranks.rank == 0 && rename(part, path))) {
         error = good ? errno : error;
         unlink(part);
         die("cannot write %s: %s (earlier checkpoints are untouched)", path, strerror(error));
@@ -1877,11 +2097,12 @@ void checkpoint_open(SafeTensors* st, const char* folder) {
 // Checks that a file has all tensors of a block of parameters, and with b, reads them into it.
 void block_load(const Backend* b, const Spec specs[NUM_PARAMS], const SafeTensors* st, int block) {
     char name[128];
+    size_t part[2];
     for (int i = 0; i < NUM_PARAMS; i++) {
         float* tensor = b ? (float*)xcalloc(specs[i].size, sizeof(float)) : NULL;
         for (int l = 0; specs[i].size && l < specs[i].slots; l++) {
             safetensors_read(st, layer_name(name, block_prefixes[block], specs[i].name, l), &specs[i], tensor);
-            if (b) { b->copy(b->self, block, i, l, tensor, false); }
+            if (b) { b->copy(b->self, block, i, l, tensor, false, part); }
         }
         free(tensor);
     }
@@ -2108,7 +2329,7 @@ FILE* log_open(const Options* o, int step) {
 // device, in tokens/s, or 0.
 void log_step(const Options* o, FILE* log, int step, double loss, double norm, double lr, double ms, double left,
               double val, double peak) {
-    double tokens = (double)o->accum * o->batch * o->seq, speed = 1e3 * tokens / ms;
+    double tokens = step_tokens(o), speed = 1e3 * tokens / ms;
     printf("step %d/%d | loss %.4f | norm %.3f | lr %.2e | %.0f tok/s | %.1f ms | %s%d:%02d left\n", step, o->steps,
            loss, norm, lr, speed, ms, peak > 0 ? text_of("%.1f%% of peak | ", 100 * speed / peak) : "", (int)left / 60,
            (int)left % 60);
@@ -2132,25 +2353,27 @@ double flops_per_token(const Config* c) {
     return 6 * weights + 3.0 * c->num_layers * c->chunk_size * (c->z_dim + c->value_dim);
 }
 
-// The tokens and targets of all micro-steps of a step.
+// The tokens and targets of all micro-steps of a step: this rank's slice of its group's sequences. They are counted
+// micro-step by micro-step over all groups, so that a step has the same ones however the work is split.
 void read_step(const Options* o, const Dataset* data, int step, int* tokens, int* targets) {
-    size_t T = o->seq;
-    int* row = (int*)xcalloc(T + 1, sizeof(int));
-    for (size_t r = 0; r < (size_t)o->accum * o->batch; r++) {
-        dataset_sample(data, o->seed, step, r, T, o->model.vocab_size, row);
-        memcpy(tokens + r * T, row, T * sizeof(int));
-        memcpy(targets + r * T, row + 1, T * sizeof(int));
+    size_t B = o->batch, T = o->seq / ranks.chunks;
+    int* row = (int*)xcalloc(o->seq + 1, sizeof(int));
+    for (size_t r = 0; r < o->accum * B; r++) {
+        size_t global = (r / B * ranks.groups + ranks.group) * B + r % B;
+        dataset_sample(data, o->seed, step, global, o->seq, o->model.vocab_size, row);
+        memcpy(tokens + r * T, row + ranks.chunk * T, T * sizeof(int));
+        memcpy(targets + r * T, row + ranks.chunk * T + 1, T * sizeof(int));
     }
     free(row);
 }
 
 void train(const Backend* b, const Options* o, const Spec* specs, int first_step, const Dataset* data,
            const Dataset* held_out) {
-    size_t rows = (size_t)o->batch * o->seq;
+    size_t rows = (size_t)o->batch * o->seq / ranks.chunks;
     int *tokens = (int*)xcalloc(rows * o->accum, sizeof(int)), *targets = (int*)xcalloc(rows * o->accum, sizeof(int));
-    FILE* log = *o->out ? log_open(o, first_step) : NULL;
+    FILE* log = *o->out && ranks.rank == 0 ? log_open(o, first_step) : NULL;
     signal(SIGINT, on_signal); signal(SIGTERM, on_signal);
-    double started = seconds(), dloss = 1.0 / rows / o->accum, peak = b->peak / flops_per_token(&o->model);
+    double started = seconds(), dloss = 1 / step_tokens(o), peak = ranks.count * b->peak / flops_per_token(&o->model);
     read_step(o, data, first_step, tokens, targets);
     for (int step = first_step; step < o->steps; step++) {
         double step_started = seconds(), loss = 0, val = NAN, lr = learning_rate(o, step);
@@ -2168,18 +2391,19 @@ void train(const Backend* b, const Options* o, const Spec* specs, int first_step
         b->update(b->self, o, lr, done, clip_scale(norm, o->clip));
         double ms = 1e3 * (seconds() - step_started);
         bool validates = held_out->size > 1 && (last || (o->val_every && done % o->val_every == 0));
-        if (validates) { val = evaluate(b, &o->model, held_out); }
+        if (validates && ranks.rank == 0) { val = evaluate(b, &o->model, held_out); }
         double left = (seconds() - started) / (done - first_step) * (o->steps - done);
         log_step(o, log, done, loss, norm, lr, ms, left, val, peak);
-        if (o->sample_every && (last || done % o->sample_every == 0)) {
+        if (o->sample_every && (last || done % o->sample_every == 0) && ranks.rank == 0) {
             printf("---- sample ----\n");
             generate(b, o, 400, done);
             printf("\n----------------\n");
         }
-        bool stop = stop_asked; // read once: a signal may come at any moment
-        bool due = last || stop || (o->checkpoint_every && done % o->checkpoint_every == 0);
+        double stop = stop_asked; // read once: a signal may come at any moment, and to some ranks only
+        all_sum(&stop, 1);
+        bool due = last || stop > 0 || (o->checkpoint_every && done % o->checkpoint_every == 0);
         if (*o->out && due) { checkpoint_save(b, specs, o, done); }
-        if (!stop) { continue; }
+        if (stop == 0) { continue; }
         printf("stopped by a signal after step %d, %s\n", done, *o->out ? "saved" : "not saved: no --out");
         break;
     }
@@ -2251,8 +2475,15 @@ void run(const Backend* b, const Options* o, SafeTensors* st) {
     FILE* info = o->generate ? stderr : stdout; // a sample has stdout for itself
     Spec specs[NUM_PARAMS];
     static Dataset data, held_out;
+    ranks_group(o->chunk_parallel);
+    slice_length(o->seq, o->model.chunk_size);
+    if (!training && ranks.rank) { return; } // these take one
     param_specs(specs, &o->model);
     options_print(o, info);
+    if (ranks.count > 1) {
+        fprintf(info, "ranks: %d = %d groups x %d slices, %d threads each\n", ranks.count, ranks.groups, ranks.chunks,
+                o->threads);
+    }
     fprintf(info, "device: %s\nnum_parameters: %zu\n", b->name, specs_size(specs, NUM_PARAMS));
     double needed = b->memory_needed(b->self, o);
     if (training) { fprintf(info, "memory: %.1f MB\n", needed / 1e6); }
@@ -2270,11 +2501,12 @@ void run(const Backend* b, const Options* o, SafeTensors* st) {
         }
         fprintf(info, "weights: %s\n", st->path);
     }
+    size_t part[2];
     for (int i = 0; !loaded && i < NUM_PARAMS; i++) {
         float* tensor = (float*)xcalloc(specs[i].size, sizeof(float));
         for (int l = 0; specs[i].size && l < specs[i].slots; l++) {
             param_init(tensor, &specs[i], i, l, &o->model, o->seed);
-            b->copy(b->self, WEIGHTS, i, l, tensor, false);
+            b->copy(b->self, WEIGHTS, i, l, tensor, false, part);
         }
         free(tensor);
     }
@@ -2304,6 +2536,7 @@ int main(int argc, char** argv) {
     // nothing. It reads this before main, hence the second start.
     if (!getenv("GOMP_SPINCOUNT") && !setenv("GOMP_SPINCOUNT", "3000", 0)) { execv("/proc/self/exe", argv); }
 #endif
+    ranks_open();
     options_parse(&o, argc, argv, &st);
 #ifdef _OPENMP
     if (o.threads) { omp_set_num_threads(o.threads); }

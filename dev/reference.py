@@ -367,6 +367,9 @@ DUMPS = {  # B, T, training steps, whether a state is carried in, config
     "one": (2, 1, 0, False, dict(SMALL, value_dim=48, rescale_nffn=1)),
     "one_state": (3, 1, 0, True, dict(SMALL, num_layers=1, model_dim=36, num_heads=2, z_dim=12, value_dim=20,
                                       chunk_size=4, norm_num_groups=3, cema_ndim=5, share_emb=1)),
+    # to be cut into 2, 3 or 4 slices of whole chunks; a state carried in; trains
+    "slices": (3, 24, 4, True, dict(SMALL, model_dim=24, z_dim=8, value_dim=20, ffn_hidden_dim=16, chunk_size=2,
+                                    norm_num_groups=3, cema_ndim=6, vocab_size=32)),
 }
 
 def dump(args):
@@ -379,7 +382,7 @@ def dump(args):
             given["param." + key] = w * (1 + 0.1 * torch.randn(w.shape)) + (w == 0) * 0.2 * torch.randn(w.shape)
         tokens = torch.randint(c.vocab_size, (B, T + 1), dtype=torch.int32)
         given["x"], given["y"] = tokens[:, :-1], tokens[:, 1:]
-        if name in ("tied", "odd", "state"): given["y"] = given["y"].masked_fill(torch.rand(B, T) < 0.2, -100)
+        if name in ("tied", "odd", "state", "slices"): given["y"] = given["y"].masked_fill(torch.rand(B, T) < 0.2, -100)
         for key, t in Megalodon(c, {}).fresh_state(B).items() if carried else ():
             if "inner_attention" in key: continue  # at the start of a chunk there are none
             # row 0: as the release starts, count 0, mean 0, variance 1, h 0
