@@ -68,6 +68,7 @@ test-long: train_megalodon test_megalodon
 	sh dev/test_kill.sh
 	sh dev/test_stream.sh
 	sh dev/test_mpi.sh
+	$(PYTHON) dev/test_data.py
 
 bench: dev/bin/bench
 	dev/bin/bench $(PYTHON)
