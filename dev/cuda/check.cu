@@ -65,6 +65,7 @@ static void compare_params(const char* what, const Model* m, Params got, Params 
         }
     }
 }
+static const Masks no_masks = {{0, 0, 0}, 0, 0}, some_masks = {{0.2, 0.1, 0.3}, 1, 1234567};
 static double largest(const float* x, size_t n) {
     double m = 0;
     for (size_t i = 0; i < n; i++) { m = fabs(x[i]) > m ? fabs(x[i]) : m; }
@@ -78,7 +79,8 @@ static float round_bf16(float x) {
     return x;
 }
 
-template <typename X> static void check_model(Gpu& gpu, const char* what, Config c, int B, int T, bool past) {
+template <typename X> static void check_model(Gpu& gpu, const char* what, Config c, int B, int T, bool past,
+        Masks masks = no_masks) {
     const bool fp32 = std::is_same<X, float>::value;
     double act_bound = fp32 ? 1e-5 : 3e-2, grad_bound = fp32 ? 2e-5 : 2e-3;
     int failed = num_failed, checked = num_checked;
@@ -96,6 +98,8 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     }
     pass_alloc(&s, &c, B, T, KEEP_ALL, KEEP_ALL);
     pass_alloc(&copy, &c, B, T, KEEP_ALL, KEEP_ALL);
+    s.masks = masks;
+    bool drops = masks.rates[0] > 0;
     state_alloc(&start, &c, B, false);
     state_alloc(&dstart, &c, B, false);
     state_alloc(&gdstart, &c, B, false);
@@ -123,6 +127,7 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     model_copy(gpu, &gm, gm.params, m.params, false);
     model_round(gpu, &gm, 0, gm.size);
     pass_alloc(gpu, &gp, &c, B, T, KEEP_ALL, KEEP_ALL);
+    gp.masks = masks;
     CUDA(cudaMemset(gp.acts, 0xff, gp.acts_size)); // NaN
     CUDA(cudaMemset(gp.grads, 0xff, gp.grads_size));
     for (size_t i = 0; i < m.num_parameters; i++) { got.params.embed[i] = NAN; }
@@ -141,7 +146,7 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     // Streaming, in pieces and one by one.
     float *one_shot = (float*)xcalloc(rows * c.vocab_size, sizeof(float));
     memcpy(one_shot, s.acts.logits, rows * c.vocab_size * sizeof(float));
-    for (int piece = 1; piece <= T && T <= 400; piece = piece == 1 && T > 1 ? T : T + 1) {
+    for (int piece = 1; piece <= T && T <= 400 && !drops; piece = piece == 1 && T > 1 ? T : T + 1) {
         PassOf<X> pass;
         StateOf<X> state;
         pass_alloc(gpu, &pass, &c, B, c.chunk_size, KEEP_NONE, KEEP_NONE);
@@ -202,6 +207,7 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     }
     for (int keep = KEEP_BLOCKS; keep <= KEEP_CHEAPLY; keep += KEEP_CHEAPLY - KEEP_BLOCKS) {
         pass_alloc(gpu, &plain, &c, B, T, keep, KEEP_NONE);
+        plain.masks = masks;
         CUDA(cudaMemset(plain.acts, 0xff, plain.acts_size));
         CUDA(cudaMemset(plain.grads, 0xff, plain.grads_size));
         for (size_t i = 0; i < m.num_parameters; i++) { m.adam_m.embed[i] = NAN; }
@@ -252,8 +258,8 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     model_copy(gpu, &gm, gm.params, got.params, true);
     compare("updated", got.params.embed, m.params.embed, m.num_parameters, 0, 1e-6, false);
     memset(got.params.embed, 0, bytes);
-    printf("%s, %s, (B,T) = (%d,%d)%s: %d checked, %d failed\n", what, fp32 ? "fp32" : "bf16", B, T,
-           past ? ", past" : "", num_checked - checked, num_failed - failed);
+    printf("%s, %s, (B,T) = (%d,%d)%s%s: %d checked, %d failed\n", what, fp32 ? "fp32" : "bf16", B, T,
+           past ? ", past" : "", drops ? ", dropout" : "", num_checked - checked, num_failed - failed);
     fflush(stdout);
     model_free(gpu, &gm);
     pass_free(gpu, &gp);
@@ -703,10 +709,16 @@ int main(int argc, char** argv) {
         check_model<bf16>(gpu, "even", even, 2, 300, past);
         check_model<bf16>(gpu, "odd", odd, 3, 20, past);
         check_model<bf16>(gpu, "heads", heads, 2, 64, past);
+        check_model<float>(gpu, "even", even, 2, 300, past, some_masks);
+        check_model<float>(gpu, "odd", odd, 3, 20, past, some_masks);
+        check_model<bf16>(gpu, "even", even, 2, 300, past, some_masks);
+        check_model<bf16>(gpu, "odd", odd, 3, 20, past, some_masks);
     }
     if (argc == 1) {
         check_model<float>(gpu, "wider", wider, 1, 2048, false);
         check_model<bf16>(gpu, "wider", wider, 1, 2048, false);
+        check_model<float>(gpu, "wider", wider, 1, 2048, false, some_masks);
+        check_model<bf16>(gpu, "wider", wider, 1, 2048, false, some_masks);
     }
     printf("%d checked, %d failed\n", num_checked, num_failed);
     gpu_close(&gpu);
