@@ -2878,8 +2878,10 @@ template <typename X> static void gpu_close(void* self) {
     gpu_close(&r->gpu);
 }
 
-template <typename X> static void gpu_copy(void* self, int block, int i, int l, float* host, bool to_host) {
+template <typename X> static void gpu_copy(void* self, int block, int i, int l, float* host, bool to_host,
+        size_t part[2]) {
     ModelOf<X>* m = &of<X>(self)->m;
+    part[0] = 0; part[1] = m->specs[i].size;
     float* blocks[NUM_BLOCKS] = {m->params, m->adam_m, m->adam_v};
     const ParamPlace* p = &m->places[i];
     tensor_copy(of<X>(self)->gpu, m, blocks[block], i, l, host, to_host);
