@@ -1,7 +1,8 @@
 # make             the programs that can be built here
 # make train       train the built-in default: a tiny model that learns to write this project's own sources
 # make test        what must hold; a minute, needs nothing but a compiler
-# make test-long   what takes longer: streams of 10 million timesteps, kills at random moments, every tensor broken
+# make test-long   what takes longer: streams of 10 million timesteps, kills at random moments, every tensor broken,
+#                  several processes
 # make bench       speed, as ratios to OpenBLAS and PyTorch where they are there, and of the GPU program where one is
 # make cuda        the GPU programs, for the GPUs here (or CUDA_ARCH=90); dev/bin/check: GPU against CPU, kernel by kernel
 CFLAGS ?= -O3 -march=native
@@ -9,12 +10,18 @@ PYTHON ?= python3
 NVCC ?= nvcc
 THIS_CFLAGS = -std=gnu11 -Wall -Wextra $(CFLAGS)
 
+MPICC ?= mpicc
+
 # What there is, found by compiling and linking a probe. CUDA's takes seconds, so only a plain `make` asks for it.
 probe = $(shell echo '$(1)' | $(2) -o /dev/null 2>/dev/null && echo '$(3)')
 OPENMP := $(call probe,int main(void) { return 0; },$(CC) -x c - -fopenmp,-fopenmp)
 ifeq ($(OPENMP),)
   OPENMP := $(call probe,int main(void) { return 0; },$(CC) -x c - -Xclang -fopenmp -lomp,-Xclang -fopenmp -lomp)
 endif
+# Open MPI's mpicc says its flags in one way, MPICH's in another. MPI= builds without.
+mpi_flags = $(or $(shell $(MPICC) --showme:$(1) 2>/dev/null),$(shell $(MPICC) -$(1)_info 2>/dev/null | cut -d' ' -f2-))
+MPI := $(call mpi_flags,compile) $(call mpi_flags,link)
+MPI := $(call probe,#include <mpi.h>|int main(void) { return MPI_Init(0, 0); },tr "|" "\n" | $(CC) -x c - $(MPI),-DUSE_MPI $(MPI))
 OPENBLAS = $(call probe,void cblas_sgemm(void); int main(void) { cblas_sgemm(); },$(CC) -w -x c - -lopenblas,-DOPENBLAS -lopenblas)
 CUDA = $(call probe,#include <cublasLt.h>,(cat; echo "int main() { return cublasLtGetVersion() == 0; }") | $(NVCC) -x cu - -lcublasLt,yes)
 
@@ -24,12 +31,13 @@ NVCCFLAGS = -std=c++17 -O3 -diag-suppress 177,550,128 $(foreach a,$(CUDA_ARCH),-
 
 all: train_megalodon test_megalodon
 	@echo "OpenMP: $(if $(OPENMP),yes,not found, one thread)"
+	@echo "MPI: $(if $(MPI),yes,not found, one process)"
 	@if [ -n "$(CUDA)" ]; then echo "CUDA: yes, for compute capability $(CUDA_ARCH)"; $(MAKE) cuda; else echo "CUDA: not found"; fi
 
 cuda: train_megalodon_cuda test_megalodon_cuda
 
 train_megalodon test_megalodon: %: %.c train_megalodon.c
-	$(CC) $(THIS_CFLAGS) $< $(OPENMP) -o $@ -lm
+	$(CC) $(THIS_CFLAGS) $< $(OPENMP) $(MPI) -o $@ -lm
 
 train_megalodon_cuda: train_megalodon.cu train_megalodon.c
 	$(NVCC) $(NVCCFLAGS) $< -o $@
@@ -59,6 +67,8 @@ test-long: train_megalodon test_megalodon
 	sh dev/test_break.sh
 	sh dev/test_kill.sh
 	sh dev/test_stream.sh
+	sh dev/test_mpi.sh
+	$(PYTHON) dev/test_data.py
 
 bench: dev/bin/bench
 	dev/bin/bench $(PYTHON)

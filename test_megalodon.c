@@ -1,12 +1,15 @@
 /*
 Compares train_megalodon.c, or built with -DGPU train_megalodon.cu, with tensors dumped from PyTorch.
 
-    ./test_megalodon                     the dumps in data/reference
+    ./test_megalodon                     the dumps in data/reference, and the masks of dropout
     ./test_megalodon FILE...             any dumps: safetensors files with weights and what was recorded of a run, named
                                          as dev/reference.py does; every known name in the file is checked
     ./test_megalodon --break NAME FILE   must fail: first flips the signs of NAME if it is a param.*, else moves its
                                          largest entry by 1%
     ./test_megalodon --long              timestep norm and CEMA streamed over 10 million timesteps, against float64
+    mpirun -np P ./test_megalodon --chunk-parallel P FILE...    each rank runs and checks a slice of the sequences
+    ./test_megalodon --compare A B [START]                      checkpoints A and B: gradients, if of the first step (by
+                                         their first moments); with START, where both began, the weights
     ./test_megalodon_cuda [--precision bf16|fp32] [FILE]...
 
 One line per tensor: name, error, bound, where it is largest. Then "overall okay: 1" and exit status 0, or 0 and 1.
@@ -27,31 +30,58 @@ static bool bf16_run;
 
 static int num_checked, num_failed;
 
-// Prints a verdict; NaN fails.
-void verdict(const char* name, double error, double bound, size_t at, double got, double expected) {
+// Prints a verdict; NaN fails. where: what else there is to say.
+void verdict(const char* name, double error, double bound, const char* where) {
     bool good = error <= bound;
     num_checked++;
     num_failed += !good;
-    printf("%-6s %-44s error %.2e (bound %.0e)", good ? "ok" : "FAILED", name, error, bound);
-    if (bound != final_bound && bound != final_all_bound) { printf(" at %zu: %.9g, expected %.9g", at, got, expected); }
-    printf("\n");
+    printf("%-6s %-44s error %.2e (bound %.0e)%s\n", good ? "ok" : "FAILED", name, error, bound, where);
 }
 
 // max|got - expected| over max(max|expected|, floor); for gradients of a bf16 run 1 - cosine, unless both are nearly 0.
+// Ranks compare their slices, of which some may be empty, and all come to the same verdict.
+typedef struct { double worst, largest, dot, norm, norm_expected, got, expected; size_t at; } Comparison;
 void compare(const char* name, const float* got, const double* expected, size_t n, double floor, double bound) {
-    double worst = -1, largest = floor, dot = 0, norm = 0, norm_expected = 0;
-    size_t at = 0;
+    Comparison c = {-1, floor, 0, 0, 0, 0, 0, 0}, *all = (Comparison*)xcalloc(ranks.chunks, sizeof(Comparison));
+    int rank = 0;
     for (size_t i = 0; i < n; i++) {
         double e = fabs(got[i] - expected[i]);
-        if (fabs(expected[i]) > largest) { largest = fabs(expected[i]); }
-        if (!(e <= worst) && !isnan(worst)) { worst = e; at = i; } // a NaN stays
-        dot += got[i] * expected[i];
-        norm += (double)got[i] * got[i];
-        norm_expected += expected[i] * expected[i];
+        if (fabs(expected[i]) > c.largest) { c.largest = fabs(expected[i]); }
+        if (!(e <= c.worst) && !isnan(c.worst)) { // a NaN stays
+            c.worst = e; c.at = i; c.got = got[i]; c.expected = expected[i];
+        }
+        c.dot += got[i] * expected[i];
+        c.norm += (double)got[i] * got[i];
+        c.norm_expected += expected[i] * expected[i];
     }
-    double error = n ? worst / (largest > 0 ? largest : 1) : 0;
-    if (bf16_run && bound == grad_bound && !(error <= bound)) { error = 1 - dot / sqrt(norm * norm_expected); }
-    verdict(name, error, bound, at, got[at], expected[at]);
+    all_gather(all, &c, sizeof(c));
+    c = all[0];
+    for (int r = 1; r < ranks.chunks; r++) {
+        if (!(all[r].worst <= c.worst) && !isnan(c.worst)) {
+            rank = r; c.worst = all[r].worst; c.at = all[r].at; c.got = all[r].got; c.expected = all[r].expected;
+        }
+        c.largest = all[r].largest > c.largest ? all[r].largest : c.largest;
+        c.dot += all[r].dot; c.norm += all[r].norm; c.norm_expected += all[r].norm_expected;
+    }
+    double error = c.worst < 0 ? 0 : c.worst / (c.largest > 0 ? c.largest : 1);
+    if (bf16_run && bound == grad_bound && !(error <= bound)) { error = 1 - c.dot / sqrt(c.norm * c.norm_expected); }
+    const char* of_rank = ranks.chunks > 1 ? text_of(" of rank %d's", rank) : "";
+    verdict(name, error, bound, text_of(" at %zu%s: %.9g, expected %.9g", c.at, of_rank, c.got, c.expected));
+    free(all);
+}
+
+// Weights by L2: norm(got - expected) / norm(expected - start), of a tensor; adds both squares to those of all. Single
+// entries are not judged: Adam turns a gradient of rounding size into a step of lr.
+void compare_moved(const char* name, const float* got, const double* expected, const double* start, size_t n,
+                   double all[2]) {
+    double error = 0, moved = 0;
+    for (size_t k = 0; k < n; k++) {
+        error += (got[k] - expected[k]) * (got[k] - expected[k]);
+        moved += (expected[k] - start[k]) * (expected[k] - start[k]);
+    }
+    verdict(name, sqrt(error / moved), final_bound, "");
+    all[0] += error;
+    all[1] += moved;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -61,6 +91,7 @@ typedef struct {
     SafeTensors st;
     bool* used;             // by tensor
     const char* broken;     // name given with --break, or NULL
+    int B;                  // rows
 } Dump;
 
 const Tensor* dump_find(Dump* d, const char* name) {
@@ -90,8 +121,21 @@ double* dump_read(Dump* d, const char* name, size_t n) {
     return x;
 }
 
-int* dump_tokens(Dump* d, const char* name, int B, int T, int vocab) {
-    double* x = dump_read(d, name, (size_t)B * T);
+// Which part of a tensor a rank compares: all; its slice of (B,T,...); all, but rank 0 alone.
+enum { WHOLE, SLICE, FIRST_RANK };
+
+// This rank's part, n values, of a tensor.
+double* dump_part(Dump* d, const char* name, int part, size_t n) {
+    double* x = dump_read(d, name, part == SLICE ? n * ranks.chunks : n);
+    size_t row = n / d->B;
+    for (int b = 0; x && part == SLICE && b < d->B; b++) {
+        memmove(x + b * row, x + ((size_t)b * ranks.chunks + ranks.chunk) * row, row * sizeof(double));
+    }
+    return x;
+}
+
+int* dump_tokens(Dump* d, const char* name, int B, int T, int vocab) { // this rank's (B,T)
+    double* x = dump_part(d, name, SLICE, (size_t)B * T);
     int* tokens = (int*)xcalloc((size_t)B * T, sizeof(int));
     if (!x) { die("%s: tensor '%s' is missing", d->st.path, name); }
     for (int i = 0; i < B * T; i++) {
@@ -105,9 +149,10 @@ int* dump_tokens(Dump* d, const char* name, int B, int T, int vocab) {
 }
 
 // Compares n floats, times `scale`, with the tensor of this name if the dump has it.
-void check(Dump* d, const char* name, const float* got, float scale, size_t n, double floor, double bound) {
-    double* expected = dump_read(d, name, n);
+void check(Dump* d, const char* name, const float* got, float scale, int part, size_t n, double floor, double bound) {
+    double* expected = dump_part(d, name, part, n);
     if (!expected) { return; }
+    if (part == FIRST_RANK && ranks.chunk) { n = 0; }
     float* scaled = (float*)xcalloc(n, sizeof(float));
     for (size_t i = 0; i < n; i++) { scaled[i] = got[i] * scale; }
     compare(name, scaled, expected, n, floor, bound);
@@ -139,7 +184,7 @@ void check_acts(Dump* d, const char* prefix, const Config* c, const Spec* specs,
         for (int l = 0; *specs[i].name && l < (per_layer ? c->num_layers : 1); l++) {
             double scale = x == acts->embed ? embed_scale : 1;
             layer_name(name, prefix, specs[i].name, l);
-            check(d, name, x + l * specs[i].size, scale, specs[i].size, floor, bound);
+            check(d, name, x + l * specs[i].size, scale, SLICE, specs[i].size, floor, bound);
         }
     }
 }
@@ -150,37 +195,28 @@ void check_params(Dump* d, const char* prefix, const Model* m, const Params* blo
         const Spec* s = &m->specs[i];
         for (int l = 0; s->size && l < s->slots; l++) {
             layer_name(name, prefix, s->name, l);
-            check(d, name, ((float* const*)block)[i] + l * s->size, 1, s->size, floor, bound);
+            check(d, name, ((float* const*)block)[i] + l * s->size, 1, WHOLE, s->size, floor, bound);
         }
     }
 }
 
-// Final weights by L2: norm(got - expected) / norm(expected - start). Single entries are not judged: Adam turns a
-// gradient of rounding size into a step of lr.
 void check_final(Dump* d, const Model* m, const Params* block) {
     char name[128], start_name[128];
-    double all_error = 0, all_moved = 0;
-    int found = 0;
+    double all[2] = {0, 0};
+    bool found = false;
     for (int i = 0; i < NUM_PARAMS; i++) {
         const Spec* s = &m->specs[i];
         for (int l = 0; s->size && l < s->slots; l++) {
-            const float* got = ((float* const*)block)[i] + l * s->size;
-            double *expected = dump_read(d, layer_name(name, "final.", s->name, l), s->size), error = 0, moved = 0;
+            double* expected = dump_read(d, layer_name(name, "final.", s->name, l), s->size);
             if (!expected) { continue; }
             double* start = dump_read(d, layer_name(start_name, "param.", s->name, l), s->size);
-            for (size_t k = 0; k < s->size; k++) {
-                error += (got[k] - expected[k]) * (got[k] - expected[k]);
-                moved += (expected[k] - start[k]) * (expected[k] - start[k]);
-            }
-            verdict(name, sqrt(error / moved), final_bound, 0, 0, 0);
-            all_error += error;
-            all_moved += moved;
-            found++;
+            compare_moved(name, ((float* const*)block)[i] + l * s->size, expected, start, s->size, all);
+            found = true;
             free(expected);
             free(start);
         }
     }
-    if (found) { verdict("final, all together", sqrt(all_error / all_moved), final_all_bound, 0, 0, 0); }
+    if (found) { verdict("final, all together", sqrt(all[0] / all[1]), final_all_bound, ""); }
 }
 
 // Fills s from the dump's state.*, if there: the past before the first token. Returns whether it was.
@@ -220,11 +256,12 @@ void check_dstate(Dump* d, const Config* c, const State* s) {
             const char* norm[2][2] = {{"layers.%d.mega.timenorm.mean", "layers.%d.mega.timenorm.var"},
                                       {"output.final_norm.mean", "output.final_norm.var"}};
             for (size_t i = 0; i < B * G; i++) { x[i] = var ? at.norm[i].var : at.norm[i].mean; }
-            check(d, layer_name(name, "dstate.", norm[l == c->num_layers][var], l), x, 1, B * G, floor, grad_bound);
+            check(d, layer_name(name, "dstate.", norm[l == c->num_layers][var], l), x, 1, FIRST_RANK, B * G, floor,
+                  grad_bound);
         }
         if (l == c->num_layers) { break; }
-        check(d, layer_name(name, "dstate.", "layers.%d.mega.cema.h", l), at.h, 1, B * c->model_dim * c->cema_ndim * 2,
-              floor, grad_bound);
+        check(d, layer_name(name, "dstate.", "layers.%d.mega.cema.h", l), at.h, 1, FIRST_RANK,
+              B * c->model_dim * c->cema_ndim * 2, floor, grad_bound);
     }
     free(x);
 }
@@ -242,7 +279,7 @@ template <typename X> void run_open(Run<X>* r, int keep) { // after host's weigh
     const Config* c = &r->host.m.config;
     model_alloc(gpu, &r->m, c, true);
     model_copy(gpu, &r->m, r->m.params, r->host.m.params, false);
-    model_round(gpu, &r->m);
+    model_round(gpu, &r->m, 0, r->m.size);
     pass_alloc(gpu, &r->s, c, r->host.s.B, r->host.s.T, keep, keep == KEEP_ALL ? KEEP_ALL : KEEP_NONE);
     state_alloc(gpu, &r->start, c, r->host.s.B, false);
     state_alloc(gpu, &r->dstart, c, r->host.s.B, false);
@@ -259,8 +296,10 @@ template <typename X> void run_close(Run<X>* r) {
 template <typename X> double run_pass(Run<X>* r, const int* x, const int* y, float dloss) {
     Host* h = &r->host;
     size_t scored = 0;
+    r->s.masks = h->s.masks;
     model_forward<X>(gpu, &r->m, &r->s, x, r->past, NULL);
     double loss = model_loss(gpu, &r->m, &r->s, y, &scored);
+    all_sum(&loss, 1);
     if (r->s.keep == KEEP_ALL) { pass_copy(gpu, &r->s, &h->m.config, h->s.acts, h->s.specs, false); }
     if (dloss == 0) { return loss; }
     gpu.accumulate = false;
@@ -315,8 +354,10 @@ void run_close(Run* r) {
 double run_pass(Run* r, const int* x, const int* y, float dloss) {
     Host* h = &r->host;
     size_t scored = 0;
+    r->s->masks = h->s.masks;
     model_forward(&h->m, r->s, x, h->past, NULL);
     double loss = model_loss(&h->m, r->s, y, &scored);
+    all_sum(&loss, 1);
     memset(h->m.grads.embed, 0, h->m.num_parameters * sizeof(float));
     if (dloss != 0) { model_backward(&h->m, r->s, x, y, dloss, h->past, &h->dstart); }
     return loss;
@@ -326,7 +367,7 @@ double run_update(Run* r, const Options* o, double lr, int step) {
     model_update(&r->host.m, o, lr, step, clip_scale(norm, o->clip));
     return norm;
 }
-typedef Stream RunStream;
+typedef struct { Pass pass; State state; } RunStream;
 void run_stream_open(Run* r, RunStream* s, int B) {
     const Config* c = &r->host.m.config;
     const State* past = r->host.past;
@@ -336,7 +377,7 @@ void run_stream_open(Run* r, RunStream* s, int B) {
     memcpy(s->state.norm, past->norm, sizeof(NormState) * (c->num_layers + 1) * B * c->norm_num_groups);
     memcpy(s->state.h, past->h, sizeof(float) * c->num_layers * B * c->model_dim * c->cema_ndim * 2);
 }
-void run_stream_close(RunStream* s) { stream_free(s); }
+void run_stream_close(RunStream* s) { pass_free(&s->pass); state_free(&s->state); }
 void run_stream(Run* r, RunStream* s, const int* tokens, int T, float* logits) {
     s->pass.T = T;
     model_forward(&r->host.m, &s->pass, tokens, &s->state, &s->state);
@@ -370,6 +411,12 @@ FOR_EITHER_TYPE float* stream_logits(RUN* r, const int* x, int B, int T, int S, 
     return logits;
 }
 
+// Over all ranks, for every rank.
+void sum_gradients(Model* m) {
+    shards_exchange(m->grads.embed, m->num_parameters, SUM_SHARD);
+    shards_exchange(m->grads.embed, m->num_parameters, GATHER_SHARDS);
+}
+
 double meta_number(const SafeTensors* st, const char* key, double missing) {
     const char* text = safetensors_meta(st, key);
     return text ? atof(text) : missing;
@@ -383,16 +430,18 @@ FOR_EITHER_TYPE void test_dump(const char* path, const char* broken) {
     safetensors_open(&d->st, path);
     d->broken = broken;
     d->used = (bool*)xcalloc(d->st.num_tensors + 1, sizeof(bool));
-    options_from_file(&o, &d->st, given, false);
+    options_from_file(&o, &d->st, given, true); // all: rates of dropout and its seed too
     config_check(&o.model);
     const Config* c = &o.model;
     const Tensor* shape = safetensors_find(&d->st, "x");
     if (!shape || shape->num_dims != 2) { die("%s: no tensor 'x' (B,T)", path); }
-    int B = shape->dims[0], T = shape->dims[1], vocab = c->vocab_size, *x = dump_tokens(d, "x", B, T, vocab);
-    int *y = dump_tokens(d, "y", B, T, vocab), scored = 0;
+    int B = d->B = shape->dims[0], T = slice_length(shape->dims[1], c->chunk_size), vocab = c->vocab_size;
+    int *x = dump_tokens(d, "x", B, T, vocab), *y = dump_tokens(d, "y", B, T, vocab);
     size_t rows = (size_t)B * T;
+    double scored = 0;
     for (size_t i = 0; i < rows; i++) { scored += y[i] != IGNORE; }
-    printf("%s: %d layers, (B,T) = (%d,%d)\n", path, c->num_layers, B, T);
+    all_sum(&scored, 1);
+    printf("%s: %d layers, (B,T) = (%d,%zu)\n", path, c->num_layers, B, shape->dims[1]);
 
     RUN run, again;
     Model* m = &run.host.m;
@@ -412,32 +461,37 @@ FOR_EITHER_TYPE void test_dump(const char* path, const char* broken) {
         }
     }
     run.host.past = read_state(d, c, start) ? start : NULL;
+    s->masks = masks_of(&o);
+    bool drops = o.dropout > 0 || o.hidden_dropout > 0 || o.attention_dropout > 0; // streams never do
     run_open(&run, KEEP_ALL);
 
     // Forward, then streaming: from the dump, and against the one-shot logits in chunks and token by token.
     float loss = run_pass(&run, x, y, 0) / scored;
     check_acts(d, "act.", c, s->specs, &s->acts, 1 / embedding_scale(c), 0, act_bound);
-    check(d, "logits", s->acts.logits, 1, rows * vocab, 0, act_bound);
-    check(d, "losses", s->acts.losses, 1, rows, 0, act_bound);
-    check(d, "loss", &loss, 1, 1, 0, act_bound);
+    check(d, "logits", s->acts.logits, 1, SLICE, rows * vocab, 0, act_bound);
+    check(d, "losses", s->acts.losses, 1, SLICE, rows, 0, act_bound);
+    check(d, "loss", &loss, 1, WHOLE, 1, 0, act_bound);
     double* one_shot = (double*)xcalloc(rows * vocab, sizeof(double));
     for (size_t i = 0; i < rows * vocab; i++) { one_shot[i] = s->acts.logits[i]; }
-    for (int first = 0; first <= T; first += T) {
+    // One rank alone holds the whole past, so ranks with slices do not stream; and a stream never drops.
+    int skipped = ranks.chunks > 1 || drops ? 2 : 0;
+    for (int first = 0; !skipped && first <= T; first += T) {
         float* got = stream_logits(&run, x, B, T, T, first);
         compare(first ? "logits, chunk by chunk" : "logits, token by token", got, one_shot, rows * vocab, 0, act_bound);
         free(got);
     }
     free(one_shot);
     const Tensor* stream = safetensors_find(&d->st, "stream_logits");
-    if (stream && stream->num_dims == 3 && stream->dims[1] <= (size_t)T) {
+    if (stream && !skipped && stream->num_dims == 3 && stream->dims[1] <= (size_t)T) {
         int S = stream->dims[1];
         float* got = stream_logits(&run, x, B, T, S, min_int(S, c->chunk_size));
-        check(d, "stream_logits", got, 1, (size_t)B * S * vocab, 0, act_bound);
+        check(d, "stream_logits", got, 1, WHOLE, (size_t)B * S * vocab, 0, act_bound);
         free(got);
     }
 
     // Backward, and the same with blocks computed again: to the bit.
     run_pass(&run, x, y, 1.0 / scored);
+    sum_gradients(m);
     check_acts(d, "dact.", c, s->dspecs, &s->grads, embedding_scale(c), gradient_floor(d, "dact."), grad_bound);
     check_params(d, "grad.", m, &m->grads, gradient_floor(d, "grad."), grad_bound);
     check_dstate(d, c, dstart);
@@ -446,7 +500,8 @@ FOR_EITHER_TYPE void test_dump(const char* path, const char* broken) {
     again.host = run.host;
     run_open(&again, KEEP_BLOCKS);
     run_pass(&again, x, y, 1.0 / scored);
-    verdict("grad, recomputed", memcmp(kept, m->grads.embed, bytes) ? 1 : 0, 0, 0, 0, 0);
+    sum_gradients(m);
+    verdict("grad, recomputed", memcmp(kept, m->grads.embed, bytes) ? 1 : 0, 0, "");
     run_close(&again);
     free(kept);
 
@@ -459,16 +514,16 @@ FOR_EITHER_TYPE void test_dump(const char* path, const char* broken) {
     o.clip = meta_number(&d->st, "grad_clip", 0);
     float *losses = (float*)xcalloc(steps, sizeof(float)), *norms = (float*)xcalloc(steps, sizeof(float));
     for (int i = 0; i < steps; i++) {
+        s->masks.row = (uint64_t)i * B;
         losses[i] = run_pass(&run, x, y, 1.0 / scored) / scored;
         norms[i] = run_update(&run, &o, meta_number(&d->st, "learning_rate", 0), i + 1);
     }
-    check(d, "train_losses", losses, 1, steps, 0, train_bound);
-    if (!bf16_run) { check(d, "train_gnorms", norms, 1, steps, 0, train_bound); }
+    check(d, "train_losses", losses, 1, WHOLE, steps, 0, train_bound);
+    if (!bf16_run) { check(d, "train_gnorms", norms, 1, WHOLE, steps, 0, train_bound); }
     if (steps && !bf16_run) { check_final(d, m, &m->params); }
 
     const Tensor* target = broken ? safetensors_find(&d->st, broken) : NULL;
     if (broken && (!target || !d->used[target - d->st.tensors])) { die("--break %s: it is not checked", broken); }
-    int skipped = 0;
     for (int i = 0; i < d->st.num_tensors; i++) { skipped += !d->used[i]; }
     printf("%s: %d checked so far, %d tensors skipped\n", path, num_checked, skipped);
     free(losses);
@@ -490,6 +545,34 @@ void test_file(const char* path, const char* broken) {
 #else
     test_dump(path, broken);
 #endif
+}
+
+// Gradients of two runs by their first moments after the first step, or, given where both began, their weights.
+void test_checkpoints(const char* paths[3]) {
+    Dump dumps[3];
+    double all[2] = {0, 0};
+    int files = paths[2] ? 3 : 2;
+    for (int f = 0; f < files; f++) {
+        memset(&dumps[f], 0, sizeof(dumps[f]));
+        safetensors_open(&dumps[f].st, paths[f]);
+        dumps[f].used = (bool*)xcalloc(dumps[f].st.num_tensors, sizeof(bool));
+    }
+    double floor = gradient_floor(&dumps[1], "adam_m.");
+    for (int i = 0; i < dumps[1].st.num_tensors; i++) {
+        const Tensor* t = &dumps[1].st.tensors[i];
+        if (files == 2 ? strncmp(t->name, "adam_m.", 7) : !strncmp(t->name, "adam_", 5)) { continue; }
+        const Tensor* other = safetensors_find(&dumps[0].st, t->name);
+        if (!other || other->size != t->size) { die("%s has no tensor '%s' of this size", paths[0], t->name); }
+        float* got = (float*)xcalloc(t->size, sizeof(float));
+        double* expected = dump_read(&dumps[1], t->name, t->size);
+        double* start = files == 3 ? dump_read(&dumps[2], t->name, t->size) : NULL;
+        tensor_read(&dumps[0].st, other, got);
+        if (start) { compare_moved(t->name, got, expected, start, t->size, all); }
+        else { compare(t->name, got, expected, t->size, floor, grad_bound); }
+        free(got); free(expected); free(start);
+    }
+    if (files == 3) { verdict("all together", sqrt(all[0] / all[1]), final_all_bound, ""); }
+    for (int f = 0; f < files; f++) { safetensors_close(&dumps[f].st); free(dumps[f].used); }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -519,7 +602,7 @@ void test_long(void) {
     }
     for (int piece = 0; piece < PIECES; piece++) {
         for (int i = 0; i < PIECE * D; i++) { x[i] = 10 + random_normal(2, piece, i, INFINITY); }
-        timestepnorm_forward(out, mean, rstd, state, piece ? state : NULL, x, w, b, 1, PIECE, D, G, 1e-5f);
+        timestepnorm_forward(out, mean, rstd, state, NULL, piece ? state : NULL, x, w, b, 1, PIECE, D, G, 1e-5f);
         for (int t = 0; t < PIECE; t++) {
             for (int g = 0; g < G; g++) { // sums about 10, where nothing cancels
                 for (int i = g * D / G; i < (g + 1) * D / G; i++) {
@@ -544,25 +627,79 @@ void test_long(void) {
             }
         }
         if (piece == PIECES - 1) { compare("timestepnorm after 10^7 timesteps", out, expected[0], PIECE * D, 0, 1e-5); }
-        cema_forward(out, h, h, x, alpha, delta, theta, gamma, omega, 1, PIECE, D, N);
+        cema_forward(out, h, NULL, h, x, alpha, delta, theta, gamma, omega, 1, PIECE, D, N);
     }
     compare("cema after 10^7 timesteps", out, expected[1], PIECE * D, 0, 1e-5);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Masks of dropout: the right share of ones is dropped, the rest grows, no mask knows of another or of its own elements
+// elsewhere (correlations, in standard deviations), and the mask of a part is that part of the whole's.
+enum { DROP_B = 4, DROP_T = 300, DROP_N = 130, DROP_ROW = DROP_T * DROP_N, DROP_SIZE = DROP_B * DROP_ROW };
+
+float* dropped_ones(Masks m, int l, int site, int B, int T, int time) { // (B,T,DROP_N)
+    Dropouts d = dropouts_at(m, T, l);
+    float* x = (float*)xcalloc((size_t)B * T * DROP_N, sizeof(float));
+    for (int i = 0; i < B * T * DROP_N; i++) { x[i] = 1; }
+    ((Dropout*)&d)[site].time = time;
+    dropout(x, x, NULL, ((Dropout*)&d)[site], (size_t)B * T, DROP_N);
+    return x;
+}
+
+void test_dropout(void) {
+    const double p = 0.25;
+    const int shifts[] = {1, 2, 3, 4, DROP_N - 1, DROP_N, DROP_ROW};
+    Masks m = {{p, p, p}, 1337, 1000}, other[5] = {m, m, m, m, m}, part = m;
+    other[0].seed++; other[1].row += DROP_B; // another run, later sequences
+    part.row += 2;
+    for (int site = 0; site < 7; site++) {
+        float *x = dropped_ones(m, 0, site, DROP_B, DROP_T, 0), *y = dropped_ones(part, 0, site, 1, 50, 100);
+        float kept = site < 6 ? 1 / (1 - p) : 1, dropped = site < 6 ? 0 : -INFINITY;
+        int count = 0, wrong = 0;
+        for (int i = 0; i < DROP_SIZE; i++) { count += x[i] == dropped; wrong += x[i] != dropped && x[i] != kept; }
+        for (int i = 0; i < 50 * DROP_N; i++) { wrong += y[i] != x[2 * DROP_ROW + 100 * DROP_N + i]; }
+        free(y);
+        double share = fabs(count - p * DROP_SIZE) / sqrt(p * (1 - p) * DROP_SIZE), worst = 0;
+        for (int k = 0; k < 12; k++) { // itself, shifted; the others; a later slice; another layer; another site
+            int shift = k < 7 ? shifts[k] : 0, time = k == 9 ? DROP_T : 0;
+            y = k < 7 ? x : dropped_ones(other[k - 7], k == 10, (site + (k == 11)) % 7, DROP_B, DROP_T, time);
+            double sum = 0;
+            for (int i = 0; i + shift < DROP_SIZE; i++) { sum += ((x[i] <= 0) - p) * ((y[i + shift] <= 0) - p); }
+            worst = fmax(worst, fabs(sum) / (p * (1 - p) * sqrt(DROP_SIZE - shift)));
+            if (k >= 7) { free(y); }
+        }
+        verdict(text_of("dropout: site %d, values and the mask of a part", site), wrong, 0, "");
+        verdict(text_of("dropout: site %d, share", site), share, 4, "");
+        verdict(text_of("dropout: site %d, correlations", site), worst, 4, "");
+        free(x);
+    }
+}
+
 int main(int argc, char** argv) {
-    const char* broken = NULL;
-    int first = 1;
+    const char *broken = NULL, *paths[3] = {NULL, NULL, NULL};
+    int first = 1, chunks = 1;
+    ranks_open();
 #ifdef GPU
     gpu_open(&gpu);
     bf16_run = argc < 3 || strcmp(argv[1], "--precision") || strcmp(argv[2], "fp32");
     if (argc > 2 && !strcmp(argv[1], "--precision")) { first = 3; }
     if (bf16_run) { act_bound = 3e-2; grad_bound = train_bound = 2e-3; }
 #endif
+    if (argc > first + 2 && !strcmp(argv[first], "--chunk-parallel")) { chunks = atoi(argv[first + 1]); first += 2; }
+    if (chunks != ranks.count) { die("--chunk-parallel %d: %d processes were started", chunks, ranks.count); }
+    ranks_group(chunks);
     if (argc > first && !strcmp(argv[first], "--long")) { test_long(); first = -1; }
-    else if (argc > first + 2 && !strcmp(argv[first], "--break")) { broken = argv[first + 1]; first += 2; }
-    else if (argc > first && argv[first][0] == '-') { die("usage: test_megalodon [--long | --break NAME] [FILE]..."); }
+    else if (argc > first + 2 && argc < first + 5 && !strcmp(argv[first], "--compare")) {
+        for (int i = 0; i < argc - first - 1; i++) { paths[i] = argv[first + 1 + i]; }
+        test_checkpoints(paths);
+        first = -1;
+    } else if (argc > first + 2 && !strcmp(argv[first], "--break")) { broken = argv[first + 1]; first += 2; }
+    else if (argc > first && argv[first][0] == '-') {
+        die("usage: test_megalodon [--chunk-parallel P] [--long | --compare A B [START] | --break NAME] [FILE]...");
+    }
     if (argc == first) {
         glob_t found;
+        test_dropout();
         if (glob("data/reference/*.safetensors", 0, NULL, &found)) { die("data/reference holds no dumps"); }
         for (size_t i = 0; i < found.gl_pathc; i++) { test_file(found.gl_pathv[i], NULL); }
         globfree(&found);

@@ -54,15 +54,23 @@ what the code does, because that is what checkpoints mean, and says so.
 // ---------------------------------------------------------------------------------------------------------------------
 // Errors and memory
 
-// Every error ends here: one line that names the file, flag or tensor and says what was expected; exit status 1.
+// The processes of a job, see "Ranks". The `chunks` ranks of a group hold consecutive slices of the same sequences,
+// other groups hold other sequences: rank = group * chunks + chunk.
+static struct { int rank, count, chunk, chunks, group, groups; } ranks = {0, 1, 0, 1, 0, 1};
+void ranks_abort(void);
+
+// Every error ends here: one line that names the file, flag or tensor and says what was expected; exit status 1. What
+// all ranks find wrong, rank 0 says alone: it ends the job before the others speak.
 __attribute__((noreturn, format(printf, 1, 2))) void die(const char* format, ...) {
     va_list args;
     va_start(args, format);
     fflush(stdout);
+    if (ranks.rank) { signal(SIGTERM, SIG_DFL); sleep(1); }
     fputs("error: ", stderr);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
     va_end(args);
+    ranks_abort();
     exit(1);
 }
 
@@ -103,6 +111,98 @@ size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 int min_int(int a, int b) { return a < b ? a : b; }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Ranks: the processes that mpirun or srun started; one, without them. All that is MPI stands here.
+
+#ifdef USE_MPI
+#include <mpi.h>
+static MPI_Comm rank_group; // the ranks with slices of the same sequences
+void ranks_close(void) { MPI_Finalize(); }
+#endif
+
+void ranks_abort(void) { // no rank may go on, or wait, when one has failed
+#ifdef USE_MPI
+    if (ranks.count > 1) { MPI_Abort(MPI_COMM_WORLD, 1); }
+#endif
+}
+
+// Starts MPI, if there are several processes. What ranks other than 0 print is not seen.
+void ranks_open(void) {
+    static const char* counts[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"};
+    int started = 1;
+    for (int i = 0; i < 3; i++) { started = getenv(counts[i]) ? atoi(getenv(counts[i])) : started; }
+    if (started <= 1) { return; }
+#ifdef USE_MPI
+    int level;
+    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
+    MPI_Comm_size(MPI_COMM_WORLD, &ranks.count);
+    MPI_Comm_rank(MPI_COMM_WORLD, &ranks.rank);
+    ranks.groups = ranks.count; ranks.group = ranks.rank;
+    atexit(ranks_close);
+#endif
+    if (ranks.count != started) {
+        die("%d processes were started, this one knows of %d: built without MPI (make says), or for another mpirun; "
+            "srun: --mpi=pmix", started, ranks.count);
+    }
+    if (ranks.rank && !freopen("/dev/null", "w", stdout)) { die("/dev/null: %s", strerror(errno)); }
+}
+
+// Puts the ranks into groups of `chunks`.
+void ranks_group(int chunks) {
+    if (ranks.count % chunks) {
+        die("--chunk-parallel %d: expected a number that divides that of the processes, %d", chunks, ranks.count);
+    }
+    ranks.chunks = chunks; ranks.chunk = ranks.rank % chunks;
+    ranks.groups = ranks.count / chunks; ranks.group = ranks.rank / chunks;
+#ifdef USE_MPI
+    if (ranks.count > 1) { MPI_Comm_split(MPI_COMM_WORLD, ranks.group, ranks.rank, &rank_group); }
+#endif
+}
+
+// T timesteps of a sequence in slices of whole chunks
+int slice_length(int T, int c) {
+    if (ranks.chunks > 1 && (T % ranks.chunks || T / ranks.chunks % c)) {
+        die("sequences of %d tokens over --chunk-parallel %d: %.9g each, expected a multiple of chunk_size %d", T,
+            ranks.chunks, (double)T / ranks.chunks, c);
+    }
+    return T / ranks.chunks;
+}
+
+// all = the `bytes` bytes of each rank of the group, in their order
+void all_gather(void* all, const void* mine, size_t bytes) {
+    if (ranks.chunks == 1) { memcpy(all, mine, bytes); return; }
+#ifdef USE_MPI
+    MPI_Allgather(mine, bytes, MPI_BYTE, all, bytes, MPI_BYTE, rank_group);
+#endif
+}
+
+// x (n) = its sum over all ranks. Every rank returns when all are here.
+void all_sum(double* x, int n) {
+#ifdef USE_MPI
+    if (ranks.count > 1) { MPI_Allreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD); }
+#endif
+    (void)x; (void)n;
+}
+
+// Rank r's shard of n numbers is [shard_start(n, r), shard_start(n, r + 1)). Of a block of them, every rank receives
+// either all shards from their owners, or the sums over the ranks in its own shard (the rest is then scratch).
+size_t shard_start(size_t n, int rank) { return n * rank / ranks.count; }
+enum { GATHER_SHARDS, SUM_SHARD };
+void shards_exchange(float* x, size_t n, int what) {
+    for (int r = 0; r < (ranks.count > 1 ? ranks.count : 0); r++) {
+        size_t end = shard_start(n, r + 1);
+        for (size_t at = shard_start(n, r), size; at < end; at += size) {
+            size = min_size(end - at, 1 << 28); // MPI counts in ints
+#ifdef USE_MPI
+            if (what == GATHER_SHARDS) { MPI_Bcast(x + at, size, MPI_FLOAT, r, MPI_COMM_WORLD); }
+            else if (r != ranks.rank) { MPI_Reduce(x + at, NULL, size, MPI_FLOAT, MPI_SUM, r, MPI_COMM_WORLD); }
+            else { MPI_Reduce(MPI_IN_PLACE, x + at, size, MPI_FLOAT, MPI_SUM, r, MPI_COMM_WORLD); }
+#endif
+        }
+    }
+    (void)x; (void)what;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Options: one table. The struct, the parser, --help, the printed configuration and what a checkpoint records all come
 // from it. A row is: kind, name (with dashes on the command line), default, smallest and largest value, help.
 
@@ -127,13 +227,14 @@ int min_int(int a, int b) { return a < b ? a : b; }
 
 #ifndef GPU_OPTIONS // train_megalodon.cu has more
 #define GPU_OPTIONS(X)
+#define ON_GPU_TOO
 #endif
 #define TRAINING_OPTIONS(X) \
     X(TEXT, train, "train_megalodon.c,test_megalodon.c,dev/*.py,dev/*.c,README.md", 0, 0, \
         "training data: .txt or other text (a byte is a token) or llm.c's .bin; commas and * for several files") \
     X(TEXT, val,               "", 0, 0,          "validation data; without it the last 10% of each training file") \
     X(TEXT, out,               "", 0, 0,          "folder for checkpoints and log.tsv") \
-    X(INT,  batch,              4, 1, 1 << 24,    "sequences in a micro-step") \
+    X(INT,  batch,              4, 1, 1 << 24,    "sequences in a micro-step, of each group of processes") \
     X(INT,  seq,              256, 1, INT_MAX,    "tokens in a sequence") \
     X(INT,  accum,              1, 1, 1 << 24,    "micro-steps in a step") \
     X(INT,  steps,           1000, 1, INT_MAX,    "steps, and the length of the learning rate schedule") \
@@ -146,7 +247,10 @@ int min_int(int a, int b) { return a < b ? a : b; }
     X(REAL, beta2,           0.95, 0, 1,          "AdamW: decay of the second moment") \
     X(REAL, adam_eps,        1e-8, 0, 1,          "AdamW: added to the root of the second moment") \
     X(REAL, clip,             1.0, 0, 1e12,       "largest global norm of the gradient; 0 for no limit") \
-    X(INT,  seed,            1337, 0, INT_MAX,    "initialization, data order and sampling") \
+    X(REAL, dropout,            0, 0, 0.99,       "drop this share of the embedding and of what blocks add to x") \
+    X(REAL, hidden_dropout,     0, 0, 0.99,       "of what goes into the products inside blocks") \
+    X(REAL, attention_dropout,  0, 0, 0.99,       "of the keys of each query") \
+    X(INT,  seed,            1337, 0, INT_MAX,    "initialization, data order, dropout and sampling") \
     X(INT,  threads,            0, 0, 1024,       "OpenMP threads; 0 for its own default") \
     X(BOOL, recompute,          0, 0, 1,          "keep only the inputs of blocks for the backward pass") \
     X(INT,  val_every,        250, 0, INT_MAX,    "validate every so many steps; always after the last") \
@@ -165,6 +269,7 @@ int min_int(int a, int b) { return a < b ? a : b; }
     X(INT,  top_k,              0, 0, INT_MAX,    "sample from the k likeliest tokens; 0 for all") \
     X(REAL, top_p,            1.0, 0, 1,          "sample from the likeliest tokens that hold this probability") \
     X(TEXT, eval,              "", 0, 0,          "print the loss on this file, streamed from its start to its end") \
+    X(INT,  chunk_parallel,     1, 1, 1 << 20,    "processes that share a sequence, a slice of whole chunks each") \
     X(FLAG, dry_run,            0, 0, 1,          "print configuration, parameters and memory, and stop") \
     X(FLAG, help,               0, 0, 1,          "print this")
 
@@ -349,15 +454,16 @@ const char* layer_name(char buffer[128], const char* prefix, const char* name, i
 // ---------------------------------------------------------------------------------------------------------------------
 // Random numbers: pure functions of (seed, stream, index), so that nothing but these has to be saved or agreed on
 
-uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t index) { // splitmix64's finalizer, three times
+ON_GPU_TOO static inline uint64_t mix_bits(uint64_t x) { // splitmix64's finalizer
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+}
+
+uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t index) {
     uint64_t x = seed;
     const uint64_t add[3] = {0x9E3779B97F4A7C15u, stream, index};
-    for (int i = 0; i < 3; i++) {
-        x += add[i] * 0x9E3779B97F4A7C15u + 0x9E3779B97F4A7C15u;
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-        x ^= x >> 31;
-    }
+    for (int i = 0; i < 3; i++) { x = mix_bits(x + add[i] * 0x9E3779B97F4A7C15u + 0x9E3779B97F4A7C15u); }
     return x;
 }
 
@@ -506,9 +612,69 @@ void embedding_backward(float* dweight, const float* dout, const int* tokens, fl
     }
 }
 
+// Dropout, in training passes only: an element becomes 0 with probability p, else inp/(1 - p); its gradient likewise.
+// Keys are dropped before the softmax (DropKey, appendix B.1): a query's score of any key, its own too, becomes -inf
+// with probability p; nothing is scaled. Masks are not stored: each is a pure function of seed, sequence, timestep,
+// layer, site and element, so the backward pass makes it again, however the work is split.
+typedef struct {
+    double rates[3];    // --dropout, --hidden-dropout, --attention-dropout
+    uint64_t seed, row; // row: number of the pass's first sequence, counted from the start of training
+} Masks;
+typedef struct { uint64_t key, row; int T, time; uint32_t drop; float scale, dropped; } Dropout; // of one site
+typedef struct { Dropout embed, mega, fc2, rmsnorm, gated, hidden, keys; } Dropouts; // named as the activations
+
+Masks masks_of(const Options* o) {
+    Masks m = {{o->dropout, o->hidden_dropout, o->attention_dropout}, (uint64_t)o->seed, 0};
+    return m;
+}
+
+Dropouts dropouts_at(Masks m, int T, int l) { // in layer l
+    Dropouts d;
+    for (int i = 0; i < 7; i++) { // three sites by each of the first two rates, the keys by the third
+        uint32_t drop = m.rates[i / 3] * 65536 + 0.5;
+        uint64_t key = random_bits(m.seed, ((uint64_t)3 << 56) + l, i);
+        Dropout site = {key, m.row, T, ranks.chunk * T, drop, 65536.0f / (65536 - drop), 0.0f};
+        ((Dropout*)&d)[i] = site;
+    }
+    d.keys.scale = 1; d.keys.dropped = -INFINITY;
+    return d;
+}
+
+// Element i of timestep t in batch row b is dropped if the 16 bits from i % 4 * 16 on of mix_bits(dropout_bits + i / 4)
+// are below d.drop: p is a multiple of 1/65536. For keys, i counts from the start of the chunk; else head is 0.
+ON_GPU_TOO static inline uint64_t dropout_bits(Dropout d, uint64_t b, uint64_t t, uint64_t head) {
+    return mix_bits(d.key + ((d.row + b) << 32) + d.time + t) + (head << 32);
+}
+
+void dropout_row(float* out, const float* inp, const float* add, Dropout d, int b, int t, int head, int n) {
+    uint64_t bits = dropout_bits(d, b, t, head), four;
+    uint16_t draws[256];
+    for (int i0 = 0; i0 < n; i0 += 256, bits += 64) {
+        for (int k = 0; k < 64; k++) { four = mix_bits(bits + k); memcpy(draws + 4 * k, &four, sizeof(four)); }
+        for (int i = i0; i < min_int(i0 + 256, n); i++) {
+            out[i] = (draws[i - i0] < d.drop ? d.dropped : inp[i] * d.scale) + (add ? add[i] : 0.0f);
+        }
+    }
+}
+
+// out (rows,n) = dropout(inp) + add; add may be NULL. Returns out, or with rate 0 does nothing and returns inp.
+const float* dropout(float* out, const float* inp, const float* add, Dropout d, size_t rows, int n) {
+    OMP(omp parallel for schedule(static))
+    for (size_t r = 0; r < (d.drop ? rows : 0); r++) {
+        dropout_row(out + r * n, inp + r * n, add ? add + r * n : NULL, d, r / d.T, r % d.T, 0, n);
+    }
+    return d.drop ? out : inp;
+}
+
 // Running statistics of one batch row and group: timesteps seen, mean and population variance of all their features.
 typedef struct { double count, mean, var; } NormState;
 static const NormState no_past = {0, 0, 0};
+NormState norm_merge(NormState a, NormState b) { // Chan's formula; one of them may be empty, not both
+    double n = a.count + b.count, delta = b.mean - a.mean;
+    NormState s = {n, a.mean + delta * b.count / n,
+                   (a.count * a.var + b.count * b.var + delta * delta * a.count * b.count / n) / n};
+    return s;
+}
 
 // Timestep normalization, eq. 4: group norm over time, past only. For each batch row and group of D/G features,
 //     mean_t, var_t = mean and population variance of all features of the group in timesteps 1..t
@@ -516,9 +682,24 @@ static const NormState no_past = {0, 0, 0};
 // out, inp (B,T,D) | w, b (D) | mean, rstd (B,T,G): saved for the backward pass | start, end (B,G): statistics before
 // and after these T timesteps, all that is carried; start NULL is an empty past, end may be NULL or start. They merge
 // by Chan's formula, a timestep at a time, in double: summed in floats, a stream of 10^7 timesteps would drift.
-void timestepnorm_forward(float* out, float* mean, float* rstd, NormState* end, const NormState* start,
-                          const float* inp, const float* w, const float* b, int B, int T, int D, int G, float eps) {
+// Where ranks hold slices of the sequences, all of T timesteps, `before` (B,G) receives the statistics before this one,
+// start being those before the first; else it is NULL.
+void timestepnorm_forward(float* out, float* mean, float* rstd, NormState* end, NormState* before,
+                          const NormState* start, const float* inp, const float* w, const float* b,
+                          int B, int T, int D, int G, float eps) {
     int F = D / G;
+    if (before) { // of this slice alone; then those of the slices before it, merged
+        timestepnorm_forward(out, mean, rstd, before, NULL, NULL, inp, w, b, B, T, D, G, eps);
+        NormState* all = (NormState*)xcalloc((size_t)ranks.chunks * B * G, sizeof(NormState));
+        all_gather(all, before, sizeof(NormState) * B * G);
+        for (int i = 0; i < B * G; i++) {
+            NormState s = start ? start[i] : no_past;
+            for (int r = 0; r < ranks.chunk; r++) { s = norm_merge(s, all[(size_t)r * B * G + i]); }
+            before[i] = s;
+        }
+        free(all);
+        start = before;
+    }
     OMP(omp parallel for collapse(2) schedule(static))
     for (int row = 0; row < B; row++) {
         for (int g = 0; g < G; g++) {
@@ -555,16 +736,30 @@ void timestepnorm_forward(float* out, float* mean, float* rstd, NormState* end, 
 //     dinp_s = dout (w+1) rstd + (U_s + 2 (x_s - c) V_s) / F,   U_s = sum_{t>=s} (a_t - 2 (mean_t - c) b_t) / n_t,
 //                                                               V_s = sum_{t>=s} b_t / n_t
 // for any constant c (the last mean, so that little cancels): one sweep from the end. The statistics before the first
-// timestep count start.count timesteps; dstart (B,G) receives their gradients if not NULL.
+// timestep count start.count timesteps; dstart (B,G) receives their gradients if not NULL. Where ranks hold slices,
+// start is what comes before this one, and U and V begin with what the later ranks found in a sweep of their own:
+// with `alone` (B,G) not NULL, these sums of this slice alone are all that is computed.
+typedef struct { double U, V, c; } NormSums;
 void timestepnorm_backward(float* dinp, float* dw, float* db, NormState* dstart, const float* dout, const float* mean,
                            const float* rstd, const NormState* start, const float* inp, const float* w,
-                           int B, int T, int D, int G) {
-    int F = D / G;
+                           int B, int T, int D, int G, NormSums* alone) {
+    int F = D / G, later = alone ? 0 : ranks.chunks - ranks.chunk - 1;
+    NormSums* all = NULL;
+    if (!alone && ranks.chunks > 1) {
+        all = (NormSums*)xcalloc((size_t)(ranks.chunks + 1) * B * G, sizeof(NormSums));
+        timestepnorm_backward(dinp, dw, db, NULL, dout, mean, rstd, start, inp, w, B, T, D, G, all);
+        all_gather(all + B * G, all, sizeof(NormSums) * B * G);
+    }
     OMP(omp parallel for schedule(static))
     for (int g = 0; g < G; g++) {
         for (int row = 0; row < B; row++) {
             NormState s = start ? start[row * G + g] : no_past;
             double U = 0, V = 0, c = mean[((size_t)row * T + T - 1) * G + g];
+            for (int r = ranks.chunks - later; r < ranks.chunks; r++) {
+                NormSums sums = all[((r + 1) * B + row) * G + g];
+                U += sums.U + 2 * (c - sums.c) * sums.V; // about this c
+                V += sums.V;
+            }
             for (int t = T - 1; t >= 0; t--) {
                 size_t k = ((size_t)row * T + t) * G + g;
                 const float *x = inp + k * F, *dy = dout + k * F, *wg = w + g * F;
@@ -581,7 +776,7 @@ void timestepnorm_backward(float* dinp, float* dw, float* db, NormState* dstart,
                 V += dv / n;
                 float u = (U - 2 * c * V) / F, v = 2 * V / F;
                 OMP(omp simd)
-                for (int i = 0; i < F; i++) {
+                for (int i = 0; i < (alone ? 0 : F); i++) {
                     dinp[k * F + i] += dy[i] * (wg[i] + 1.0f) * r + (u + v * x[i]);
                     dw[g * F + i] += dy[i] * (x[i] - mu) * r;
                     db[g * F + i] += dy[i];
@@ -591,8 +786,10 @@ void timestepnorm_backward(float* dinp, float* dw, float* db, NormState* dstart,
                 dstart[row * G + g].mean += s.count * (U + 2 * (s.mean - c) * V);
                 dstart[row * G + g].var += s.count * V;
             }
+            if (alone) { NormSums sums = {U, V, c}; alone[row * G + g] = sums; }
         }
     }
+    free(all);
 }
 
 // Complex exponential moving average, eq. 2, 3 and 5. Feature d runs N damped oscillators k = 1..N:
@@ -609,6 +806,7 @@ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 Complex lane(const ComplexLanes* z, int j) { Complex c = {z->re[j], z->im[j]}; return c; }
 // conj(a) b
 Complex conj_mul(Complex a, Complex b) { Complex c = {a.re * b.re + a.im * b.im, a.re * b.im - a.im * b.re}; return c; }
+Complex mul(Complex a, Complex b) { Complex c = {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re}; return c; }
 
 // Coefficients of the strip of features that starts at d0.
 void cema_modes(CemaMode m[CEMA_MAX_NDIM], const float* alpha, const float* delta, const float* theta,
@@ -626,10 +824,31 @@ void cema_modes(CemaMode m[CEMA_MAX_NDIM], const float* alpha, const float* delt
     }
 }
 
+// Where ranks hold slices of T timesteps: what the state s is after those from rank `first` up, or down, to this one.
+// A slice turns it into q^T s + e, where e is what it makes of 0: 2 numbers at i of the `size` of each rank.
+Complex cema_carry(Complex s, Complex q, int T, int first, const float* all, size_t size, size_t i) {
+    Complex power = {1, 0};
+    for (int n = T; n; n /= 2, q = mul(q, q)) { power = n % 2 ? mul(power, q) : power; } // q^T
+    for (int r = first; r != ranks.chunk; r += first ? -1 : 1) {
+        s = mul(power, s);
+        s.re += all[r * size + i]; s.im += all[r * size + i + 1];
+    }
+    return s;
+}
+
 // out, inp (B,T,D) | alpha, delta (D,N), theta, omega (D), gamma (D,N,2) | start, end (B,D,N,2): h before and after
-// these timesteps; start NULL is zero, end may be NULL or start. Nothing is saved for the backward pass.
-void cema_forward(float* out, float* end, const float* start, const float* inp, const float* alpha, const float* delta,
-                  const float* theta, const float* gamma, const float* omega, int B, int T, int D, int N) {
+// these timesteps; start NULL is zero, end may be NULL or start. Nothing is saved for the backward pass. `before`: as
+// for the timestep norm.
+void cema_forward(float* out, float* end, float* before, const float* start, const float* inp, const float* alpha,
+                  const float* delta, const float* theta, const float* gamma, const float* omega,
+                  int B, int T, int D, int N) {
+    size_t size = (size_t)B * D * N * 2;
+    float* all = NULL;
+    if (before) { // this slice alone, before the others are known
+        all = (float*)xcalloc(ranks.chunks * size, sizeof(float));
+        cema_forward(out, before, NULL, NULL, inp, alpha, delta, theta, gamma, omega, B, T, D, N);
+        all_gather(all, before, size * sizeof(float));
+    }
     OMP(omp parallel for schedule(static))
     for (int d0 = 0; d0 < D; d0 += LANES) {
         int lanes = min_int(LANES, D - d0);
@@ -638,8 +857,14 @@ void cema_forward(float* out, float* end, const float* start, const float* inp, 
         for (int b = 0; b < B; b++) {
             size_t state = ((size_t)b * D + d0) * N * 2;
             ComplexLanes h[CEMA_MAX_NDIM] = {{{0}, {0}}};
-            for (int i = 0; start && i < lanes * N; i++) {
-                h[i % N].re[i / N] = start[state + 2 * i]; h[i % N].im[i / N] = start[state + 2 * i + 1];
+            for (int i = 0; (start || before) && i < lanes * N; i++) {
+                size_t at = state + 2 * i;
+                Complex s = {start ? start[at] : 0, start ? start[at + 1] : 0};
+                if (before) {
+                    s = cema_carry(s, lane(&modes[i % N].q, i / N), T, 0, all, size, at);
+                    before[at] = s.re; before[at + 1] = s.im;
+                }
+                h[i % N].re[i / N] = s.re; h[i % N].im[i / N] = s.im;
             }
             for (int t0 = 0; t0 < T; t0 += TIMES) {
                 float x[TIMES][LANES] = {{0}}, y[TIMES][LANES] = {{0}};
@@ -668,6 +893,7 @@ void cema_forward(float* out, float* end, const float* start, const float* inp, 
             }
         }
     }
+    free(all);
 }
 
 // One sweep from the end, without the states h. A complex gradient dz stands for dL/dRe z + i dL/dIm z. With ~ for the
@@ -676,11 +902,22 @@ void cema_forward(float* out, float* end, const float* start, const float* inp, 
 //     dg = sum_t dy_t ~h_t = p Q + ~h_0 ~q a_1            dh_0 = ~g ~q a_1
 // and dq = sum_t ~g a_t ~h_{t-1}, where h_{t-1} = q^{t-1} h_0 + p sum_{s<t} q^{t-1-s} x_s. Summed over t first:
 //     dq = ~g (p R + ~h_0 a'_0), R = sum_s x_s a'_s       a'_s = sum_{t>s} ~q^{t-1-s} a_t, or a'_{s-1} = ~q a'_s + a_s
-// dinp (B,T,D) is assigned; dstart (B,D,N,2) is added to and may be NULL.
+// dinp (B,T,D) is assigned; dstart (B,D,N,2) is added to and may be NULL. Where ranks hold slices, start is what comes
+// before this one, and a goes on from the later ones, as they found it alone: with `alone` (B,D,N,2) not NULL, a_1 of
+// this slice alone is all that is computed. a' is of this slice, so that dq over the slices has each term once; dg's Q
+// has all that comes of x_t, in later slices too, so ~h_0 counts for the first slice only.
 void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega,
                    float* dstart, const float* dout, const float* start, const float* inp, const float* alpha,
                    const float* delta, const float* theta, const float* gamma, const float* omega,
-                   int B, int T, int D, int N) {
+                   int B, int T, int D, int N, float* alone) {
+    size_t size = (size_t)B * D * N * 2;
+    float* all = NULL;
+    if (!alone && ranks.chunks > 1) {
+        all = (float*)xcalloc((ranks.chunks + 1) * size, sizeof(float));
+        cema_backward(dinp, NULL, NULL, NULL, NULL, NULL, NULL, dout, start, inp, alpha, delta, theta, gamma, omega,
+                      B, T, D, N, all + ranks.chunks * size);
+        all_gather(all, all + ranks.chunks * size, size * sizeof(float));
+    }
     OMP(omp parallel for schedule(static))
     for (int d0 = 0; d0 < D; d0 += LANES) {
         int lanes = min_int(LANES, D - d0);
@@ -691,6 +928,12 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
         for (int b = 0; b < B; b++) {
             struct { ComplexLanes a, a1; Complex Q[LANES], R[LANES]; } s[CEMA_MAX_NDIM]; // a1 is a'
             memset(s, 0, sizeof(s));
+            for (int i = 0; all && i < lanes * N; i++) {
+                size_t h = 2 * (((size_t)b * D + d0) * N + i);
+                Complex a = {0, 0}, q = lane(&modes[i % N].q, i / N), q_ = {q.re, -q.im};
+                a = cema_carry(a, q_, T, ranks.chunks - 1, all, size, h);
+                s[i % N].a.re[i / N] = a.re; s[i % N].a.im[i / N] = a.im;
+            }
             double dw[LANES] = {0};
             for (int t0 = (T - 1) / TIMES * TIMES; t0 >= 0; t0 -= TIMES) {
                 float x[TIMES][LANES] = {{0}}, dy[TIMES][LANES] = {{0}}, dx[TIMES][LANES] = {{0}};
@@ -705,16 +948,16 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
                     ComplexLanes a = s[k].a, a1 = s[k].a1, Qt = {{0}, {0}}, Rt = {{0}, {0}};
                     for (int t = times - 1; t >= 0; t--) {
                         for (int j = 0; j < LANES; j++) {
-                            // a'_t = ~q a'_{t+1} + a_{t+1} and a_t = ~q a_{t+1} + dy_t
-                            float re1 = m.q.re[j] * a1.re[j] + m.q.im[j] * a1.im[j] + a.re[j];
-                            float im1 = m.q.re[j] * a1.im[j] - m.q.im[j] * a1.re[j] + a.im[j];
+                            // a_t = ~q a_{t+1} + dy_t; x_t meets a_t and a'_t; a'_{t-1} = ~q a'_t + a_t
+                            float re1 = a1.re[j], im1 = a1.im[j];
                             float re = m.q.re[j] * a.re[j] + m.q.im[j] * a.im[j] + dy[t][j];
                             float im = m.q.re[j] * a.im[j] - m.q.im[j] * a.re[j];
-                            a1.re[j] = re1; a1.im[j] = im1;
-                            a.re[j] = re; a.im[j] = im;
                             Qt.re[j] += x[t][j] * re; Qt.im[j] += x[t][j] * im;
                             Rt.re[j] += x[t][j] * re1; Rt.im[j] += x[t][j] * im1;
                             dx[t][j] += m.p[j] * (m.g.re[j] * re + m.g.im[j] * im);
+                            a1.re[j] = m.q.re[j] * re1 + m.q.im[j] * im1 + re;
+                            a1.im[j] = m.q.re[j] * im1 - m.q.im[j] * re1 + im;
+                            a.re[j] = re; a.im[j] = im;
                         }
                     }
                     s[k].a = a; s[k].a1 = a1;
@@ -734,12 +977,13 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
                 int k = i % N, j = i / N;
                 size_t w = 2 * ((size_t)d0 * N + i), h = 2 * (((size_t)b * D + d0) * N + i); // in dgamma, in the state
                 double p = modes[k].p[j];
-                Complex q = lane(&modes[k].q, j), g = lane(&modes[k].g, j), h0 = {0, 0}, a = lane(&s[k].a, j);
+                if (alone) { alone[h] = s[k].a.re[j]; alone[h + 1] = s[k].a.im[j]; continue; }
+                Complex q = lane(&modes[k].q, j), g = lane(&modes[k].g, j), h0 = {0, 0};
                 if (start) { h0.re = start[h]; h0.im = start[h + 1]; }
-                Complex qa = conj_mul(q, a), qa1 = conj_mul(q, lane(&s[k].a1, j));
-                Complex a1_0 = {a.re + qa1.re, a.im + qa1.im}; // a'_0
-                Complex hqa = conj_mul(h0, qa), ha = conj_mul(h0, a1_0), dh0 = conj_mul(g, qa);
+                Complex qa = conj_mul(q, lane(&s[k].a, j)), ha = conj_mul(h0, lane(&s[k].a1, j)); // ~q a_1, ~h_0 a'_0
+                Complex hqa = conj_mul(h0, qa), dh0 = conj_mul(g, qa);
                 Complex r = {p * s[k].R[j].re + ha.re, p * s[k].R[j].im + ha.im}, gr = conj_mul(g, r); // dq = ~g r
+                if (ranks.chunk > 0) { hqa.re = hqa.im = 0; }
                 dgamma[w] += (p * s[k].Q[j].re + hqa.re) / sqrt(N);
                 dgamma[w + 1] += (p * s[k].Q[j].im + hqa.im) / sqrt(N);
                 dp[k][j] += conj_mul(g, s[k].Q[j]).re;
@@ -748,7 +992,7 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
                 if (k == 0) { domega[d0 + j] += dw[j]; }
             }
         }
-        for (int i = 0; i < lanes * N; i++) { // from p and q to what they are made of: q = radius exp(i angle)
+        for (int i = 0; !alone && i < lanes * N; i++) { // to what p and q are made of: q = radius exp(i angle)
             int k = i % N, j = i / N;
             size_t w = (size_t)d0 * N + i;
             double p = sigmoid(alpha[w]), s_delta = sigmoid(delta[w]), s_theta = sigmoid(theta[d0 + j]);
@@ -759,6 +1003,7 @@ void cema_backward(float* dinp, float* dalpha, float* ddelta, float* dtheta, flo
             dtheta[d0 + j] += turn * s_theta * (1 - s_theta) * dangle;
         }
     }
+    free(all);
 }
 
 // Layer normalization over the D features of a row: out = (inp - mean) rstd (w + 1) + b. With mean and b NULL, RMS
@@ -902,10 +1147,10 @@ void silu_backward(float* dinp, float* dmul, const float* dout, const float* inp
 // out (B,T,H,V/H), q (B,T,H,Z/H) | k (B,K,H,Z/H), v (B,K,H,V/H) | lse (B,T,H): log sum exp of the scores, saved
 // In a whole sequence pos = 0 and K = T. When streaming, K = c, k and v hold the current chunk from its start, and the
 // queries stand at pos, pos+1, ... in it (pos + T <= c). Queries go in blocks of ROWS: no c x c matrix is ever there,
-// and the scores right of a block's last query are not computed.
+// and the scores right of a block's last query are not computed. A query that dropout leaves no key gets 0.
 enum { ROWS = 96 };
 void attention_forward(float* out, float* lse, const float* q, const float* k, const float* v,
-                       int B, int T, int K, int pos, int c, int H, int Z, int V) {
+                       int B, int T, int K, int pos, int c, int H, int Z, int V, Dropout drop) {
     int zd = Z / H, vd = V / H, chunks = pos ? 1 : (T + c - 1) / c, blocks = (min_int(c, T) + ROWS - 1) / ROWS;
     OMP(omp parallel)
     {
@@ -922,9 +1167,14 @@ void attention_forward(float* out, float* lse, const float* q, const float* k, c
                     for (int i = 0; i < rows; i++) { // query i of the block sees the first n keys of its chunk
                         float *s = S + (size_t)i * keys, top = -INFINITY, sum = 0;
                         int n = keys - rows + i + 1;
+                        if (drop.drop) { dropout_row(s, s, NULL, drop, b, t0 + i, h, n); }
                         for (int j = 0; j < n; j++) { top = s[j] > top ? s[j] : top; }
                         OMP(omp simd reduction(+:sum))
-                        for (int j = 0; j < n; j++) { s[j] = exp_fast(s[j] - top); sum += s[j]; }
+                        for (int j = 0; j < n; j++) {
+                            s[j] = s[j] == -INFINITY ? 0.0f : exp_fast(s[j] - top);
+                            sum += s[j];
+                        }
+                        if (sum == 0) { top = 0; sum = 1; } // all keys dropped
                         for (int j = 0; j < keys; j++) { s[j] = j < n ? s[j] / sum : 0.0f; }
                         lse[(at + i) * H + h] = top + logf(sum);
                     }
@@ -940,7 +1190,7 @@ void attention_forward(float* out, float* lse, const float* q, const float* k, c
 //     dS = P (dP - sum_s P dP)       dq = dS k       dk = dS^T q       dv = P^T dout
 // dq, dk (B,T,H,Z/H), dv (B,T,H,V/H) are assigned.
 void attention_backward(float* dq, float* dk, float* dv, const float* dout, const float* lse, const float* q,
-                        const float* k, const float* v, int B, int T, int c, int H, int Z, int V) {
+                        const float* k, const float* v, int B, int T, int c, int H, int Z, int V, Dropout drop) {
     int zd = Z / H, vd = V / H, chunks = (T + c - 1) / c;
     OMP(omp parallel)
     {
@@ -964,8 +1214,12 @@ void attention_backward(float* dq, float* dk, float* dv, const float* dout, cons
                             float *p = P + (size_t)i * keys, *ds = dS + (size_t)i * keys, norm = lse[(at + i) * H + h];
                             int n = keys - rows + i + 1;
                             float dot = 0;
+                            if (drop.drop) { dropout_row(p, p, NULL, drop, b, t0 + i, h, n); }
                             OMP(omp simd reduction(+:dot))
-                            for (int j = 0; j < n; j++) { p[j] = exp_fast(p[j] - norm); dot += p[j] * ds[j]; }
+                            for (int j = 0; j < n; j++) {
+                                p[j] = p[j] == -INFINITY ? 0.0f : exp_fast(p[j] - norm);
+                                dot += p[j] * ds[j];
+                            }
                             for (int j = 0; j < n; j++) { ds[j] = p[j] * (ds[j] - dot); }
                             for (int j = n; j < keys; j++) { p[j] = ds[j] = 0; }
                         }
@@ -1026,8 +1280,10 @@ typedef struct {
     Config config;
     Spec specs[NUM_PARAMS];
     size_t num_parameters;
-    Params params, grads, adam_m, adam_v; // each one block of num_parameters floats that starts at .embed
-    float* rotations;                     // (c,Z/H/2,2): cos and sin of the rotary angles
+    Params params, grads;    // each one block of num_parameters floats that starts at .embed
+    size_t first, last;      // this rank's shard of the parameters
+    float *adam_m, *adam_v;  // (last - first): their moments (ZeRO-1: no rank has those of other shards)
+    float* rotations;        // (c,Z/H/2,2): cos and sin of the rotary angles
 } Model;
 
 // The memory of a forward pass over (B,T) tokens, and of its backward pass if keep is not KEEP_NONE.
@@ -1035,6 +1291,8 @@ typedef struct {
     int B, T, keep;
     Spec specs[NUM_ACTS], dspecs[NUM_ACTS];
     Acts acts, grads;
+    State* before; // training where ranks hold slices of T timesteps: what comes before this one's; else NULL
+    Masks masks;
 } Pass;
 
 // Refuses what no model can be.
@@ -1051,9 +1309,12 @@ void model_alloc(Model* m, const Config* c, bool training) {
     m->config = *c;
     param_specs(m->specs, c);
     m->num_parameters = specs_size(m->specs, NUM_PARAMS);
-    Params* blocks[4] = {&m->params, &m->grads, &m->adam_m, &m->adam_v};
-    for (int i = 0; i < (training ? 4 : 1); i++) {
-        specs_place(blocks[i], (float*)xcalloc(m->num_parameters, sizeof(float)), m->specs, NUM_PARAMS);
+    m->first = shard_start(m->num_parameters, ranks.rank); m->last = shard_start(m->num_parameters, ranks.rank + 1);
+    specs_place(&m->params, (float*)xcalloc(m->num_parameters, sizeof(float)), m->specs, NUM_PARAMS);
+    if (training) {
+        specs_place(&m->grads, (float*)xcalloc(m->num_parameters, sizeof(float)), m->specs, NUM_PARAMS);
+        m->adam_m = (float*)xcalloc(m->last - m->first, sizeof(float));
+        m->adam_v = (float*)xcalloc(m->last - m->first, sizeof(float));
     }
     int zd = c->z_dim / c->num_heads;
     m->rotations = (float*)xcalloc((size_t)c->chunk_size * zd, sizeof(float));
@@ -1067,22 +1328,8 @@ void model_alloc(Model* m, const Config* c, bool training) {
 }
 
 void model_free(Model* m) {
-    free(m->params.embed); free(m->grads.embed); free(m->adam_m.embed); free(m->adam_v.embed); free(m->rotations);
+    free(m->params.embed); free(m->grads.embed); free(m->adam_m); free(m->adam_v); free(m->rotations);
 }
-
-// keep_grads: KEEP_NONE, or KEEP_ALL where a test wants to see the gradients of every layer's activations.
-void pass_alloc(Pass* s, const Config* c, int B, int T, int keep, int keep_grads) {
-    memset(s, 0, sizeof(*s));
-    s->B = B; s->T = T; s->keep = keep;
-    act_specs(s->specs, c, (size_t)B * T, keep);
-    act_specs(s->dspecs, c, (size_t)B * T, keep_grads);
-    specs_place(&s->acts, (float*)xcalloc(specs_size(s->specs, NUM_ACTS), sizeof(float)), s->specs, NUM_ACTS);
-    if (keep != KEEP_NONE) {
-        specs_place(&s->grads, (float*)xcalloc(specs_size(s->dspecs, NUM_ACTS), sizeof(float)), s->dspecs, NUM_ACTS);
-    }
-}
-
-void pass_free(Pass* s) { free(s->acts.embed); free(s->grads.embed); }
 
 void state_alloc(State* s, const Config* c, int B, bool cache) {
     size_t layers = c->num_layers, chunk = cache ? (size_t)B * c->chunk_size : 0;
@@ -1094,6 +1341,26 @@ void state_alloc(State* s, const Config* c, int B, bool cache) {
 }
 
 void state_free(State* s) { free(s->norm); free(s->h); free(s->k); free(s->v); }
+
+// keep_grads: KEEP_NONE, or KEEP_ALL where a test wants to see the gradients of every layer's activations.
+void pass_alloc(Pass* s, const Config* c, int B, int T, int keep, int keep_grads) {
+    memset(s, 0, sizeof(*s));
+    s->B = B; s->T = T; s->keep = keep;
+    act_specs(s->specs, c, (size_t)B * T, keep);
+    act_specs(s->dspecs, c, (size_t)B * T, keep_grads);
+    specs_place(&s->acts, (float*)xcalloc(specs_size(s->specs, NUM_ACTS), sizeof(float)), s->specs, NUM_ACTS);
+    if (keep != KEEP_NONE) {
+        specs_place(&s->grads, (float*)xcalloc(specs_size(s->dspecs, NUM_ACTS), sizeof(float)), s->dspecs, NUM_ACTS);
+    }
+    if (keep == KEEP_NONE || ranks.chunks == 1) { return; }
+    s->before = (State*)xcalloc(1, sizeof(State));
+    state_alloc(s->before, c, B, false);
+}
+
+void pass_free(Pass* s) {
+    free(s->acts.embed); free(s->grads.embed);
+    if (s->before) { state_free(s->before); free(s->before); }
+}
 
 void state_reset(State* s, const Config* c) { // back to the empty past
     memset(s->norm, 0, sizeof(NormState) * (c->num_layers + 1) * s->B * c->norm_num_groups);
@@ -1112,28 +1379,31 @@ State state_layer(const State* s, const Config* c, int l) { // layer l's part of
     return r;
 }
 
-// Initialization as released; a pure function of the seed.
+// Row i of the parameter table, of layer l, as it starts in the released code; a pure function of the seed.
+void param_init(float* w, const Spec* s, int i, int l, const Config* c, int seed) {
+    int D = c->model_dim;
+    double std = s->init == INIT_LINEAR ? 1 / sqrt(3.0 * s->dims[1]) : s->init == INIT_EMBED ? 1 / sqrt(D)
+               : s->init == INIT_OMEGA ? 0.25 : s->init == INIT_NORMAL ? 0.2 : s->init == INIT_GAMMA ? 1 : 0;
+    double limit = s->init == INIT_EMBED ? 3 : s->init == INIT_OMEGA ? 4 : INFINITY; // in standard deviations
+    uint64_t stream = (uint64_t)i << 32 | l;
+    OMP(omp parallel for schedule(static))
+    for (size_t j = 0; j < s->size; j++) {
+        bool drawn = std > 0 && !(s->init == INIT_GAMMA && j % 2); // the imaginary part of gamma is 0
+        w[j] = drawn ? std * random_normal(seed, stream, j, limit) : s->init == INIT_RESCALE ? 0.1 * pow(0.5, l) : 0;
+    }
+    for (int j = 0; s->init == INIT_THETA && j < D; j++) { // sigmoid(theta) = D^(-i/D), i in random order
+        int other = random_bits(seed, stream, j) % (j + 1);
+        double turn = exp(-(j + 1) * log(D) / D);
+        w[j] = w[other];
+        w[other] = log(turn / (1.0 - turn));
+    }
+}
+
 void model_init(Model* m, int seed) {
-    int D = m->config.model_dim;
     for (int i = 0; i < NUM_PARAMS; i++) {
         const Spec* s = &m->specs[i];
-        double std = s->init == INIT_LINEAR ? 1 / sqrt(3.0 * s->dims[1]) : s->init == INIT_EMBED ? 1 / sqrt(D)
-                   : s->init == INIT_OMEGA ? 0.25 : s->init == INIT_NORMAL ? 0.2 : s->init == INIT_GAMMA ? 1 : 0;
-        double limit = s->init == INIT_EMBED ? 3 : s->init == INIT_OMEGA ? 4 : INFINITY; // in standard deviations
-        for (int l = 0; l < s->slots; l++) {
-            float* w = ((float**)&m->params)[i] + l * s->size;
-            uint64_t stream = (uint64_t)i << 32 | l;
-            OMP(omp parallel for schedule(static))
-            for (size_t j = 0; j < (std > 0 ? s->size : 0); j++) {
-                w[j] = s->init == INIT_GAMMA && j % 2 ? 0 : std * random_normal(seed, stream, j, limit); // Im gamma = 0
-            }
-            for (size_t j = 0; s->init == INIT_RESCALE && j < s->size; j++) { w[j] = 0.1 * pow(0.5, l); }
-            for (int j = 0; s->init == INIT_THETA && j < D; j++) { // sigmoid(theta) = D^(-i/D), i in random order
-                int other = random_bits(seed, stream, j) % (j + 1);
-                double turn = exp(-(j + 1) * log(D) / D);
-                w[j] = w[other];
-                w[other] = log(turn / (1.0 - turn));
-            }
+        for (int l = 0; s->size && l < s->slots; l++) {
+            param_init(((float**)&m->params)[i] + l * s->size, s, i, l, &m->config, seed);
         }
     }
 }
@@ -1154,14 +1424,16 @@ void block_forward(const Model* m, const Pass* s, int l, const State* start, Sta
     const float* x = block_input(s->specs, s->acts, l);
     Params p = params_layer(m, m->params, l);
     Acts a = acts_layer(s->specs, s->acts, l);
-    State in = state_layer(start, c, l), next = state_layer(end, c, l);
+    Dropouts drop = dropouts_at(s->masks, T, l);
+    State in = state_layer(start, c, l), next = state_layer(end, c, l), before = state_layer(s->before, c, l);
 
     // Long memory: n = timestep_norm(x), e = cema(n), m = rms_norm(e).
-    timestepnorm_forward(a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, in.norm, x, p.timenorm_w,
+    timestepnorm_forward(a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, before.norm, in.norm, x, p.timenorm_w,
                          p.timenorm_b, B, T, D, c->norm_num_groups, eps);
-    cema_forward(a.cema, next.h, in.h, a.timenorm, p.cema_alpha, p.cema_delta, p.cema_theta, p.cema_gamma, p.cema_omega,
-                 B, T, D, c->cema_ndim);
+    cema_forward(a.cema, next.h, before.h, in.h, a.timenorm, p.cema_alpha, p.cema_delta, p.cema_theta, p.cema_gamma,
+                 p.cema_omega, B, T, D, c->cema_ndim);
     norm_forward(a.rmsnorm, NULL, a.rmsnorm_rstd, a.cema, p.rmsnorm_w, NULL, rows, D, eps);
+    dropout(a.rmsnorm, a.rmsnorm, NULL, drop.rmsnorm, rows, D);
 
     // Short memory: attention inside the chunk. Queries and keys see the past through m; values are made from n, what
     // is new at this timestep (eq. 16): the moving average says where to look, but does not blur what is found there.
@@ -1176,25 +1448,32 @@ void block_forward(const Model* m, const Pass* s, int l, const State* start, Sta
         memcpy(next.v + ((size_t)b * keys + pos) * V, a.v + (size_t)b * T * V, sizeof(float) * T * V);
     }
     attention_forward(a.attention, a.attention_lse, a.q, next.k ? next.k : a.k, next.k ? next.v : a.v, B, T, keys, pos,
-                      c->chunk_size, H, Z, V);
+                      c->chunk_size, H, Z, V, drop.keys);
 
-    // The gate r = silu(m Wr^T + br), and the first hop: y = m Wh1^T + bh1 + (o*r) Wh2^T + x.
+    // The gate r = silu(m Wr^T + br), and the first hop: y = m Wh1^T + bh1 + (o*r) Wh2^T + x. What dropout leaves of a
+    // sum, it adds to x; without dropout the product does.
     matmul_forward(a.wr, a.rmsnorm, p.wr, p.wr_b, NULL, rows, D, V);
     silu_forward(a.gated, a.wr, a.attention, rows * V);
-    matmul_forward(a.mega, a.rmsnorm, p.wh1, p.wh1_b, x, rows, D, D);
+    dropout(a.gated, a.gated, NULL, drop.gated, rows, V);
+    matmul_forward(a.mega, a.rmsnorm, p.wh1, p.wh1_b, drop.mega.drop ? NULL : x, rows, D, D);
     matmul_forward(a.mega, a.gated, p.wh2, NULL, a.mega, rows, V, D);
+    dropout(a.mega, a.mega, x, drop.mega, rows, D);
 
     // Feed-forward, and the second hop: out = ffn(layer_norm(y)) + x. It is x that is added, not y (eq. 11).
     norm_forward(a.norm, a.norm_mean, a.norm_rstd, a.mega, p.norm_w, p.norm_b, rows, D, eps);
     matmul_forward(a.fc1, a.norm, p.fc1, NULL, NULL, rows, D, F);
     if (c->swiglu) { matmul_forward(a.fc3, a.norm, p.fc3, NULL, NULL, rows, D, F); }
     silu_forward(a.hidden, a.fc1, c->swiglu ? a.fc3 : NULL, rows * F);
-    if (!c->rescale_nffn) { matmul_forward(a.out, a.hidden, p.fc2, NULL, x, rows, F, D); return; }
-    matmul_forward(a.fc2, a.hidden, p.fc2, NULL, NULL, rows, F, D);
-    for (size_t i = 0; i < rows * D; i++) { a.out[i] = x[i] + a.fc2[i] * p.rescale[i % D]; }
+    dropout(a.hidden, a.hidden, NULL, drop.hidden, rows, F);
+    const float* add = c->rescale_nffn ? NULL : x;
+    float* ffn = c->rescale_nffn ? a.fc2 : a.out;
+    matmul_forward(ffn, a.hidden, p.fc2, NULL, drop.fc2.drop ? NULL : add, rows, F, D);
+    dropout(ffn, ffn, add, drop.fc2, rows, D);
+    for (size_t i = 0; !add && i < rows * D; i++) { a.out[i] = x[i] + a.fc2[i] * p.rescale[i % D]; }
 }
 
-// From dout to dx. dstart receives the gradient of the state before these timesteps if not NULL.
+// From dout to dx. dstart receives the gradient of the state before these timesteps if not NULL. Until CEMA's backward
+// pass d.timenorm is free to hold gradients behind dropout; d.fc1 and d.wr hold theirs where their own will stand.
 void block_backward(const Model* m, const Pass* s, int l, const State* start, State* dstart) {
     const Config* c = &m->config;
     int B = s->B, T = s->T, D = c->model_dim, H = c->num_heads, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim;
@@ -1203,7 +1482,8 @@ void block_backward(const Model* m, const Pass* s, int l, const State* start, St
     float* dx = block_input(s->dspecs, s->grads, l);
     Params p = params_layer(m, m->params, l), g = params_layer(m, m->grads, l);
     Acts a = acts_layer(s->specs, s->acts, l), d = acts_layer(s->dspecs, s->grads, l);
-    State in = state_layer(start, c, l), din = state_layer(dstart, c, l);
+    Dropouts drop = dropouts_at(s->masks, T, l);
+    State in = state_layer(s->before ? s->before : start, c, l), din = state_layer(dstart, c, l);
 
     const float* dffn = d.out;
     if (c->rescale_nffn) {
@@ -1213,26 +1493,32 @@ void block_backward(const Model* m, const Pass* s, int l, const State* start, St
         }
         dffn = d.fc2;
     }
+    dffn = dropout(d.timenorm, dffn, NULL, drop.fc2, rows, D);
     matmul_backward(d.hidden, g.fc2, NULL, dffn, a.hidden, p.fc2, NULL, rows, F, D);
-    silu_backward(d.fc1, c->swiglu ? d.fc3 : NULL, d.hidden, a.fc1, c->swiglu ? a.fc3 : NULL, rows * F);
+    const float* dhidden = dropout(d.fc1, d.hidden, NULL, drop.hidden, rows, F);
+    silu_backward(d.fc1, c->swiglu ? d.fc3 : NULL, dhidden, a.fc1, c->swiglu ? a.fc3 : NULL, rows * F);
     matmul_backward(d.norm, g.fc1, NULL, d.fc1, a.norm, p.fc1, NULL, rows, D, F);
     if (c->swiglu) { matmul_backward(d.norm, g.fc3, NULL, d.fc3, a.norm, p.fc3, d.norm, rows, D, F); }
     norm_backward(d.mega, g.norm_w, g.norm_b, d.norm, a.norm_mean, a.norm_rstd, a.mega, p.norm_w, rows, D);
 
-    matmul_backward(d.gated, g.wh2, NULL, d.mega, a.gated, p.wh2, NULL, rows, V, D);
-    matmul_backward(d.rmsnorm, g.wh1, g.wh1_b, d.mega, a.rmsnorm, p.wh1, NULL, rows, D, D);
-    silu_backward(d.wr, d.attention, d.gated, a.wr, a.attention, rows * V);
+    const float* dsum = dropout(d.timenorm, d.mega, NULL, drop.mega, rows, D);
+    matmul_backward(d.gated, g.wh2, NULL, dsum, a.gated, p.wh2, NULL, rows, V, D);
+    matmul_backward(d.rmsnorm, g.wh1, g.wh1_b, dsum, a.rmsnorm, p.wh1, NULL, rows, D, D);
+    const float* dgated = dropout(d.wr, d.gated, NULL, drop.gated, rows, V);
+    silu_backward(d.wr, d.attention, dgated, a.wr, a.attention, rows * V);
     matmul_backward(d.rmsnorm, g.wr, g.wr_b, d.wr, a.rmsnorm, p.wr, d.rmsnorm, rows, D, V);
 
-    attention_backward(d.q, d.k, d.v, d.attention, a.attention_lse, a.q, a.k, a.v, B, T, c->chunk_size, H, Z, V);
+    attention_backward(d.q, d.k, d.v, d.attention, a.attention_lse, a.q, a.k, a.v, B, T, c->chunk_size, H, Z, V,
+                       drop.keys);
     qk_backward(d.znorm, g.gamma, g.beta, d.q, d.k, a.znorm, p.gamma, m->rotations, B, T, c->chunk_size, Z, H);
     norm_backward(d.wz, NULL, NULL, d.znorm, NULL, a.znorm_rstd, a.wz, NULL, rows * H, Z / H);
     matmul_backward(d.rmsnorm, g.wz, g.wz_b, d.wz, a.rmsnorm, p.wz, d.rmsnorm, rows, D, Z);
 
-    norm_backward(d.cema, g.rmsnorm_w, NULL, d.rmsnorm, NULL, a.rmsnorm_rstd, a.cema, p.rmsnorm_w, rows, D);
+    const float* dm = dropout(d.timenorm, d.rmsnorm, NULL, drop.rmsnorm, rows, D);
+    norm_backward(d.cema, g.rmsnorm_w, NULL, dm, NULL, a.rmsnorm_rstd, a.cema, p.rmsnorm_w, rows, D);
     cema_backward(d.timenorm, g.cema_alpha, g.cema_delta, g.cema_theta, g.cema_gamma, g.cema_omega, din.h, d.cema, in.h,
                   a.timenorm, p.cema_alpha, p.cema_delta, p.cema_theta, p.cema_gamma, p.cema_omega, B, T, D,
-                  c->cema_ndim);
+                  c->cema_ndim, NULL);
     silu_backward(d.wv, NULL, d.v, a.wv, NULL, rows * V);
     matmul_backward(d.timenorm, g.wv, g.wv_b, d.wv, a.timenorm, p.wv, d.timenorm, rows, D, V);
 
@@ -1240,7 +1526,7 @@ void block_backward(const Model* m, const Pass* s, int l, const State* start, St
     OMP(omp parallel for schedule(static))
     for (size_t i = 0; i < rows * D; i++) { dx[i] = d.out[i] + d.mega[i]; }
     timestepnorm_backward(dx, g.timenorm_w, g.timenorm_b, din.norm, d.timenorm, a.timenorm_mean, a.timenorm_rstd,
-                          in.norm, x, p.timenorm_w, B, T, D, c->norm_num_groups);
+                          in.norm, x, p.timenorm_w, B, T, D, c->norm_num_groups, NULL);
 }
 
 const float* output_weight(const Model* m, Params p) { return m->config.share_emb ? p.embed : p.output; }
@@ -1254,10 +1540,11 @@ void model_forward(const Model* m, const Pass* s, const int* tokens, const State
     size_t rows = (size_t)B * T;
     Acts a = s->acts;
     embedding_forward(a.embed, tokens, m->params.embed, embedding_scale(c), rows, D);
+    dropout(a.embed, a.embed, NULL, dropouts_at(s->masks, T, 0).embed, rows, D);
     for (int l = 0; l < L; l++) { block_forward(m, s, l, start, end); }
     timestepnorm_forward(a.final, a.final_mean, a.final_rstd, state_layer(end, c, L).norm,
-                         state_layer(start, c, L).norm, block_input(s->specs, a, L), m->params.final_w,
-                         m->params.final_b, B, T, D, c->norm_num_groups, c->norm_eps);
+                         state_layer(s->before, c, L).norm, state_layer(start, c, L).norm, block_input(s->specs, a, L),
+                         m->params.final_w, m->params.final_b, B, T, D, c->norm_num_groups, c->norm_eps);
     matmul_forward(a.logits, a.final, output_weight(m, m->params), NULL, NULL, rows, D, c->vocab_size);
     if (end) { end->pos = ((start ? start->pos : 0) + T) % c->chunk_size; }
 }
@@ -1284,21 +1571,24 @@ void model_backward(const Model* m, const Pass* s, const int* tokens, const int*
                     NULL, rows, D, c->vocab_size);
     memset(dx, 0, sizeof(float) * rows * D);
     timestepnorm_backward(dx, m->grads.final_w, m->grads.final_b, state_layer(dstart, c, L).norm, d.final, a.final_mean,
-                          a.final_rstd, state_layer(start, c, L).norm, block_input(s->specs, a, L), m->params.final_w,
-                          B, T, D, c->norm_num_groups);
+                          a.final_rstd, state_layer(s->before ? s->before : start, c, L).norm,
+                          block_input(s->specs, a, L), m->params.final_w, B, T, D, c->norm_num_groups, NULL);
     for (int l = L - 1; l >= 0; l--) { // with --recompute, only the last layer's activations are still there
         if (s->keep == KEEP_BLOCKS && l < L - 1) { block_forward(m, s, l, start, NULL); }
         block_backward(m, s, l, start, dstart);
     }
-    embedding_backward(m->grads.embed, d.embed, tokens, embedding_scale(c), rows, D);
+    const float* dembed = dropout(a.embed, d.embed, NULL, dropouts_at(s->masks, T, 0).embed, rows, D);
+    embedding_backward(m->grads.embed, dembed, tokens, embedding_scale(c), rows, D);
 }
 
-// Global L2 norm of the gradient. Partial sums over fixed blocks, added in order.
+// Adds up the gradients of all ranks, each in its shard, and returns their global L2 norm. Partial sums over fixed
+// blocks, added in order.
 double model_grad_norm(const Model* m) {
     enum { BLOCK = 1 << 16 };
-    size_t n = m->num_parameters, blocks = (n + BLOCK - 1) / BLOCK;
+    size_t n = m->last - m->first, blocks = (n + BLOCK - 1) / BLOCK;
     double *partial = (double*)xcalloc(blocks, sizeof(double)), sum = 0;
-    const float* g = m->grads.embed;
+    const float* g = m->grads.embed + m->first;
+    shards_exchange(m->grads.embed, m->num_parameters, SUM_SHARD);
     OMP(omp parallel for schedule(static))
     for (size_t b = 0; b < blocks; b++) {
         double s = 0;
@@ -1306,6 +1596,7 @@ double model_grad_norm(const Model* m) {
         partial[b] = s;
     }
     for (size_t b = 0; b < blocks; b++) { sum += partial[b]; }
+    all_sum(&sum, 1);
     free(partial);
     return sqrt(sum);
 }
@@ -1314,21 +1605,136 @@ double model_grad_norm(const Model* m) {
 // count from 1. Every parameter decays, the norms' too. Plus-1 (eq. 23) makes that right and needs no line here: scales
 // are stored as offsets from 1, so decay draws them to 1, not to 0, where they would shut the layer off (appendix B.2).
 void model_update(Model* m, const Options* o, double lr, int step, double grad_scale) {
-    float *w = m->params.embed, *g = m->grads.embed, *m1 = m->adam_m.embed, *m2 = m->adam_v.embed;
+    float *w = m->params.embed + m->first, *g = m->grads.embed + m->first, *m1 = m->adam_m, *m2 = m->adam_v;
     float beta1 = o->beta1, beta2 = o->beta2, eps = o->adam_eps, scale = grad_scale;
     float keep = 1.0 - lr * o->weight_decay, size = lr / (1.0 - pow(o->beta1, step));
     float correction = 1.0 / sqrt(1.0 - pow(o->beta2, step)), beta1c = 1.0 - o->beta1, beta2c = 1.0 - o->beta2;
     OMP(omp parallel for schedule(static))
-    for (size_t i = 0; i < m->num_parameters; i++) {
+    for (size_t i = 0; i < m->last - m->first; i++) {
         float grad = g[i] * scale;
         m1[i] = beta1 * m1[i] + beta1c * grad;
         m2[i] = beta2 * m2[i] + beta2c * grad * grad;
         w[i] = w[i] * keep - size * m1[i] / (sqrtf(m2[i]) * correction + eps);
     }
+    shards_exchange(m->params.embed, m->num_parameters, GATHER_SHARDS);
 }
 
 // PyTorch's clip_grad_norm_: what to multiply gradients of this norm by. limit 0 is none.
 double clip_scale(double norm, double limit) { return limit > 0 && norm + 1e-6 > limit ? limit / (norm + 1e-6) : 1; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backends: what training, evaluation and generation ask of a device. Here the CPU's, in train_megalodon.cu the GPU's
+
+enum { WEIGHTS, ADAM_M, ADAM_V, NUM_BLOCKS }; // blocks of parameters in a checkpoint
+static const char* block_prefixes[NUM_BLOCKS] = {"", "adam_m.", "adam_v."};
+
+typedef struct {
+    void* self;        // handed to all functions below
+    const char* name;  // of the device
+    double peak;       // FLOP/s it could do at most, dense; 0 where unknown
+    int stream_tokens; // most that one call of stream may take
+    double (*memory_needed)(void* self, const Options* o); // bytes that training takes
+    void (*open)(void* self, const Options* o, bool training); // takes all memory, or refuses
+    void (*close)(void* self);
+    // Copies row i of the parameter table, layer l, between `host` and a block: into the weights all of it, else only
+    // the elements [part[0],part[1]) that are in this rank's shard.
+    void (*copy)(void* self, int block, int i, int l, float* host, bool to_host, size_t part[2]);
+    // Adds the gradient of dloss * (sum of losses) of a micro-step of --batch x --seq tokens; the first of a step
+    // starts a new sum. row: number of its first sequence, counted from the start of training; for dropout. May return
+    // before the work is done.
+    void (*micro_step)(void* self, const int* tokens, const int* targets, double dloss, bool first, uint64_t row);
+    double (*finish_step)(void* self, double* loss); // norm of the gradient; sum of dloss * losses over the micro-steps
+    void (*update)(void* self, const Options* o, double lr, int step, double grad_scale); // AdamW; waits for its end
+    // T tokens, all in one chunk, that follow those streamed since the last reset; their losses, if targets is not NULL
+    void (*stream)(void* self, const int* tokens, int T, const int* targets, float* losses);
+    const float* (*logits)(void* self); // (vocab) of the last token streamed
+    void (*reset)(void* self);
+} Backend;
+
+enum { STREAM_TOKENS = 512 };
+typedef struct { Model m; Pass pass, stream; State state; double loss; } Cpu;
+
+// Weights, gradients, a shard of both moments; activations and their gradients; the stream's.
+double cpu_memory_needed(void* self, const Options* o) {
+    Spec params[NUM_PARAMS], acts[NUM_ACTS], shared[NUM_ACTS]; // of one timestep
+    (void)self;
+    param_specs(params, &o->model);
+    act_specs(acts, &o->model, 1, o->recompute ? KEEP_BLOCKS : KEEP_ALL);
+    act_specs(shared, &o->model, 1, KEEP_NONE);
+    double rows = (double)o->batch * o->seq / ranks.chunks, streamed = min_int(o->model.chunk_size, STREAM_TOKENS);
+    double each = specs_size(acts, NUM_ACTS), once = specs_size(shared, NUM_ACTS), blocks = 2 + 2.0 / ranks.count;
+    return sizeof(float) * (blocks * specs_size(params, NUM_PARAMS) + rows * (each + once) + streamed * once);
+}
+
+void cpu_open(void* self, const Options* o, bool training) {
+    Cpu* r = (Cpu*)self;
+    const Config* c = &o->model;
+    model_alloc(&r->m, c, training);
+    int keep = o->recompute ? KEEP_BLOCKS : KEEP_ALL;
+    if (training) { pass_alloc(&r->pass, c, o->batch, o->seq / ranks.chunks, keep, KEEP_NONE); }
+    r->pass.masks = masks_of(o);
+    pass_alloc(&r->stream, c, 1, min_int(c->chunk_size, STREAM_TOKENS), KEEP_NONE, KEEP_NONE);
+    state_alloc(&r->state, c, 1, true);
+}
+
+void cpu_close(void* self) {
+    Cpu* r = (Cpu*)self;
+    model_free(&r->m); pass_free(&r->pass); pass_free(&r->stream); state_free(&r->state);
+}
+
+void cpu_copy(void* self, int block, int i, int l, float* host, bool to_host, size_t part[2]) {
+    Model* m = &((Cpu*)self)->m;
+    float* here = ((float**)&m->params)[i] + l * m->specs[i].size;
+    size_t size = m->specs[i].size, at = here - m->params.embed, first = 0, last = size;
+    if (block != WEIGHTS || to_host) {
+        first = m->first > at ? min_size(m->first - at, size) : 0;
+        last = m->last > at ? min_size(m->last - at, size) : 0;
+    }
+    if (block != WEIGHTS) { here = (block == ADAM_M ? m->adam_m : m->adam_v) + at - m->first; }
+    memcpy((to_host ? host : here) + first, (to_host ? here : host) + first, (last - first) * sizeof(float));
+    part[0] = first; part[1] = last;
+}
+
+void cpu_micro_step(void* self, const int* tokens, const int* targets, double dloss, bool first, uint64_t row) {
+    Cpu* r = (Cpu*)self;
+    size_t scored = 0;
+    r->pass.masks.row = row;
+    if (first) { memset(r->m.grads.embed, 0, r->m.num_parameters * sizeof(float)); r->loss = 0; }
+    model_forward(&r->m, &r->pass, tokens, NULL, NULL);
+    r->loss += model_loss(&r->m, &r->pass, targets, &scored) * dloss;
+    model_backward(&r->m, &r->pass, tokens, targets, dloss, NULL, NULL);
+}
+
+double cpu_finish_step(void* self, double* loss) {
+    *loss = ((Cpu*)self)->loss;
+    all_sum(loss, 1);
+    return model_grad_norm(&((Cpu*)self)->m);
+}
+
+void cpu_update(void* self, const Options* o, double lr, int step, double grad_scale) {
+    model_update(&((Cpu*)self)->m, o, lr, step, grad_scale);
+}
+
+void cpu_stream(void* self, const int* tokens, int T, const int* targets, float* losses) {
+    Cpu* r = (Cpu*)self;
+    r->stream.T = T;
+    model_forward(&r->m, &r->stream, tokens, &r->state, &r->state);
+    if (targets) { crossentropy_forward(losses, r->stream.acts.logits, targets, T, r->m.config.vocab_size); }
+}
+
+const float* cpu_logits(void* self) {
+    Cpu* r = (Cpu*)self;
+    return r->stream.acts.logits + (size_t)(r->stream.T - 1) * r->m.config.vocab_size;
+}
+
+void cpu_reset(void* self) { state_reset(&((Cpu*)self)->state, &((Cpu*)self)->m.config); }
+
+Backend cpu_backend(Cpu* r) {
+    Backend b = {r, "CPU", 0, STREAM_TOKENS, cpu_memory_needed, cpu_open, cpu_close, cpu_copy, cpu_micro_step,
+                 cpu_finish_step, cpu_update, cpu_stream, cpu_logits, cpu_reset};
+    memset(r, 0, sizeof(*r));
+    return b;
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // safetensors: 8 bytes header length, JSON header, data. The reader takes files from strangers: what is not just as the
@@ -1688,16 +2094,17 @@ void options_print(const Options* o, FILE* f) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Checkpoints: weights, both Adam moments, all flags and the step, from which data order and sampling follow
 
-// Writes DIR/step_%08d.safetensors under another name, flushes it to the disk, and only then gives it its name.
-void checkpoint_save(const Model* m, const Options* o, int step) {
-    static const char* prefixes[3] = {"", "adam_m.", "adam_v."};
-    const Params* blocks[3] = {&m->params, &m->adam_m, &m->adam_v};
-    char* header = NULL;
-    size_t length = 0, offset = 0;
+double step_tokens(const Options* o) { return (double)o->accum * ranks.groups * o->batch * o->seq; }
+
+// Writes DIR/step_%08d.safetensors under another name, flushes it to the disk, and only then gives it its name. Rank 0
+// writes the header, then every rank what is in its shard.
+void checkpoint_save(const Backend* b, const Spec specs[NUM_PARAMS], const Options* o, int step) {
+    char *header = NULL, name[128];
+    size_t length = 0, offset = 0, largest = 0;
     FILE* h = open_memstream(&header, &length);
     if (!h) { die("out of memory"); }
     fprintf(h, "{\"__metadata__\":{\"format\":\"megalodon\",\"step\":\"%d\",\"tokens\":\"%.0f\"", step,
-            (double)step * o->accum * o->batch * o->seq);
+            step * step_tokens(o));
     for (int i = 0; option_rows[i].group != MODE_GROUP; i++) {
         fprintf(h, ",\"%s\":\"", option_key(i));
         for (const char* s = option_text(o, i); *s; s++) {
@@ -1707,14 +2114,14 @@ void checkpoint_save(const Model* m, const Options* o, int step) {
         fputc('"', h);
     }
     fputc('}', h);
-    for (int i = 0; i < 3 * NUM_PARAMS; i++) {
-        const Spec* s = &m->specs[i % NUM_PARAMS];
+    for (int i = 0; i < NUM_BLOCKS * NUM_PARAMS; i++) {
+        const Spec* s = &specs[i % NUM_PARAMS];
         for (int l = 0; s->size && l < s->slots; l++, offset += s->size * sizeof(float)) {
-            char name[128];
-            layer_name(name, prefixes[i / NUM_PARAMS], s->name, l);
+            layer_name(name, block_prefixes[i / NUM_PARAMS], s->name, l);
             fprintf(h, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", name);
             for (int d = 0; d < 3 && s->dims[d]; d++) { fprintf(h, "%s%zu", d ? "," : "", s->dims[d]); }
             fprintf(h, "],\"data_offsets\":[%zu,%zu]}", offset, offset + s->size * sizeof(float));
+            largest = s->size > largest ? s->size : largest;
         }
     }
     fputc('}', h);
@@ -1722,24 +2129,35 @@ void checkpoint_save(const Model* m, const Options* o, int step) {
     fclose(h);
 
     const char *path = text_of("%s/step_%08d.safetensors", o->out, step), *part = text_of("%s.part", path);
-    FILE* f = fopen(part, "wb");
-    bool good = f != NULL;
-    for (int i = 0; good && i < 8; i++) { good = fputc(length >> 8 * i & 255, f) != EOF; }
-    good = good && fwrite(header, 1, length, f) == length;
-    for (int b = 0; good && b < 3; b++) { // a Params block lies in memory as its tensors do in the file
-        good = fwrite(blocks[b]->embed, sizeof(float), m->num_parameters, f) == m->num_parameters;
+    double at = ranks.rank ? 0 : 8 + length; // the same on all ranks, though their headers may differ in --threads
+    all_sum(&at, 1);
+    int fd = open(part, O_CREAT | O_WRONLY, 0666);
+    FILE* f = fd < 0 ? NULL : fdopen(fd, "wb");
+    float* tensor = (float*)xcalloc(largest, sizeof(float));
+    bool good = f && !ftruncate(fd, at + offset);
+    for (int i = 0; good && !ranks.rank && i < 8; i++) { good = fputc(length >> 8 * i & 255, f) != EOF; }
+    good = good && (ranks.rank || fwrite(header, 1, length, f) == length);
+    for (int i = 0; i < NUM_BLOCKS * NUM_PARAMS; i++) {
+        const Spec* s = &specs[i % NUM_PARAMS];
+        for (int l = 0; good && s->size && l < s->slots; l++, at += s->size * sizeof(float)) {
+            size_t mine[2];
+            b->copy(b->self, i / NUM_PARAMS, i % NUM_PARAMS, l, tensor, true, mine);
+            good = !fseeko(f, at + mine[0] * sizeof(float), SEEK_SET) &&
+                   fwrite(tensor + mine[0], sizeof(float), mine[1] - mine[0], f) == mine[1] - mine[0];
+        }
     }
     good = good && !fflush(f) && !fsync(fileno(f));
     int error = errno;
     if (f) { fclose(f); }
-    if (!good || rename(part, path)) {
+    if (good) { all_sum(&at, 1); } // waits for all
+    if (!good || (ranks.rank == 0 && rename(part, path))) {
         error = good ? errno : error;
         unlink(part);
         die("cannot write %s: %s (earlier checkpoints are untouched)", path, strerror(error));
     }
     int folder = open(o->out, O_RDONLY | O_DIRECTORY); // the new name must survive a power cut too
     if (folder >= 0) { fsync(folder); close(folder); }
-    free(header);
+    free(header); free(tensor);
 }
 
 // The newest step below `below` that has a checkpoint in a folder; -1 if none has.
@@ -1766,36 +2184,39 @@ void checkpoint_open(SafeTensors* st, const char* folder) {
     die("--resume %s: no valid step_*.safetensors there", folder);
 }
 
-// Reads all tensors of a block of parameters; if NULL, only checks them. prefix: "", "adam_m." or "adam_v."
-void params_load(const Spec specs[NUM_PARAMS], const Params* block, const SafeTensors* st, const char* prefix) {
+// Checks that a file has all tensors of a block of parameters, and with b, reads them into it.
+void block_load(const Backend* b, const Spec specs[NUM_PARAMS], const SafeTensors* st, int block) {
     char name[128];
+    size_t part[2];
     for (int i = 0; i < NUM_PARAMS; i++) {
-        float* at = block ? ((float* const*)block)[i] : NULL;
-        for (int l = 0; specs[i].size && l < specs[i].slots; l++, at += block ? specs[i].size : 0) {
-            safetensors_read(st, layer_name(name, prefix, specs[i].name, l), &specs[i], at);
+        float* tensor = b ? (float*)xcalloc(specs[i].size, sizeof(float)) : NULL;
+        for (int l = 0; specs[i].size && l < specs[i].slots; l++) {
+            safetensors_read(st, layer_name(name, block_prefixes[block], specs[i].name, l), &specs[i], tensor);
+            if (b) { b->copy(b->self, block, i, l, tensor, false, part); }
         }
+        free(tensor);
     }
 }
 
-// Reads the weights, and refuses files that hold more than this model has. A released state dict also holds buffers,
-// which mean nothing here, and the embedding again as the output layer where they are tied.
-void model_load(Model* m, const SafeTensors* st) {
+// Refuses files that hold more than this model has. A released state dict also holds buffers, which mean nothing here,
+// and the embedding again as the output layer where they are tied.
+void weights_check(const Spec specs[NUM_PARAMS], const SafeTensors* st, bool share_emb) {
     char name[128];
-    params_load(m->specs, &m->params, st, "");
     for (int t = 0; t < st->num_tensors; t++) {
         const char *has = st->tensors[t].name, *dot = strrchr(has, '.');
         bool known = !strncmp(has, "adam_", 5) || !strcmp(has, "rope.freqs") || (dot && !strncmp(dot, ".prior_", 7));
-        for (const Spec* s = m->specs; s < m->specs + NUM_PARAMS; s++) {
+        for (const Spec* s = specs; s < specs + NUM_PARAMS; s++) {
             for (int l = 0; s->size && l < s->slots && !known; l++) {
                 known = !strcmp(has, layer_name(name, "", s->name, l));
             }
         }
-        if (!known && m->config.share_emb && !strcmp(has, "output.output.weight")) {
-            float* output = (float*)xcalloc(m->specs[0].size, sizeof(float));
-            safetensors_read(st, has, &m->specs[0], output);
-            known = !memcmp(output, m->params.embed, m->specs[0].size * sizeof(float));
-            if (!known) { die("%s: share_emb is 1, but '%s' differs from 'embed.weight'", st->path, has); }
-            free(output);
+        if (!known && share_emb && !strcmp(has, "output.output.weight")) {
+            float *output = (float*)xcalloc(specs[0].size, sizeof(float)), *embed = (float*)xcalloc(specs[0].size, 4);
+            safetensors_read(st, has, &specs[0], output);
+            safetensors_read(st, specs[0].name, &specs[0], embed);
+            known = !memcmp(output, embed, specs[0].size * sizeof(float));
+            if (!known) { die("%s: share_emb is 1, but '%s' differs from '%s'", st->path, has, specs[0].name); }
+            free(output); free(embed);
         }
         if (!known) { die("%s: unexpected tensor '%s': a model of this configuration has none", st->path, has); }
     }
@@ -1896,29 +2317,22 @@ void dataset_sample(const Dataset* d, int seed, uint64_t step, uint64_t row, int
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Streaming: evaluation and generation in constant memory
-
-enum { STREAM_TOKENS = 512 }; // at a time, at most
-typedef struct { Pass pass; State state; int tokens[STREAM_TOKENS + 1]; } Stream; // a forward pass, and what it carries
-
-void stream_alloc(Stream* s, const Config* c) {
-    pass_alloc(&s->pass, c, 1, min_int(c->chunk_size, STREAM_TOKENS), KEEP_NONE, KEEP_NONE);
-    state_alloc(&s->state, c, 1, true);
-}
-
-void stream_free(Stream* s) { pass_free(&s->pass); state_free(&s->state); }
+// Use: evaluation, generation, training; on any backend
 
 // Mean loss in nats over the tokens of d in order, state carried; each but the first is scored once.
-double evaluate(const Model* m, Stream* s, const Dataset* d, size_t* scored) {
-    double sum = *scored = 0;
-    state_reset(&s->state, &m->config);
-    for (size_t at = 0; at + 1 < d->size; at += s->pass.T) {
-        s->pass.T = min_int(min_size(d->size - 1 - at, STREAM_TOKENS), m->config.chunk_size - s->state.pos);
-        dataset_read(d, at, s->pass.T + 1, s->tokens, m->config.vocab_size);
-        model_forward(m, &s->pass, s->tokens, &s->state, &s->state);
-        sum += model_loss(m, &s->pass, s->tokens + 1, scored);
+double evaluate(const Backend* b, const Config* c, const Dataset* d) {
+    int *tokens = (int*)xcalloc(b->stream_tokens + 1, sizeof(int)), T;
+    float* losses = (float*)xcalloc(b->stream_tokens, sizeof(float));
+    double sum = 0;
+    b->reset(b->self);
+    for (size_t at = 0; at + 1 < d->size; at += T) {
+        T = min_size(d->size - 1 - at, min_size(b->stream_tokens, c->chunk_size - at % c->chunk_size));
+        dataset_read(d, at, T + 1, tokens, c->vocab_size);
+        b->stream(b->self, tokens, T, tokens + 1, losses);
+        for (int t = 0; t < T; t++) { sum += losses[t]; }
     }
-    return sum / *scored;
+    free(tokens); free(losses);
+    return sum / (d->size - 1);
 }
 
 typedef struct { float p; int id; } Candidate;
@@ -1947,26 +2361,22 @@ int sample(const float* logits, int vocab, const Options* o, double u) {
 }
 
 // Prints n tokens that follow the prompt (a newline if it is empty): bytes, or numbers where tokens are not bytes.
-void generate(const Model* m, Stream* s, const Options* o, int n, uint64_t stream) {
+void generate(const Backend* b, const Options* o, int n, uint64_t stream) {
     const char* prompt = *o->prompt ? o->prompt : "\n";
-    int vocab = m->config.vocab_size, length = strlen(prompt);
-    state_reset(&s->state, &m->config);
-    s->pass.T = 1;
+    int vocab = o->model.vocab_size, length = strlen(prompt);
+    b->reset(b->self);
     for (int i = 0, token; i < length + n; i++) {
         if (i < length) { token = (unsigned char)prompt[i]; }
         else {
             double u = random_uniform(o->seed, ((uint64_t)2 << 56) + stream, i - length);
-            token = sample(s->pass.acts.logits, vocab, o, u);
+            token = sample(b->logits(b->self), vocab, o, u);
             if (vocab <= 256) { putchar(token); } else { printf("%d ", token); }
             fflush(stdout);
         }
         if (token >= vocab) { die("--prompt: byte %d is not below vocab_size %d", token, vocab); }
-        if (i + 1 < length + n) { model_forward(m, &s->pass, &token, &s->state, &s->state); }
+        if (i + 1 < length + n) { b->stream(b->self, &token, 1, NULL, NULL); }
     }
 }
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Training
 
 // Learning rate of a step counted from 0: linear warmup, then from lr to lr * lr_end_ratio over the rest of the steps.
 double learning_rate(const Options* o, int step) {
@@ -2005,12 +2415,14 @@ FILE* log_open(const Options* o, int step) {
     return f;
 }
 
-// Prints the line of a finished step, and adds it to log.tsv. val is NAN where the step has no validation.
+// Prints the line of a finished step, and adds it to log.tsv. val is NAN where the step has no validation. peak: of the
+// device, in tokens/s, or 0.
 void log_step(const Options* o, FILE* log, int step, double loss, double norm, double lr, double ms, double left,
-              double val) {
-    double tokens = (double)o->accum * o->batch * o->seq, speed = 1e3 * tokens / ms;
-    printf("step %d/%d | loss %.4f | norm %.3f | lr %.2e | %.0f tok/s | %.1f ms | %d:%02d left\n", step, o->steps, loss,
-           norm, lr, speed, ms, (int)left / 60, (int)left % 60);
+              double val, double peak) {
+    double tokens = step_tokens(o), speed = 1e3 * tokens / ms;
+    printf("step %d/%d | loss %.4f | norm %.3f | lr %.2e | %.0f tok/s | %.1f ms | %s%d:%02d left\n", step, o->steps,
+           loss, norm, lr, speed, ms, peak > 0 ? text_of("%.1f%% of peak | ", 100 * speed / peak) : "", (int)left / 60,
+           (int)left % 60);
     if (!isnan(val)) { printf("step %d: val loss %.4f\n", step, val); }
     fflush(stdout);
     if (!log) { return; }
@@ -2019,57 +2431,74 @@ void log_step(const Options* o, FILE* log, int step, double loss, double norm, d
     if (fflush(log)) { die("cannot write %s/log.tsv: %s", o->out, strerror(errno)); }
 }
 
-void train(Model* m, const Options* o, int first_step, const Dataset* data, const Dataset* held_out) {
-    const Config* c = &m->config;
-    int B = o->batch, T = o->seq;
-    size_t rows = (size_t)B * T, scored;
-    int *tokens = (int*)xcalloc(rows + 1, sizeof(int)), *targets = (int*)xcalloc(rows, sizeof(int));
-    Pass pass;
-    Stream stream;
-    pass_alloc(&pass, c, B, T, o->recompute ? KEEP_BLOCKS : KEEP_ALL, KEEP_NONE);
-    stream_alloc(&stream, c);
-    FILE* log = *o->out ? log_open(o, first_step) : NULL;
+// FLOPs of a token, forward and backward: 2 + 4 for each weight in a matrix product, and attention's, causal (a chunk's
+// mean length is c/2).
+double flops_per_token(const Config* c) {
+    Spec specs[NUM_PARAMS];
+    double weights = (double)c->vocab_size * c->model_dim; // the output layer
+    param_specs(specs, c);
+    for (int i = 0; i < NUM_PARAMS; i++) {
+        if (specs[i].init == INIT_LINEAR && specs[i].dims[1]) { weights += (double)specs[i].slots * specs[i].size; }
+    }
+    return 6 * weights + 3.0 * c->num_layers * c->chunk_size * (c->z_dim + c->value_dim);
+}
+
+// The tokens and targets of all micro-steps of a step: this rank's slice of its group's sequences. They are counted
+// micro-step by micro-step over all groups, so that a step has the same ones however the work is split.
+void read_step(const Options* o, const Dataset* data, int step, int* tokens, int* targets) {
+    size_t B = o->batch, T = o->seq / ranks.chunks;
+    int* row = (int*)xcalloc(o->seq + 1, sizeof(int));
+    for (size_t r = 0; r < o->accum * B; r++) {
+        size_t global = (r / B * ranks.groups + ranks.group) * B + r % B;
+        dataset_sample(data, o->seed, step, global, o->seq, o->model.vocab_size, row);
+        memcpy(tokens + r * T, row + ranks.chunk * T, T * sizeof(int));
+        memcpy(targets + r * T, row + ranks.chunk * T + 1, T * sizeof(int));
+    }
+    free(row);
+}
+
+void train(const Backend* b, const Options* o, const Spec* specs, int first_step, const Dataset* data,
+           const Dataset* held_out) {
+    size_t rows = (size_t)o->batch * o->seq / ranks.chunks;
+    int *tokens = (int*)xcalloc(rows * o->accum, sizeof(int)), *targets = (int*)xcalloc(rows * o->accum, sizeof(int));
+    FILE* log = *o->out && ranks.rank == 0 ? log_open(o, first_step) : NULL;
     signal(SIGINT, on_signal); signal(SIGTERM, on_signal);
-    double started = seconds(), dloss = 1.0 / rows / o->accum;
+    double started = seconds(), dloss = 1 / step_tokens(o), peak = ranks.count * b->peak / flops_per_token(&o->model);
+    read_step(o, data, first_step, tokens, targets);
     for (int step = first_step; step < o->steps; step++) {
         double step_started = seconds(), loss = 0, val = NAN, lr = learning_rate(o, step);
-        memset(m->grads.embed, 0, m->num_parameters * sizeof(float));
         for (int micro = 0; micro < o->accum; micro++) {
-            for (size_t b = 0; b < (size_t)B; b++) { // T + 1 tokens; the next row overwrites the last of them
-                dataset_sample(data, o->seed, step, (uint64_t)micro * B + b, T, c->vocab_size, tokens + b * T);
-                memcpy(targets + b * T, tokens + b * T + 1, T * sizeof(int));
-            }
-            model_forward(m, &pass, tokens, NULL, NULL);
-            loss += model_loss(m, &pass, targets, &scored) * dloss;
-            model_backward(m, &pass, tokens, targets, dloss, NULL, NULL);
+            uint64_t row = (((uint64_t)step * o->accum + micro) * ranks.groups + ranks.group) * o->batch;
+            b->micro_step(b->self, tokens + micro * rows, targets + micro * rows, dloss, micro == 0, row);
         }
-        double norm = model_grad_norm(m);
         int done = step + 1;
         bool last = done == o->steps;
+        if (!last) { read_step(o, data, done, tokens, targets); } // while a GPU works
+        double norm = b->finish_step(b->self, &loss);
         if (!isfinite(loss) || !isfinite(norm)) {
             die("step %d: loss %g, gradient norm %g: stopped before the weights change; checkpoints stay as they are",
                 done, loss, norm);
         }
-        model_update(m, o, lr, done, clip_scale(norm, o->clip));
+        b->update(b->self, o, lr, done, clip_scale(norm, o->clip));
         double ms = 1e3 * (seconds() - step_started);
         bool validates = held_out->size > 1 && (last || (o->val_every && done % o->val_every == 0));
-        if (validates) { val = evaluate(m, &stream, held_out, &scored); }
+        if (validates && ranks.rank == 0) { val = evaluate(b, &o->model, held_out); }
         double left = (seconds() - started) / (done - first_step) * (o->steps - done);
-        log_step(o, log, done, loss, norm, lr, ms, left, val);
-        if (o->sample_every && (last || done % o->sample_every == 0)) {
+        log_step(o, log, done, loss, norm, lr, ms, left, val, peak);
+        if (o->sample_every && (last || done % o->sample_every == 0) && ranks.rank == 0) {
             printf("---- sample ----\n");
-            generate(m, &stream, o, 400, done);
+            generate(b, o, 400, done);
             printf("\n----------------\n");
         }
-        bool stop = stop_asked; // read once: a signal may come at any moment
-        bool due = last || stop || (o->checkpoint_every && done % o->checkpoint_every == 0);
-        if (*o->out && due) { checkpoint_save(m, o, done); }
-        if (!stop) { continue; }
+        double stop = stop_asked; // read once: a signal may come at any moment, and to some ranks only
+        all_sum(&stop, 1);
+        bool due = last || stop > 0 || (o->checkpoint_every && done % o->checkpoint_every == 0);
+        if (*o->out && due) { checkpoint_save(b, specs, o, done); }
+        if (stop == 0) { continue; }
         printf("stopped by a signal after step %d, %s\n", done, *o->out ? "saved" : "not saved: no --out");
         break;
     }
     if (log) { fclose(log); }
-    pass_free(&pass); stream_free(&stream);
     free(tokens); free(targets);
 }
 
@@ -2088,17 +2517,6 @@ void data_open(const Options* o, bool training, Dataset* data, Dataset* held_out
     if (used) { die("--out %s holds checkpoints: --resume it, or name another folder", o->out); }
     dataset_check(held_out, o->model.vocab_size);
     if (*o->out && mkdir(o->out, 0777) && errno != EEXIST) { die("--out %s: %s", o->out, strerror(errno)); }
-}
-
-// Bytes that training takes: weights, gradients and both moments; activations and their gradients; the stream's.
-double memory_needed(const Options* o) {
-    Spec params[NUM_PARAMS], acts[NUM_ACTS], shared[NUM_ACTS]; // of one timestep
-    param_specs(params, &o->model);
-    act_specs(acts, &o->model, 1, o->recompute ? KEEP_BLOCKS : KEEP_ALL);
-    act_specs(shared, &o->model, 1, KEEP_NONE);
-    double rows = (double)o->batch * o->seq, each = specs_size(acts, NUM_ACTS), once = specs_size(shared, NUM_ACTS);
-    double streamed = min_int(o->model.chunk_size, STREAM_TOKENS);
-    return sizeof(float) * (4.0 * specs_size(params, NUM_PARAMS) + rows * (each + once) + streamed * once);
 }
 
 // A preset first, then what a file says, then the flags, whatever their order. With --load or --resume st is left open.
@@ -2142,59 +2560,80 @@ void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
     if (strlen(o->out) > PATH_MAX - 64) { die("--out: the name is too long"); }
 }
 
+// What the options ask for. With --load or --resume st is open.
+void run(const Backend* b, const Options* o, SafeTensors* st) {
+    bool loaded = *o->load || *o->resume, training = !o->generate && !*o->eval;
+    FILE* info = o->generate ? stderr : stdout; // a sample has stdout for itself
+    Spec specs[NUM_PARAMS];
+    static Dataset data, held_out;
+    ranks_group(o->chunk_parallel);
+    slice_length(o->seq, o->model.chunk_size);
+    if (!training && ranks.rank) { return; } // these take one
+    param_specs(specs, &o->model);
+    options_print(o, info);
+    if (ranks.count > 1) {
+        fprintf(info, "ranks: %d = %d groups x %d slices, %d threads each\n", ranks.count, ranks.groups, ranks.chunks,
+                o->threads);
+    }
+    fprintf(info, "device: %s\nnum_parameters: %zu\n", b->name, specs_size(specs, NUM_PARAMS));
+    double needed = b->memory_needed(b->self, o);
+    if (training) { fprintf(info, "memory: %.1f MB\n", needed / 1e6); }
+    if (needed > 1e15) { die("--batch %d --seq %d: more than any machine has", o->batch, o->seq); }
+    if (o->dry_run) { return; }
+    data_open(o, training, &data, &held_out);
+    for (int block = WEIGHTS; loaded && block <= (*o->resume && training ? ADAM_V : WEIGHTS); block++) {
+        block_load(NULL, specs, st, block); // before the memory is taken that the file says it needs
+    }
+    b->open(b->self, o, training);
+    if (loaded) {
+        weights_check(specs, st, o->model.share_emb);
+        for (int block = WEIGHTS; block <= (*o->resume && training ? ADAM_V : WEIGHTS); block++) {
+            block_load(b, specs, st, block);
+        }
+        fprintf(info, "weights: %s\n", st->path);
+    }
+    size_t part[2];
+    for (int i = 0; !loaded && i < NUM_PARAMS; i++) {
+        float* tensor = (float*)xcalloc(specs[i].size, sizeof(float));
+        for (int l = 0; specs[i].size && l < specs[i].slots; l++) {
+            param_init(tensor, &specs[i], i, l, &o->model, o->seed);
+            b->copy(b->self, WEIGHTS, i, l, tensor, false, part);
+        }
+        free(tensor);
+    }
+    if (training) {
+        int step = *o->resume ? atoi(safetensors_meta(st, "step")) : 0;
+        if (step >= o->steps) { printf("step %d of %d: nothing left to do\n", step, o->steps); }
+        else { train(b, o, specs, step, &data, &held_out); }
+    } else if (o->generate) { generate(b, o, o->generate, 0); }
+    else {
+        double loss = evaluate(b, &o->model, &data);
+        printf("eval: tokens %zu nats/token %.6f perplexity %.4f bits/byte ", data.size - 1, loss, exp(loss));
+        printf(data.segments[0].width == 1 ? "%.4f\n" : "unknown\n", loss / log(2));
+    }
+    b->close(b->self);
+    if (loaded) { safetensors_close(st); }
+    if (fflush(stdout) || ferror(stdout)) { die("stdout: %s", strerror(errno)); }
+}
+
 #ifndef TESTING
 int main(int argc, char** argv) {
     Options o;
     SafeTensors st;
-    Model model;
-    Spec specs[NUM_PARAMS];
-    static Dataset data, held_out;
+    Cpu cpu;
+    Backend backend = cpu_backend(&cpu);
 #ifdef _OPENMP
     // libgomp's threads spin at barriers, which is ruinous as soon as another process wants a core; a short spin costs
     // nothing. It reads this before main, hence the second start.
     if (!getenv("GOMP_SPINCOUNT") && !setenv("GOMP_SPINCOUNT", "3000", 0)) { execv("/proc/self/exe", argv); }
 #endif
+    ranks_open();
     options_parse(&o, argc, argv, &st);
-    bool loaded = *o.load || *o.resume, training = !o.generate && !*o.eval;
-    FILE* info = o.generate ? stderr : stdout; // a sample has stdout for itself
 #ifdef _OPENMP
     if (o.threads) { omp_set_num_threads(o.threads); }
     o.threads = omp_get_max_threads();
 #endif
-    param_specs(specs, &o.model);
-    options_print(&o, info);
-    fprintf(info, "num_parameters: %zu\n", specs_size(specs, NUM_PARAMS));
-    if (training) { fprintf(info, "memory: %.1f MB\n", memory_needed(&o) / 1e6); }
-    if (memory_needed(&o) > 1e15) { die("--batch %d --seq %d: more than any machine has", o.batch, o.seq); }
-    if (o.dry_run) { return 0; }
-    data_open(&o, training, &data, &held_out);
-    if (loaded) { params_load(specs, NULL, &st, ""); } // before the memory is taken that the file says it needs
-    model_alloc(&model, &o.model, training);
-    if (loaded) { model_load(&model, &st); fprintf(info, "weights: %s\n", st.path); }
-    else { model_init(&model, o.seed); }
-    if (training) {
-        int step = *o.resume ? atoi(safetensors_meta(&st, "step")) : 0;
-        if (*o.resume) {
-            params_load(specs, &model.adam_m, &st, "adam_m.");
-            params_load(specs, &model.adam_v, &st, "adam_v.");
-        }
-        if (step >= o.steps) { printf("step %d of %d: nothing left to do\n", step, o.steps); }
-        else { train(&model, &o, step, &data, &held_out); }
-    } else {
-        Stream stream;
-        size_t scored;
-        stream_alloc(&stream, &o.model);
-        if (o.generate) { generate(&model, &stream, &o, o.generate, 0); }
-        else {
-            double loss = evaluate(&model, &stream, &data, &scored);
-            printf("eval: tokens %zu nats/token %.6f perplexity %.4f bits/byte ", scored, loss, exp(loss));
-            printf(data.segments[0].width == 1 ? "%.4f\n" : "unknown\n", loss / log(2));
-        }
-        stream_free(&stream);
-    }
-    model_free(&model);
-    if (loaded) { safetensors_close(&st); }
-    if (fflush(stdout) || ferror(stdout)) { die("stdout: %s", strerror(errno)); }
+    run(&backend, &o, &st);
     return 0;
 }
 #endif

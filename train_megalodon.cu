@@ -29,6 +29,7 @@ Conventions, where they differ from the CPU's:
   - Kernels come in a wide form (8 neighbouring elements a thread, 16-byte accesses in bf16) where all dimensions are
     multiples of 8, and one that takes any size.
 */
+#define ON_GPU_TOO __host__ __device__
 #define GPU_OPTIONS(X) X(TEXT, precision, "bf16", 0, 0, "of weights and activations: bf16 or fp32")
 #ifdef TESTING
 #include "train_megalodon.c"
@@ -62,6 +63,13 @@ static void check_cublas(cublasStatus_t s, const char* what, int line) {
 #define LAUNCH(kernel, is_wide, grid, block, ...) do { \
         auto chosen = is_wide ? kernel<X, true> : kernel<X, false>; \
         chosen<<<grid, block, 0, gpu.stream>>>(__VA_ARGS__); \
+        LAUNCHED(); \
+    } while (0)
+// The same for kernels that exist with dropout and without.
+#define LAUNCH_DROP(kernel, is_wide, site, grid, block, ...) do { \
+        auto chosen = (site).drop ? is_wide ? kernel<X, true, true> : kernel<X, false, true> \
+                                  : is_wide ? kernel<X, true, false> : kernel<X, false, false>; \
+        chosen<<<grid, block, 0, gpu.stream>>>(__VA_ARGS__, site); \
         LAUNCHED(); \
     } while (0)
 // A loop over a fixed number of registers.
@@ -252,6 +260,30 @@ template <bool WIDE, typename X> __device__ inline void store_row(X* row, const 
     } else {
         EACH(e, 8) { if (column<WIDE>(e) < columns) { row[column<WIDE>(e)] = from_float<X>(v[e]); } }
     }
+}
+
+// Which of E neighbouring elements, from i on, dropout keeps: as bits. bits: of the row, see dropout_bits. E is 1, or 8
+// and i a multiple of 4.
+template <int E> __device__ inline unsigned dropout_kept(const Dropout& d, uint64_t bits, int i) {
+    unsigned kept = 0;
+    EACH(k, (E + 3) / 4) {
+        uint64_t four = mix_bits(bits + i / 4 + k) >> (E == 1 ? i % 4 * 16 : 0);
+        EACH(e, E == 1 ? 1 : 4) { kept |= (unsigned)((four >> 16 * e & 0xffff) >= d.drop) << (4 * k + e); }
+    }
+    return kept;
+}
+// The same of a thread's part of row r, whose first column is number `first`; drop then drops the others.
+template <bool WIDE, bool DROP> __device__ inline unsigned dropout_kept_row(const Dropout& d, unsigned r,
+        int first = 0) {
+    unsigned kept = 0;
+    if (!DROP) { return 0; }
+    uint64_t bits = dropout_bits(d, r / d.T, r % d.T, 0);
+    if (WIDE) { return dropout_kept<8>(d, bits, first + 8 * threadIdx.x); }
+    EACH(e, 8) { kept |= dropout_kept<1>(d, bits, first + column<WIDE>(e)) << e; }
+    return kept;
+}
+template <bool DROP, int E> __device__ inline void drop(float (&v)[E], unsigned kept, const Dropout& d) {
+    if (DROP) { EACH(e, E) { v[e] = kept >> e & 1 ? v[e] * d.scale : d.dropped; } }
 }
 
 // Sums each of N numbers over the threads of a row; all of them get the results. Calls take turns with two buffers,
@@ -451,26 +483,30 @@ template <typename X> static void matmul_backward_weight(Gpu& gpu, float* dweigh
 // ---------------------------------------------------------------------------------------------------------------------
 // Layers
 
+// Where a launcher takes a Dropout, its output is what dropout leaves; without it, all.
+static const Dropout no_dropout = {0, 0, 1, 0, 0, 1, 0};
+
 // out (rows,D) = scale * weight (vocab,D)[tokens]
-template <typename X, bool WIDE> __global__ void embedding_forward_kernel(X* out, const int* tokens, const X* weight,
-        float scale, size_t rows, int D) {
+template <typename X, bool WIDE, bool DROP> __global__ void embedding_forward_kernel(X* out, const int* tokens,
+        const X* weight, float scale, size_t rows, int D, Dropout d) {
     for (size_t r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
         float v[8];
         load_row<WIDE>(v, weight + (size_t)tokens[r] * D, D);
         EACH(e, 8) { v[e] *= scale; }
+        drop<DROP>(v, dropout_kept_row<WIDE, DROP>(d, r), d);
         store_row<WIDE>(out + r * D, v, D);
     }
 }
 template <typename X> static void embedding_forward(Gpu& gpu, X* out, const int* tokens, const X* weight, float scale,
-        size_t rows, int D) {
+        size_t rows, int D, Dropout drop) {
     RowGrid r = row_grid(&gpu, rows, D, 1);
-    LAUNCH(embedding_forward_kernel, wide(D), r.grid, r.block, out, tokens, weight, scale, rows, D);
+    LAUNCH_DROP(embedding_forward_kernel, wide(D), drop, r.grid, r.block, out, tokens, weight, scale, rows, D);
 }
 
 // Rows of dout that hold the same token are added by one block, in the order of their positions. order (rows):
 // positions sorted by token; begin (runs+1): where each distinct token's run starts in it.
-template <typename X, bool WIDE> __global__ void embedding_backward_kernel(float* dweight, const X* dout,
-        const int* tokens, const int* order, const int* begin, float scale, int D) {
+template <typename X, bool WIDE, bool DROP> __global__ void embedding_backward_kernel(float* dweight, const X* dout,
+        const int* tokens, const int* order, const int* begin, float scale, int D, Dropout d) {
     int first = begin[blockIdx.x], last = begin[blockIdx.x + 1];
     float sum[8] = {0}, v[4][8];
     float* to = dweight + (size_t)tokens[order[first]] * D;
@@ -479,7 +515,10 @@ template <typename X, bool WIDE> __global__ void embedding_backward_kernel(float
             bool in = i + k < last;
             load_row<WIDE>(v[k], dout + (size_t)order[in ? i + k : first] * D, in ? D : 0);
         }
-        EACH(k, 4) { EACH(e, 8) { sum[e] += v[k][e]; } }
+        EACH(k, 4) {
+            drop<DROP>(v[k], dropout_kept_row<WIDE, DROP>(d, order[i + k < last ? i + k : first]), d);
+            EACH(e, 8) { sum[e] += v[k][e]; }
+        }
     }
     load_row<WIDE>(v[0], to, D);
     EACH(e, 8) { v[0][e] += scale * sum[e]; }
@@ -487,9 +526,38 @@ template <typename X, bool WIDE> __global__ void embedding_backward_kernel(float
 }
 // Adds to dweight always: there may be the output layer's gradient already.
 template <typename X> static void embedding_backward(Gpu& gpu, float* dweight, const X* dout, const int* tokens,
-        const int* order, const int* begin, int runs, float scale, int D) {
+        const int* order, const int* begin, int runs, float scale, int D, Dropout drop) {
     RowGrid r = row_grid(&gpu, runs, D, 1);
-    LAUNCH(embedding_backward_kernel, wide(D), runs, r.block.x, dweight, dout, tokens, order, begin, scale, D);
+    LAUNCH_DROP(embedding_backward_kernel, wide(D), drop, runs, r.block.x, dweight, dout, tokens, order, begin, scale,
+                D);
+}
+
+// out (rows,D) = dropout(inp) + add, for sums that a product would else have added to x itself; add may be NULL. sum
+// (D): column sums of out, or NULL.
+template <typename X, bool WIDE> __global__ void dropout_kernel(X* out, float* partials, const X* inp, const X* add,
+        size_t rows, int D, Dropout d) {
+    float sum[8] = {0}, x[8], y[8] = {0};
+    for (size_t r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
+        load_row<WIDE>(x, inp + r * D, D);
+        if (add) { load_row<WIDE>(y, add + r * D, D); }
+        drop<true>(x, dropout_kept_row<WIDE, true>(d, r), d);
+        EACH(e, 8) {
+            x[e] += y[e];
+            sum[e] += x[e];
+        }
+        store_row<WIDE>(out + r * D, x, D);
+    }
+    if (partials) { store_partial<WIDE>(partials, 1, D, 0, sum, D); }
+}
+// Returns out, or with rate 0 does nothing and returns inp.
+template <typename X> static const X* dropout(Gpu& gpu, X* out, float* sum, const X* inp, const X* add, Dropout drop,
+        size_t rows, int D) {
+    RowGrid r = row_grid(&gpu, rows, D, 1);
+    if (!drop.drop) { return inp; }
+    float* partials = sum ? (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * D) : NULL;
+    LAUNCH(dropout_kernel, wide(D), r.grid, r.block, out, partials, inp, add, rows, D, drop);
+    if (sum) { reduce_columns(gpu, r.parts, {{sum}, 1, D}); }
+    return out;
 }
 
 // Timestep norm as a scan over time, see timestepnorm_forward of the CPU. Segments of 32 timesteps are reduced to their
@@ -1442,8 +1510,8 @@ template <typename X> static void cema_backward(Gpu& gpu, X* dinp, float* dalpha
 }
 
 // Layer norm, or with mean and b NULL RMS norm, of rows; see the CPU's. Rows of out lie ldo apart.
-template <typename X, bool WIDE> __global__ void norm_forward_kernel(X* out, int ldo, float* mean, float* rstd,
-        const X* inp, const float* w, const float* b, size_t rows, int D, float eps) {
+template <typename X, bool WIDE, bool DROP> __global__ void norm_forward_kernel(X* out, int ldo, float* mean,
+        float* rstd, const X* inp, const float* w, const float* b, size_t rows, int D, float eps, Dropout d) {
     float scale[8], shift[8] = {0}, x[8], s[2], share = 1.0f / D;
     int turn = 0;
     load_row<WIDE>(scale, w, D);
@@ -1466,6 +1534,7 @@ template <typename X, bool WIDE> __global__ void norm_forward_kernel(X* out, int
         row_sum(s, turn);
         float off = mean ? s[0] * share : 0, m = near + off, k = rsqrtf(fmaxf(s[1] * share - off * off, 0) + eps);
         EACH(e, 8) { x[e] = (x[e] - m) * k * (scale[e] + 1) + shift[e]; }
+        drop<DROP>(x, dropout_kept_row<WIDE, DROP>(d, r), d);
         store_row<WIDE>(out + r * ldo, x, r < rows ? D : 0);
         if (threadIdx.x == 0 && r < rows) {
             rstd[r] = k;
@@ -1474,16 +1543,17 @@ template <typename X, bool WIDE> __global__ void norm_forward_kernel(X* out, int
     }
 }
 template <typename X> static void norm_forward(Gpu& gpu, X* out, int ldo, float* mean, float* rstd, const X* inp,
-        const float* w, const float* b, size_t rows, int D, float eps) {
+        const float* w, const float* b, size_t rows, int D, float eps, Dropout drop = no_dropout) {
     RowGrid r = row_grid(&gpu, rows, D, 1, 8);
-    LAUNCH(norm_forward_kernel, wide(D, ldo), r.grid, r.block, out, ldo, mean, rstd, inp, w, b, rows, D, eps);
+    LAUNCH_DROP(norm_forward_kernel, wide(D, ldo), drop, r.grid, r.block, out, ldo, mean, rstd, inp, w, b, rows, D,
+                eps);
 }
 
 // again receives the forward pass's output if not NULL; its rows and those of dout lie ld apart. dinp_sum: column sums
 // of dinp, the gradient of wh1's bias. db, dinp_sum and b are NULL where mean is.
-template <typename X, bool WIDE> __global__ void norm_backward_kernel(X* dinp, float* partials, X* again,
+template <typename X, bool WIDE, bool DROP> __global__ void norm_backward_kernel(X* dinp, float* partials, X* again,
         const X* dout, int ld, const float* mean, const float* rstd, const X* inp, const float* w, const float* b,
-                size_t rows, int D) {
+                size_t rows, int D, Dropout d) {
     float scale[8], shift[8] = {0}, dw[8] = {0}, db[8] = {0}, dx[8] = {0}, x[8], dy[8], s[2], share = 1.0f / D;
     int turn = 0, sums = mean ? 3 : 1;
     load_row<WIDE>(scale, w, D);
@@ -1501,6 +1571,8 @@ template <typename X, bool WIDE> __global__ void norm_backward_kernel(X* dinp, f
         next_x.get(x);
         next_dy.get(dy);
         fetch(r + step);
+        unsigned kept = dropout_kept_row<WIDE, DROP>(d, r);
+        drop<DROP>(dy, kept, d);
         s[0] = s[1] = 0;
         EACH(e, 8) {
             x[e] = (x[e] - m) * k;
@@ -1518,6 +1590,7 @@ template <typename X, bool WIDE> __global__ void norm_backward_kernel(X* dinp, f
             x[e] = x[e] * (scale[e] + 1) + shift[e];
         }
         store_row<WIDE>(dinp + r * D, dy, columns);
+        drop<DROP>(x, kept, d);
         if (again) { store_row<WIDE>(again + r * ld, x, columns); }
     }
     store_partial<WIDE>(partials, sums, D, 0, dw, D);
@@ -1527,11 +1600,11 @@ template <typename X, bool WIDE> __global__ void norm_backward_kernel(X* dinp, f
 }
 template <typename X> static void norm_backward(Gpu& gpu, X* dinp, float* dw, float* db, float* dinp_sum, X* again,
         const X* dout, int ld, const float* mean, const float* rstd, const X* inp, const float* w, const float* b,
-                size_t rows, int D) {
+                size_t rows, int D, Dropout drop = no_dropout) {
     RowGrid r = row_grid(&gpu, rows, D, 1, 2);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * 3 * D);
-    LAUNCH(norm_backward_kernel, wide(D, ld), r.grid, r.block, dinp, partials, again, dout, ld, mean, rstd, inp, w, b,
-           rows, D);
+    LAUNCH_DROP(norm_backward_kernel, wide(D, ld), drop, r.grid, r.block, dinp, partials, again, dout, ld, mean, rstd,
+                inp, w, b, rows, D);
     reduce_columns(gpu, r.parts, {{dw, db, dinp_sum}, mean ? 3 : 1, D});
 }
 
@@ -1654,8 +1727,8 @@ template <typename X> __device__ inline float sigmoid_of(float x) { return __fdi
 
 // out = silu(inp) * attention, where inp (B,T,V) has rows ldi apart. Values (attention NULL stands for ones): out
 // (B,H,K,V/H), from timestep at_k on. Gate: out (B,T,V), rows ldo apart, and attention (B,H,T,V/H).
-template <typename X, bool WIDE> __global__ void gate_forward_kernel(X* out, int ldo, const X* attention, const X* inp,
-        int ldi, unsigned rows, int T, int K, int at_k, int vd) {
+template <typename X, bool WIDE, bool DROP> __global__ void gate_forward_kernel(X* out, int ldo, const X* attention,
+        const X* inp, int ldi, unsigned rows, int T, int K, int at_k, int vd, Dropout d) {
     RowPiece<X, WIDE> next_x, next_o;
     unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
     auto fetch = [&](unsigned r) {
@@ -1669,19 +1742,21 @@ template <typename X, bool WIDE> __global__ void gate_forward_kernel(X* out, int
         next_o.get(o);
         fetch(r + step);
         EACH(e, 8) { x[e] *= sigmoid_of<X>(x[e]) * (attention ? o[e] : 1); }
+        drop<DROP>(x, dropout_kept_row<WIDE, DROP>(d, r, blockIdx.y * vd), d);
         store_row<WIDE>(out + (attention ? (size_t)r * ldo + blockIdx.y * vd : head_major(r, T, K, at_k, vd)), x, vd);
     }
 }
 template <typename X> static void value_forward(Gpu& gpu, X* v, const X* inp, int B, int T, int K, int at_k, int V,
         int H) {
     RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H, 8);
-    LAUNCH(gate_forward_kernel, wide(V / H), r.grid, r.block, v, V, (const X*)NULL, inp, V, B * T, T, K, at_k, V / H);
+    LAUNCH_DROP(gate_forward_kernel, wide(V / H), no_dropout, r.grid, r.block, v, V, (const X*)NULL, inp, V, B * T, T,
+                K, at_k, V / H);
 }
 template <typename X> static void gate_forward(Gpu& gpu, X* gated, int ldg, const X* attention, const X* inp, int ldi,
-        int B, int T, int V, int H) {
+        int B, int T, int V, int H, Dropout drop = no_dropout) {
     RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H, 8);
-    LAUNCH(gate_forward_kernel, wide(V / H, ldg, ldi), r.grid, r.block, gated, ldg, attention, inp, ldi, B * T, T, T,
-           0, V / H);
+    LAUNCH_DROP(gate_forward_kernel, wide(V / H, ldg, ldi), drop, r.grid, r.block, gated, ldg, attention, inp, ldi,
+                B * T, T, T, 0, V / H);
 }
 
 // dinp = dv silu'(inp); dinp_sum (V): the gradient of wv's bias.
@@ -1719,9 +1794,9 @@ template <typename X> static void value_backward(Gpu& gpu, X* dinp, float* dinp_
 
 // Also leaves again, the forward pass's output, if not NULL; dot (B,H,T) = sum of dattention * attention over a head,
 // which the backward pass of the softmax needs; dinp_sum (V): the gradient of wr's bias.
-template <typename X, bool WIDE> __global__ void gate_backward_kernel(X* dattention, X* dinp, float* partials,
-        float* dot, X* again, const X* dgated, int ldg, const X* attention, const X* inp, int ldi, unsigned rows,
-                int T, int V, int vd) {
+template <typename X, bool WIDE, bool DROP> __global__ void gate_backward_kernel(X* dattention, X* dinp,
+        float* partials, float* dot, X* again, const X* dgated, int ldg, const X* attention, const X* inp, int ldi,
+                unsigned rows, int T, int V, int vd, Dropout dropped) {
     float sum[8] = {0}, x[8], o[8], d[8], y[8], s[1];
     int turn = 0;
     for (unsigned r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
@@ -1732,6 +1807,8 @@ template <typename X, bool WIDE> __global__ void gate_backward_kernel(X* dattent
         load_row<WIDE>(x, inp + at_i, columns);
         load_row<WIDE>(o, attention + at, columns);
         load_row<WIDE>(d, dgated + at_g, columns);
+        unsigned kept = dropout_kept_row<WIDE, DROP>(dropped, r, blockIdx.y * vd);
+        drop<DROP>(d, kept, dropped);
         s[0] = 0;
         EACH(e, 8) {
             float g = sigmoid_of<X>(x[e]), silu = x[e] * g;
@@ -1744,23 +1821,25 @@ template <typename X, bool WIDE> __global__ void gate_backward_kernel(X* dattent
         row_sum(s, turn);
         store_row<WIDE>(dattention + at, d, columns);
         store_row<WIDE>(dinp + at_i, x, columns);
+        drop<DROP>(y, kept, dropped);
         if (again) { store_row<WIDE>(again + at_g, y, columns); }
         if (threadIdx.x == 0 && columns) { dot[at / vd] = s[0]; }
     }
     store_partial<WIDE>(partials, 1, V, 0, sum, vd, blockIdx.y * vd);
 }
 template <typename X> static void gate_backward(Gpu& gpu, X* dattention, X* dinp, float* dinp_sum, float* dot,
-        X* again, const X* dgated, int ldg, const X* attention, const X* inp, int ldi, int B, int T, int V, int H) {
+        X* again, const X* dgated, int ldg, const X* attention, const X* inp, int ldi, int B, int T, int V, int H,
+                Dropout drop = no_dropout) {
     RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * V);
-    LAUNCH(gate_backward_kernel, wide(V / H, ldg, ldi), r.grid, r.block, dattention, dinp, partials, dot, again,
-           dgated, ldg, attention, inp, ldi, B * T, T, V, V / H);
+    LAUNCH_DROP(gate_backward_kernel, wide(V / H, ldg, ldi), drop, r.grid, r.block, dattention, dinp, partials, dot,
+                again, dgated, ldg, attention, inp, ldi, B * T, T, V, V / H);
     reduce_columns(gpu, r.parts, {{dinp_sum}, 1, V});
 }
 
 // out (rows,F) = silu(inp) * mul; mul NULL stands for ones. Rows of inp and mul, and of their gradients, lie ld apart.
-template <typename X, bool WIDE> __global__ void silu_forward_kernel(X* out, const X* inp, const X* mul, int ld,
-        unsigned rows, int F) {
+template <typename X, bool WIDE, bool DROP> __global__ void silu_forward_kernel(X* out, const X* inp, const X* mul,
+        int ld, unsigned rows, int F, Dropout d) {
     enum { E = WIDE ? 8 : 1 };
     int f = (blockIdx.x * blockDim.x + threadIdx.x) * E;
     if (f >= F) { return; }
@@ -1771,6 +1850,7 @@ template <typename X, bool WIDE> __global__ void silu_forward_kernel(X* out, con
         if (mul) { b.load(mul + (size_t)r * ld + f); b.get(y); }
         a.get(x);
         EACH(e, E) { x[e] *= sigmoid_of<X>(x[e]) * (mul ? y[e] : 1); }
+        drop<DROP>(x, DROP ? dropout_kept<E>(d, dropout_bits(d, r / d.T, r % d.T, 0), f) : 0, d);
         X* to = out + (size_t)r * F + f;
         if (WIDE) { store8(to, x); } else { *to = from_float<X>(x[0]); }
     }
@@ -1778,13 +1858,14 @@ template <typename X, bool WIDE> __global__ void silu_forward_kernel(X* out, con
 static dim3 flat_grid(size_t rows, int columns) { return dim3(ceil_div(columns, 256), min_size(rows, 65535)); }
 
 template <typename X> static void silu_forward(Gpu& gpu, X* out, const X* inp, const X* mul, int ld, size_t rows,
-        int F) {
-    LAUNCH(silu_forward_kernel, wide(F, ld), flat_grid(rows, wide(F, ld) ? F / 8 : F), 256, out, inp, mul, ld, rows, F);
+        int F, Dropout drop = no_dropout) {
+    LAUNCH_DROP(silu_forward_kernel, wide(F, ld), drop, flat_grid(rows, wide(F, ld) ? F / 8 : F), 256, out, inp, mul,
+                ld, rows, F);
 }
 
 // again receives the forward pass's output if not NULL; it may be where dout is.
-template <typename X, bool WIDE> __global__ void silu_backward_kernel(X* dinp, X* dmul, X* again, const X* dout,
-        const X* inp, const X* mul, int ld, unsigned rows, int F) {
+template <typename X, bool WIDE, bool DROP> __global__ void silu_backward_kernel(X* dinp, X* dmul, X* again,
+        const X* dout, const X* inp, const X* mul, int ld, unsigned rows, int F, Dropout dropped) {
     enum { E = WIDE ? 8 : 1 };
     int f = (blockIdx.x * blockDim.x + threadIdx.x) * E;
     if (f >= F) { return; }
@@ -1797,12 +1878,15 @@ template <typename X, bool WIDE> __global__ void silu_backward_kernel(X* dinp, X
         if (mul) { b.load(mul + at); b.get(y); }
         a.get(x);
         c.get(d);
+        unsigned kept = DROP ? dropout_kept<E>(dropped, dropout_bits(dropped, r / dropped.T, r % dropped.T, 0), f) : 0;
+        drop<DROP>(d, kept, dropped);
         EACH(e, E) {
             float s = sigmoid_of<X>(x[e]), silu = x[e] * s, m = mul ? y[e] : 1;
             o[e] = silu * m;
             x[e] = d[e] * m * (s * (1 + x[e] * (1 - s)));
             y[e] = d[e] * silu;
         }
+        drop<DROP>(o, kept, dropped);
         if (WIDE) {
             store8(dinp + at, x);
             if (mul) { store8(dmul + at, y); }
@@ -1815,9 +1899,9 @@ template <typename X, bool WIDE> __global__ void silu_backward_kernel(X* dinp, X
     }
 }
 template <typename X> static void silu_backward(Gpu& gpu, X* dinp, X* dmul, X* again, const X* dout, const X* inp,
-        const X* mul, int ld, size_t rows, int F) {
-    LAUNCH(silu_backward_kernel, wide(F, ld), flat_grid(rows, wide(F, ld) ? F / 8 : F), 256, dinp, dmul, again, dout,
-           inp, mul, ld, rows, F);
+        const X* mul, int ld, size_t rows, int F, Dropout drop = no_dropout) {
+    LAUNCH_DROP(silu_backward_kernel, wide(F, ld), drop, flat_grid(rows, wide(F, ld) ? F / 8 : F), 256, dinp, dmul,
+                again, dout, inp, mul, ld, rows, F);
 }
 
 // out (rows,D) = inp * w + add (may be out); and dinp = dout * w with dw the column sums of dout * inp. With
@@ -1854,21 +1938,34 @@ template <typename X> static void rescale_backward(Gpu& gpu, X* dinp, float* dw,
 // once, one product makes the scores against the keys up to the block's last one (those right of it are never
 // computed), a kernel turns them into probabilities in place, and a second product makes the output: a block's scores
 // stay in the L2 cache. S (pairs, rows, ld): scores of queries first.. of each pair against keys 0..; query i sees keys
-// up to `seen` + i. lse: of query i of a pair at pair * stride + first + i.
+// up to `seen` + i. lse: of query i of a pair at pair * stride + first + i; at: where that stands in (B,H,T).
 enum { BLOCK = 512, SCORES_BYTES = 1 << 27 };
-template <typename X, bool WIDE> __global__ void __launch_bounds__(256) softmax_forward_kernel(X* S, int ld,
-        size_t step, float* lse, size_t stride, int rows, int keys, int seen) {
+__device__ inline uint64_t dropout_bits_of_query(const Dropout& d, size_t at, int H) {
+    unsigned head = (unsigned)at / d.T;
+    return dropout_bits(d, head / H, (unsigned)at % d.T, head % H);
+}
+template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(256) softmax_forward_kernel(X* S, int ld,
+        size_t step, float* lse, size_t stride, int rows, int keys, int seen, size_t at, int H, Dropout d) {
     enum { E = WIDE ? 8 : 1, KEPT = 8 }; // a warp has a row, a thread keeps KEPT pieces of it in registers
     int i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32, n = seen + i + 1;
     if (i >= rows) { return; }
     X* s = S + blockIdx.y * step + (size_t)i * ld;
     Piece<X, E> kept[KEPT];
     float x[E], top = -INFINITY, sum = 0;
+    uint64_t bits = DROP ? dropout_bits_of_query(d, at + blockIdx.y * stride + i, H) : 0;
+    auto fetch = [&](Piece<X, E>& piece, int j) { // dropped scores become -infinity
+        piece.load(s + j);
+        if (!DROP) { return; }
+        X* to = (X*)&piece;
+        piece.get(x);
+        drop<DROP>(x, dropout_kept<E>(d, bits, j), d);
+        if (WIDE) { store8(to, x); } else { *to = from_float<X>(x[0]); }
+    };
     for (int j0 = lane * E, m = 0; j0 < n; j0 += 32 * E * KEPT, m++) { // running maximum and sum, piece by piece
         EACH(k, KEPT) {
             int j = j0 + k * 32 * E;
             if (j >= n) { break; }
-            kept[k].load(s + j);
+            fetch(kept[k], j);
         }
         float before = top;
         EACH(k, KEPT) {
@@ -1882,7 +1979,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256) softmax_
             int j = j0 + k * 32 * E;
             if (j >= n) { break; }
             kept[k].get(x);
-            EACH(e, E) { sum += j + e < n ? exp_of<X>(x[e] - top) : 0; }
+            EACH(e, E) { sum += j + e < n && !(DROP && x[e] == -INFINITY) ? exp_of<X>(x[e] - top) : 0; }
         }
     }
     float all = top;
@@ -1891,6 +1988,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256) softmax_
     sum *= top == -INFINITY ? 0 : exp_of<X>(top - all);
 #pragma unroll
     for (int o = 16; o; o /= 2) { sum += __shfl_xor_sync(~0u, sum, o); }
+    if (DROP && all == -INFINITY) { all = 0; sum = 1; } // no key is left: then all probabilities are 0
     float share = 1 / sum;
     bool whole = n <= 32 * E * KEPT; // is all of the row in registers?
     for (int j0 = lane * E; j0 < keys; j0 += 32 * E * KEPT) {
@@ -1898,7 +1996,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256) softmax_
             int j = j0 + k * 32 * E;
             if (j >= keys) { break; }
             if (j < n) {
-                if (!whole) { kept[k].load(s + j); }
+                if (!whole) { fetch(kept[k], j); }
                 kept[k].get(x);
             }
             EACH(e, E) { x[e] = j + e < n ? exp_of<X>(x[e] - all) * share : 0; }
@@ -1910,18 +2008,23 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256) softmax_
 
 // In place: S becomes P = exp(S - lse) and dP becomes dS = P (dP - dot). Columns up to the end of the row's block. In
 // bf16 dot is the sum of dout * out, which is more exact than that of the rounded P dP.
-template <typename X, bool WIDE> __global__ void __launch_bounds__(256) softmax_backward_kernel(X* S, X* dP, int ld,
-        size_t step, const float* lse, const float* dot, size_t stride, int rows) {
+template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(256) softmax_backward_kernel(X* S, X* dP,
+        int ld, size_t step, const float* lse, const float* dot, size_t stride, int rows, size_t at_q, int H,
+                Dropout dropped) {
     enum { E = WIDE ? 8 : 1 };
     int i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (i >= rows) { return; }
     size_t at = blockIdx.y * step + (size_t)i * ld;
     int keys = min((i / BLOCK + 1) * BLOCK, rows);
     float norm = lse[blockIdx.y * stride + i], d = dot[blockIdx.y * stride + i];
+    uint64_t bits = DROP ? dropout_bits_of_query(dropped, at_q + blockIdx.y * stride + i, H) : 0;
     // sum_s P dP of the numbers that it is taken from: a lone key gives 0
     if (std::is_same<X, float>::value || i == 0) {
         d = 0;
-        for (int j = lane; j <= i; j += 32) { d += exp_of<X>(to_float(S[at + j]) - norm) * to_float(dP[at + j]); }
+        for (int j = lane; j <= i; j += 32) {
+            if (DROP && !dropout_kept<1>(dropped, bits, j)) { continue; }
+            d += exp_of<X>(to_float(S[at + j]) - norm) * to_float(dP[at + j]);
+        }
 #pragma unroll
         for (int o = 16; o; o /= 2) { d += __shfl_xor_sync(~0u, d, o); }
     }
@@ -1933,6 +2036,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256) softmax_
         b.load(dP + at + j);
         a.get(x);
         b.get(y);
+        drop<DROP>(x, DROP ? dropout_kept<E>(dropped, bits, j) : 0, dropped);
         EACH(e, E) {
             x[e] = j + e <= i ? exp_of<X>(x[e] - norm) : 0;
             y[e] = j + e <= i ? x[e] * (y[e] - d) : 0;
@@ -1962,7 +2066,7 @@ template <typename X> static int pairs_at_once(int pairs, size_t elements) {
 
 // out (B,H,T,V/H), q (B,H,T,Z/H), k (B,H,K,Z/H), v (B,H,K,V/H), lse (B,H,T)
 template <typename X> static void attention_forward(Gpu& gpu, X* out, float* lse, const X* q, const X* k, const X* v,
-        int B, int T, int K, int pos, int c, int H, int Z, int V) {
+        int B, int T, int K, int pos, int c, int H, int Z, int V, Dropout drop = no_dropout) {
     int zd = Z / H, vd = V / H;
     Spans a = attention_spans(B, T, K, c, H);
     for (int n = 0, first = 0; n < a.count; n++, first += c) {
@@ -1977,8 +2081,8 @@ template <typename X> static void attention_forward(Gpu& gpu, X* out, float* lse
                 size_t at_q = p * a.step_q + first + i, at_k = p * a.step_k + first, step = (size_t)m * ld;
                 gemm<X, X>(gpu, S, ld, q + at_q * zd, zd, false, k + at_k * zd, zd, true, m, keys, zd, NULL, 0, NULL,
                            batch, a.step_q * zd, a.step_k * zd, step);
-                LAUNCH(softmax_forward_kernel, wide(keys), dim3(ceil_div(m, 8), batch), 256, S, ld, step, lse + at_q,
-                       a.step_q, m, keys, pos + i);
+                LAUNCH_DROP(softmax_forward_kernel, wide(keys), drop, dim3(ceil_div(m, 8), batch), 256, S, ld, step,
+                            lse + at_q, a.step_q, m, keys, pos + i, at_q, H);
                 gemm<X, X>(gpu, out + at_q * vd, vd, S, ld, false, v + at_k * vd, vd, false, m, vd, keys, NULL, 0, NULL,
                            batch, step, a.step_k * vd, a.step_q * vd);
             }
@@ -1989,7 +2093,8 @@ template <typename X> static void attention_forward(Gpu& gpu, X* out, float* lse
 // Scores and dP = dout v^T by blocks of rows, then dq by rows, dk and dv by columns: so every sum is one product, in
 // fp32. dot (B,H,T): row sums of dout * out.
 template <typename X> static void attention_backward(Gpu& gpu, X* dq, X* dk, X* dv, const X* dout, const float* dot,
-        const float* lse, const X* q, const X* k, const X* v, int B, int T, int c, int H, int Z, int V) {
+        const float* lse, const X* q, const X* k, const X* v, int B, int T, int c, int H, int Z, int V,
+                Dropout drop = no_dropout) {
     int zd = Z / H, vd = V / H;
     Spans a = attention_spans(B, T, T, c, H);
     for (int n = 0, first = 0; n < a.count; n++, first += c) {
@@ -2010,8 +2115,8 @@ template <typename X> static void attention_backward(Gpu& gpu, X* dq, X* dk, X* 
                            NULL, 0, NULL,
                            batch, step_v, step_v, step);
             }
-            LAUNCH(softmax_backward_kernel, wide(rows), dim3(ceil_div(rows, 8), batch), 256, S, dS, ld, step, lse + at,
-                   dot + at, a.step_q, rows);
+            LAUNCH_DROP(softmax_backward_kernel, wide(rows), drop, dim3(ceil_div(rows, 8), batch), 256, S, dS, ld, step,
+                        lse + at, dot + at, a.step_q, rows, at, H);
             for (int i = 0; i < rows; i += BLOCK) {
                 int m = min_int(BLOCK, rows - i);
                 // queries from i on, keys of this block
@@ -2214,23 +2319,28 @@ __global__ void round_kernel(bf16* out, const float* inp, size_t n) {
         out[i] = __float2bfloat16_rn(inp[i]);
     }
 }
-// After the parameters have changed otherwise than by model_update.
-template <typename X> static void model_round(Gpu& gpu, ModelOf<X>* m) {
+// After n parameters from `at` on have changed otherwise than by model_update.
+template <typename X> static void model_round(Gpu& gpu, ModelOf<X>* m, size_t at, size_t n) {
     if (std::is_same<X, float>::value) { return; }
-    round_kernel<<<NORM_BLOCKS, 256, 0, gpu.stream>>>((bf16*)m->weights, m->params, m->size);
+    round_kernel<<<NORM_BLOCKS, 256, 0, gpu.stream>>>((bf16*)m->weights + at, m->params + at, n);
     LAUNCHED();
 }
 
-// Copies between a block on the device (params, grads, adam_m or adam_v) and one of a Model of the CPU.
-template <typename X> static void model_copy(Gpu& gpu, const ModelOf<X>* m, float* block, Params host, bool to_host) {
+// Copies tensor i of layer l between a block on the device (params, grads, adam_m or adam_v) and the host.
+template <typename X> static void tensor_copy(Gpu& gpu, const ModelOf<X>* m, float* block, int i, int l, float* host,
+        bool to_host) {
+    const ParamPlace* p = &m->places[i];
+    float* there = block + p->offset + l * p->step;
+    size_t width = p->columns * sizeof(float), pitch = p->pitch * sizeof(float);
     gpu_sync(&gpu);
+    if (to_host) { CUDA(cudaMemcpy2D(host, width, there, pitch, width, p->rows, cudaMemcpyDeviceToHost)); }
+    else { CUDA(cudaMemcpy2D(there, pitch, host, width, width, p->rows, cudaMemcpyHostToDevice)); }
+}
+// The same for all tensors of a block of a Model of the CPU.
+template <typename X> static void model_copy(Gpu& gpu, const ModelOf<X>* m, float* block, Params host, bool to_host) {
     for (int i = 0; i < NUM_PARAMS; i++) {
-        const ParamPlace* p = &m->places[i];
         for (int l = 0; m->specs[i].size && l < m->specs[i].slots; l++) {
-            float *there = block + p->offset + l * p->step, *here = ((float**)&host)[i] + l * m->specs[i].size;
-            size_t width = p->columns * sizeof(float), pitch = p->pitch * sizeof(float);
-            if (to_host) { CUDA(cudaMemcpy2D(here, width, there, pitch, width, p->rows, cudaMemcpyDeviceToHost)); }
-            else { CUDA(cudaMemcpy2D(there, pitch, here, width, width, p->rows, cudaMemcpyHostToDevice)); }
+            tensor_copy(gpu, m, block, i, l, ((float**)&host)[i] + l * m->specs[i].size, to_host);
         }
     }
 }
@@ -2252,6 +2362,7 @@ template <typename X> struct PassOf {
     int *host, *tokens, *targets, *order, *begin;
     int runs;
     cudaEvent_t copied;
+    Masks masks;
 };
 
 // Lays out activations (or their gradients) and returns their size in bytes. everything: also what only tests look at.
@@ -2429,16 +2540,6 @@ template <typename X> static StateOf<X> state_layer(const StateOf<X>* s, const C
     return r;
 }
 
-// The CPU's initialization.
-template <typename X> static void model_init(Gpu& gpu, ModelOf<X>* m, int seed) {
-    Model host;
-    model_alloc(&host, &m->config, false);
-    model_init(&host, seed);
-    model_copy(gpu, m, m->params, host.params, false);
-    model_free(&host);
-    model_round(gpu, m);
-}
-
 // Sizes that every function of the model needs.
 #define SIZES(c) \
     int D = c->model_dim, H = c->num_heads, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim, N = c->cema_ndim; \
@@ -2456,6 +2557,7 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
     ParamsOf<X> p = params_layer<ParamsOf<X>>(m->places, m->weights, l);
     Params w = params_layer<Params>(m->places, m->params, l); // in fp32
     ActsOf<X> a = acts_layer<X>(s->places, s->acts, l);
+    Dropouts drop = dropouts_at(s->masks, T, l);
     StateOf<X> in = state_layer(start, c, l), next = state_layer(end, c, l);
 
     // Long memory: n = timestep_norm(x), e = cema(n), m = rms_norm(e).
@@ -2464,7 +2566,7 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
     cema_forward(gpu, a.cema, next.h, s->carries + l * s->carries_step, in.h, a.timenorm, w.cema_alpha, w.cema_delta,
                  w.cema_theta,
                  w.cema_gamma, w.cema_omega, B, T, D, N);
-    norm_forward<X>(gpu, a.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema, w.rmsnorm_w, NULL, rows, D, eps);
+    norm_forward<X>(gpu, a.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema, w.rmsnorm_w, NULL, rows, D, eps, drop.rmsnorm);
 
     // Short memory: attention inside the chunk, to the cache where there is one. z and the gate's r come from one
     // product.
@@ -2475,19 +2577,23 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
                   c->chunk_size, Z, H, eps);
     matmul_forward<X>(gpu, a.wv, V, a.timenorm, D, p.wv, p.wv_b, NULL, 0, rows, D, V);
     value_forward(gpu, v, a.wv, B, T, keys, at_k, V, H);
-    attention_forward(gpu, a.attention, a.attention_lse, a.q, k, v, B, T, keys, at_k, c->chunk_size, H, Z, V);
+    attention_forward(gpu, a.attention, a.attention_lse, a.q, k, v, B, T, keys, at_k, c->chunk_size, H, Z, V,
+                      drop.keys);
 
     // The gate, and the first hop: y = [m | o*r] [Wh1 | Wh2]^T + bh1 + x.
-    gate_forward(gpu, a.gated, MU, a.attention, a.wr, ZR, B, T, V, H);
-    matmul_forward<X>(gpu, a.mega, D, a.rmsnorm, MU, p.wh1, p.wh1_b, x, D, rows, MU, D);
+    gate_forward(gpu, a.gated, MU, a.attention, a.wr, ZR, B, T, V, H, drop.gated);
+    matmul_forward<X>(gpu, a.mega, D, a.rmsnorm, MU, p.wh1, p.wh1_b, drop.mega.drop ? NULL : x, D, rows, MU, D);
+    dropout<X>(gpu, a.mega, NULL, a.mega, x, drop.mega, rows, D);
 
     // Feed-forward, and the second hop: out = ffn(layer_norm(y)) + x.
     norm_forward<X>(gpu, a.norm, D, a.norm_mean, a.norm_rstd, a.mega, w.norm_w, w.norm_b, rows, D, eps);
     matmul_forward<X>(gpu, a.fc1, FF, a.norm, D, p.fc1, NULL, NULL, 0, rows, D, FF);
-    silu_forward(gpu, a.hidden, a.fc1, a.fc3, FF, rows, F);
-    if (!c->rescale_nffn) { matmul_forward<X>(gpu, a.out, D, a.hidden, F, p.fc2, NULL, x, D, rows, F, D); return; }
-    matmul_forward<X>(gpu, a.fc2, D, a.hidden, F, p.fc2, NULL, NULL, 0, rows, F, D);
-    rescale_forward(gpu, a.out, a.fc2, x, w.rescale, rows, D);
+    silu_forward(gpu, a.hidden, a.fc1, a.fc3, FF, rows, F, drop.hidden);
+    const X* add = c->rescale_nffn ? NULL : x;
+    X* ffn = c->rescale_nffn ? a.fc2 : a.out;
+    matmul_forward<X>(gpu, ffn, D, a.hidden, F, p.fc2, NULL, drop.fc2.drop ? NULL : add, D, rows, F, D);
+    dropout<X>(gpu, ffn, NULL, ffn, add, drop.fc2, rows, D);
+    if (c->rescale_nffn) { rescale_forward(gpu, a.out, a.fc2, x, w.rescale, rows, D); }
 }
 
 // From dout to dx. What block_forward did not keep is made again by the backward kernels that read its inputs anyway;
@@ -2503,6 +2609,7 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
     ParamsOf<X> p = params_layer<ParamsOf<X>>(m->places, m->weights, l);
     Params w = params_layer<Params>(m->places, m->params, l), g = params_layer<Params>(m->places, m->grads, l);
     ActsOf<X> a = acts_layer<X>(s->places, s->acts, l), d = acts_layer<X>(s->dplaces, s->grads, l);
+    Dropouts drop = dropouts_at(s->masks, T, l);
     StateOf<X> in = state_layer(start, c, l), din = state_layer(dstart, c, l);
 
     bool again = s->keep == KEEP_CHEAPLY;
@@ -2513,18 +2620,21 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
         rescale_backward(gpu, d.fc2, g.rescale, d.out, a.fc2, w.rescale, rows, D);
         dffn = d.fc2;
     }
+    dffn = dropout<X>(gpu, d.timenorm, NULL, dffn, NULL, drop.fc2, rows, D);
     matmul_backward(gpu, d.hidden, F, dffn, D, p.fc2, rows, F, D, false);
-    silu_backward(gpu, d.fc1, d.fc3, hidden, d.hidden, a.fc1, a.fc3, FF, rows, F);
+    silu_backward(gpu, d.fc1, d.fc3, hidden, d.hidden, a.fc1, a.fc3, FF, rows, F, drop.hidden);
     matmul_backward_weight(gpu, g.fc2, dffn, D, a.hidden, F, rows, F, D);
     matmul_backward(gpu, d.norm, D, d.fc1, FF, p.fc1, rows, D, FF, false);
-    norm_backward<X>(gpu, d.mega, g.norm_w, g.norm_b, g.wh1_b, norm, d.norm, D, a.norm_mean, a.norm_rstd, a.mega,
+    norm_backward<X>(gpu, d.mega, g.norm_w, g.norm_b, drop.mega.drop ? NULL : g.wh1_b, norm, d.norm, D, a.norm_mean,
+                     a.norm_rstd, a.mega,
                      w.norm_w, w.norm_b,
                      rows, D);
     matmul_backward_weight(gpu, g.fc1, d.fc1, FF, a.norm, D, rows, D, FF);
 
-    matmul_backward(gpu, d.rmsnorm, MU, d.mega, D, p.wh1, rows, MU, D, false); // dm | d(o*r)
+    const X* dsum = dropout<X>(gpu, d.timenorm, g.wh1_b, d.mega, NULL, drop.mega, rows, D);
+    matmul_backward(gpu, d.rmsnorm, MU, dsum, D, p.wh1, rows, MU, D, false); // dm | d(o*r)
     gate_backward(gpu, d.attention, d.wr, g.wr_b, d.attention_lse, gated, d.gated, MU, a.attention, a.wr, ZR, B, T, V,
-                  H);
+                  H, drop.gated);
     if (again) {
         qk_forward<X>(gpu, a.q, a.k, NULL, NULL, a.wz, ZR, w.gamma, w.beta, m->rotations, B, T, T, 0, 0, C, Z, H, eps);
         value_forward(gpu, a.v, a.wv, B, T, T, 0, V, H);
@@ -2532,14 +2642,14 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
                            G);
     }
     attention_backward(gpu, d.q, d.k, d.v, d.attention, d.attention_lse, a.attention_lse, a.q, a.k, a.v, B, T, C, H, Z,
-                       V);
+                       V, drop.keys);
     qk_backward(gpu, d.wz, g.gamma, g.beta, g.wz_b, d.znorm, d.q, d.k, a.wz, ZR, w.gamma, m->rotations, B, T, C, Z, H,
                 eps);
     matmul_backward(gpu, d.rmsnorm, MU, d.wz, ZR, p.wz, rows, D, ZR, true);
     norm_backward<X>(gpu, d.cema, g.rmsnorm_w, NULL, NULL, rmsnorm, d.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema,
                      w.rmsnorm_w, NULL,
-                     rows, D);
-    matmul_backward_weight(gpu, g.wh1, d.mega, D, a.rmsnorm, MU, rows, MU, D);
+                     rows, D, drop.rmsnorm);
+    matmul_backward_weight(gpu, g.wh1, dsum, D, a.rmsnorm, MU, rows, MU, D);
     matmul_backward_weight(gpu, g.wz, d.wz, ZR, a.rmsnorm, MU, rows, D, ZR);
 
     value_backward(gpu, d.wv, g.wv_b, d.v, a.wv, B, T, V, H);
@@ -2575,7 +2685,7 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
     CUDA(cudaEventSynchronize(s->copied));
     memcpy(s->host, tokens, rows * sizeof(int));
     pass_upload(gpu, s, s->tokens, rows);
-    embedding_forward(gpu, a.embed, s->tokens, p.embed, embedding_scale(c), rows, D);
+    embedding_forward(gpu, a.embed, s->tokens, p.embed, embedding_scale(c), rows, D, dropouts_at(s->masks, T, 0).embed);
     for (int l = 0; l < L; l++) { block_forward(gpu, m, s, l, start, end); }
     timestepnorm_forward(gpu, a.final, a.final_mean, a.final_rstd, state_layer(end, c, L).norm,
                          state_layer(start, c, L).norm,
@@ -2667,7 +2777,8 @@ template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, 
     if (!c->share_emb && !gpu.accumulate) {
         CUDA(cudaMemsetAsync(g.embed, 0, (size_t)vocab * D * sizeof(float), gpu.stream));
     }
-    embedding_backward(gpu, g.embed, d.embed, s->tokens, s->order, s->begin, s->runs, embedding_scale(c), D);
+    embedding_backward(gpu, g.embed, d.embed, s->tokens, s->order, s->begin, s->runs, embedding_scale(c), D,
+                       dropouts_at(s->masks, T, 0).embed);
 }
 
 // Global L2 norm of the gradient; waits for the GPU.
@@ -2714,85 +2825,21 @@ template <typename X> static void model_update(Gpu& gpu, ModelOf<X>* m, const Op
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Streaming: evaluation and generation in constant memory
+// The backend: what the loops of train_megalodon.c ask of a GPU
 
-template <typename X> struct StreamOf {
-    PassOf<X> pass;   // of at most a chunk
-    StateOf<X> state; // what it carries
-    int* tokens;      // of a chunk and one more, on the host
-    float* logits;    // of the last timestep of each batch row, on the host
+template <typename X> struct GpuBackend {
+    Gpu gpu;
+    ModelOf<X> m;
+    PassOf<X> pass, stream; // of a micro-step, of at most a chunk
+    StateOf<X> state;       // what the stream carries
+    double *sums, *losses;  // sum of the losses of each micro-step: on the device, on the host
+    double dloss;
+    int micro;              // micro-steps since the last update
+    float* logits;          // on the host
 };
+template <typename X> static GpuBackend<X>* of(void* self) { return (GpuBackend<X>*)self; }
 
-template <typename X> static void stream_alloc(Gpu& gpu, StreamOf<X>* s, const Config* c, int B) {
-    pass_alloc(gpu, &s->pass, c, B, c->chunk_size, KEEP_NONE, KEEP_NONE);
-    state_alloc(gpu, &s->state, c, B, true);
-    s->tokens = (int*)xcalloc((size_t)B * (c->chunk_size + 1), sizeof(int));
-    s->logits = (float*)xcalloc((size_t)B * c->vocab_size, sizeof(float));
-}
-
-template <typename X> static void stream_free(Gpu& gpu, StreamOf<X>* s) {
-    pass_free(gpu, &s->pass);
-    state_free(gpu, &s->state);
-    free(s->tokens);
-    free(s->logits);
-}
-
-// The last timestep's logits of every batch row, on the host.
-template <typename X> static const float* stream_logits(Gpu& gpu, const ModelOf<X>* m, StreamOf<X>* s) {
-    size_t vocab = m->config.vocab_size, T = s->pass.T, B = s->pass.B;
-    const X* logits = acts_layer<X>(s->pass.places, s->pass.acts, 0).logits + (T - 1) * vocab;
-    gpu_sync(&gpu);
-    CUDA(cudaMemcpy2D(s->logits, vocab * sizeof(X), logits, T * vocab * sizeof(X), vocab * sizeof(X), B,
-                      cudaMemcpyDeviceToHost));
-    to_floats<X>(s->logits, B * vocab);
-    return s->logits;
-}
-
-// Mean loss in nats over the tokens of d in order, state carried; each but the first is scored once.
-template <typename X> static double evaluate(Gpu& gpu, const ModelOf<X>* m, StreamOf<X>* s, const Dataset* d,
-        size_t* scored) {
-    double sum = 0;
-    state_reset(gpu, &s->state, &m->config);
-    *scored = 0;
-    for (size_t at = 0; at + 1 < d->size; at += s->pass.T) {
-        s->pass.T = min_size(d->size - 1 - at, m->config.chunk_size);
-        dataset_read(d, at, s->pass.T + 1, s->tokens, m->config.vocab_size);
-        model_forward(gpu, m, &s->pass, s->tokens, &s->state, &s->state);
-        sum += model_loss(gpu, m, &s->pass, s->tokens + 1, scored);
-    }
-    return sum / *scored;
-}
-
-// Prints n tokens that follow the prompt (a newline if it is empty): bytes, or numbers where tokens are not bytes.
-template <typename X> static void generate(Gpu& gpu, const ModelOf<X>* m, StreamOf<X>* s, const Options* o, int n,
-        uint64_t stream) {
-    const char* prompt = *o->prompt ? o->prompt : "\n";
-    int vocab = m->config.vocab_size;
-    state_reset(gpu, &s->state, &m->config);
-    // as much as the chunk has room for
-    for (size_t left = strlen(prompt); left; left -= s->pass.T, prompt += s->pass.T) {
-        s->pass.T = min_size(left, m->config.chunk_size - s->state.pos);
-        for (int i = 0; i < s->pass.T; i++) {
-            s->tokens[i] = (unsigned char)prompt[i];
-            if (s->tokens[i] >= vocab) { die("--prompt: byte %d is not below vocab_size %d", s->tokens[i], vocab); }
-        }
-        model_forward(gpu, m, &s->pass, s->tokens, &s->state, &s->state);
-    }
-    for (int i = 0; i < n; i++) {
-        int token = sample(stream_logits(gpu, m, s), vocab, o, random_uniform(o->seed, ((uint64_t)2 << 56) + stream,
-                i));
-        if (vocab <= 256) { putchar(token); } else { printf("%d ", token); }
-        fflush(stdout);
-        s->pass.T = 1;
-        if (i + 1 < n) { model_forward(gpu, m, &s->pass, &token, &s->state, &s->state); }
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Training
-
-// Bytes that training takes, counted by asking for all of it without taking it; scratch memory as it will be at its
-// largest.
+// Counted by asking for all of it without taking it; scratch memory as it will be at its largest.
 template <typename X> static size_t memory_needed(const Gpu& gpu, const Options* o, int keep) {
     const Config* c = &o->model;
     Gpu count = gpu;
@@ -2802,8 +2849,8 @@ template <typename X> static size_t memory_needed(const Gpu& gpu, const Options*
     size_t rows = (size_t)o->batch * o->seq, chunk = min_int(c->chunk_size, o->seq), D = c->model_dim, V = c->value_dim;
     size_t scores = sizeof(X) * 2 * chunk * chunk, least = 2 * (size_t)SCORES_BYTES;
     count.dry = true;
-    count.allocated = WORKSPACE + (scores > least ? scores : least) + rows * D / 4 + (D
-            + V) * gpu.card.multiProcessorCount * 160;
+    count.allocated = WORKSPACE + (scores > least ? scores : least) + rows * D / 4
+                      + (D + V) * gpu.card.multiProcessorCount * 160;
     model_alloc(count, &m, c, true);
     pass_alloc(count, &s, c, o->batch, o->seq, keep, KEEP_NONE);
     pass_alloc(count, &s, c, 1, c->chunk_size, KEEP_NONE, KEEP_NONE);
@@ -2817,10 +2864,14 @@ template <typename X> static int what_to_keep(const Gpu& gpu, const Options* o) 
     return memory_needed<X>(gpu, o, KEEP_ALL) <= gpu.card.totalGlobalMem / 2 ? (int)KEEP_ALL : (int)KEEP_CHEAPLY;
 }
 
+template <typename X> static double gpu_memory_needed(void* self, const Options* o) {
+    return memory_needed<X>(of<X>(self)->gpu, o, what_to_keep<X>(of<X>(self)->gpu, o));
+}
+
 // Refuses what does not fit the card, with the numbers and what would fit.
 template <typename X> static void memory_check(Gpu& gpu, const Options* o) {
     size_t free, total, needed = memory_needed<X>(gpu, o, what_to_keep<X>(gpu, o));
-    char advice[128] = "; not even --batch 1 --seq 1 --recompute 1 would fit";
+    const char* advice = "; not even --batch 1 --seq 1 --recompute 1 would fit";
     CUDA(cudaMemGetInfo(&free, &total));
     if (needed <= free) { return; }
     Options less = *o;
@@ -2828,155 +2879,133 @@ template <typename X> static void memory_check(Gpu& gpu, const Options* o) {
     less.recompute = 1;
     while (!fits() && less.batch > 1) { less.batch--; }
     while (!fits() && less.seq > 1) { less.seq /= 2; }
-    if (fits()) {
-        snprintf(advice, sizeof(advice), "; --batch %d --seq %d --recompute 1 would fit", less.batch, less.seq);
-    }
+    if (fits()) { advice = text_of("; --batch %d --seq %d --recompute 1 would fit", less.batch, less.seq); }
     die("training needs %.1f MB of GPU memory, %.1f MB of %.1f MB are free%s", needed / 1e6, free / 1e6, total / 1e6,
         advice);
 }
 
-// Writes a checkpoint through a Model of the CPU, which has no gradients here.
-template <typename X> static void checkpoint_save(Gpu& gpu, const ModelOf<X>* m, const Options* o, int step) {
-    Model host;
-    model_alloc(&host, &m->config, false);
-    specs_place(&host.adam_m, (float*)xcalloc(m->num_parameters, sizeof(float)), host.specs, NUM_PARAMS);
-    specs_place(&host.adam_v, (float*)xcalloc(m->num_parameters, sizeof(float)), host.specs, NUM_PARAMS);
-    model_copy(gpu, m, m->params, host.params, true);
-    model_copy(gpu, m, m->adam_m, host.adam_m, true);
-    model_copy(gpu, m, m->adam_v, host.adam_v, true);
-    checkpoint_save(&host, o, step);
-    model_free(&host);
+template <typename X> static void gpu_open(void* self, const Options* o, bool training) {
+    GpuBackend<X>* r = of<X>(self);
+    const Config* c = &o->model;
+    if (training) { memory_check<X>(r->gpu, o); }
+    model_alloc(r->gpu, &r->m, c, training);
+    if (training) {
+        pass_alloc(r->gpu, &r->pass, c, o->batch, o->seq, what_to_keep<X>(r->gpu, o), KEEP_NONE);
+        r->pass.masks = masks_of(o);
+        r->sums = (double*)gpu_alloc(&r->gpu, o->accum * sizeof(double));
+        r->losses = (double*)xcalloc(o->accum, sizeof(double));
+    }
+    pass_alloc(r->gpu, &r->stream, c, 1, c->chunk_size, KEEP_NONE, KEEP_NONE);
+    state_alloc(r->gpu, &r->state, c, 1, true);
+    r->logits = (float*)xcalloc(c->vocab_size, sizeof(float));
 }
 
-template <typename X> static void train(Gpu& gpu, ModelOf<X>* m, const Options* o, int first_step, const Dataset* data,
-        const Dataset* held_out) {
-    const Config* c = &m->config;
-    int B = o->batch, T = o->seq, *row = (int*)xcalloc((size_t)T + 1, sizeof(int));
-    size_t rows = (size_t)B * T, scored;
-    int *tokens = (int*)xcalloc(rows * o->accum, sizeof(int)), *targets = (int*)xcalloc(rows * o->accum, sizeof(int));
-    double *losses = (double*)gpu_alloc(&gpu, o->accum * sizeof(double)), *sums = (double*)xcalloc(o->accum,
-            sizeof(double));
-    PassOf<X> pass;
-    StreamOf<X> stream;
-    pass_alloc(gpu, &pass, c, B, T, what_to_keep<X>(gpu, o), KEEP_NONE);
-    stream_alloc(gpu, &stream, c, 1);
-    FILE* log = *o->out ? log_open(o, first_step) : NULL;
-    signal(SIGINT, on_signal);
-    signal(SIGTERM, on_signal);
-    auto read_step = [&](int step) { // all micro-steps' tokens
-        for (size_t r = 0; r < (size_t)B * o->accum; r++) {
-            dataset_sample(data, o->seed, step, r, T, c->vocab_size, row);
-            memcpy(tokens + r * T, row, T * sizeof(int));
-            memcpy(targets + r * T, row + 1, T * sizeof(int));
-        }
-    };
-    read_step(first_step);
-    double started = seconds();
-    for (int step = first_step; step < o->steps && !stop_asked; step++) {
-        double step_started = seconds(), loss = 0, val = NAN, lr = learning_rate(o, step),
-                dloss = 1.0 / rows / o->accum;
-        for (int micro = 0; micro < o->accum; micro++) {
-            gpu.accumulate = micro > 0;
-            model_forward<X>(gpu, m, &pass, tokens + micro * rows, NULL, NULL);
-            model_losses(gpu, m, &pass, targets + micro * rows, dloss, losses + micro);
-            model_backward<X>(gpu, m, &pass, tokens + micro * rows, NULL, NULL);
-        }
-        if (step + 1 < o->steps) { read_step(step + 1); } // while the GPU works
-        double norm = model_grad_norm(gpu, m);
-        int done = step + 1;
-        bool last = done == o->steps;
-        CUDA(cudaMemcpy(sums, losses, o->accum * sizeof(double), cudaMemcpyDeviceToHost));
-        for (int micro = 0; micro < o->accum; micro++) { loss += sums[micro] * dloss; }
-        if (!isfinite(loss) || !isfinite(norm)) {
-            die("step %d: loss %g, gradient norm %g: stopped before the weights change; checkpoints stay as they are",
-                done, loss, norm);
-        }
-        model_update(gpu, m, o, lr, done, clip_scale(norm, o->clip));
-        gpu_sync(&gpu);
-        double ms = 1e3 * (seconds() - step_started);
-        if (held_out->size > 1 && (last || (o->val_every && done % o->val_every == 0))) {
-            val = evaluate(gpu, m, &stream, held_out, &scored);
-        }
-        log_step(o, log, done, loss, norm, lr, ms, (seconds() - started) / (done - first_step) * (o->steps - done),
-                 val);
-        if (o->sample_every && (last || done % o->sample_every == 0)) {
-            printf("---- sample ----\n");
-            generate(gpu, m, &stream, o, 400, done);
-            printf("\n----------------\n");
-        }
-        bool due = last || stop_asked || (o->checkpoint_every && done % o->checkpoint_every == 0);
-        if (*o->out && due) { checkpoint_save(gpu, m, o, done); }
-        if (stop_asked) {
-            printf("stopped by a signal after step %d, %s\n", done, *o->out ? "saved" : "not saved: no --out");
-        }
+template <typename X> static void gpu_close(void* self) {
+    GpuBackend<X>* r = of<X>(self);
+    model_free(r->gpu, &r->m);
+    if (r->losses) { pass_free(r->gpu, &r->pass); }
+    pass_free(r->gpu, &r->stream);
+    state_free(r->gpu, &r->state);
+    cudaFree(r->sums);
+    free(r->losses);
+    free(r->logits);
+    gpu_close(&r->gpu);
+}
+
+template <typename X> static void gpu_copy(void* self, int block, int i, int l, float* host, bool to_host,
+        size_t part[2]) {
+    ModelOf<X>* m = &of<X>(self)->m;
+    part[0] = 0; part[1] = m->specs[i].size;
+    float* blocks[NUM_BLOCKS] = {m->params, m->adam_m, m->adam_v};
+    const ParamPlace* p = &m->places[i];
+    tensor_copy(of<X>(self)->gpu, m, blocks[block], i, l, host, to_host);
+    if (block == WEIGHTS && !to_host) {
+        model_round(of<X>(self)->gpu, m, p->offset + l * p->step, (p->rows - 1) * p->pitch + p->columns);
     }
-    if (log) { fclose(log); }
-    pass_free(gpu, &pass);
-    stream_free(gpu, &stream);
-    cudaFree(losses);
-    void* blocks[4] = {row, tokens, targets, sums};
-    for (int i = 0; i < 4; i++) { free(blocks[i]); }
+}
+
+template <typename X> static void gpu_micro_step(void* self, const int* tokens, const int* targets, double dloss,
+        bool first, uint64_t row) {
+    GpuBackend<X>* r = of<X>(self);
+    r->pass.masks.row = row;
+    r->micro = first ? 0 : r->micro + 1;
+    r->gpu.accumulate = !first;
+    r->dloss = dloss;
+    model_forward<X>(r->gpu, &r->m, &r->pass, tokens, NULL, NULL);
+    model_losses(r->gpu, &r->m, &r->pass, targets, dloss, r->sums + r->micro);
+    model_backward<X>(r->gpu, &r->m, &r->pass, tokens, NULL, NULL);
+}
+
+template <typename X> static double gpu_finish_step(void* self, double* loss) {
+    GpuBackend<X>* r = of<X>(self);
+    double norm = model_grad_norm(r->gpu, &r->m);
+    CUDA(cudaMemcpy(r->losses, r->sums, (r->micro + 1) * sizeof(double), cudaMemcpyDeviceToHost));
+    *loss = 0;
+    for (int i = 0; i <= r->micro; i++) { *loss += r->losses[i] * r->dloss; }
+    return norm;
+}
+
+template <typename X> static void gpu_update(void* self, const Options* o, double lr, int step, double grad_scale) {
+    model_update(of<X>(self)->gpu, &of<X>(self)->m, o, lr, step, grad_scale);
+    gpu_sync(&of<X>(self)->gpu);
+}
+
+template <typename X> static void gpu_stream(void* self, const int* tokens, int T, const int* targets, float* losses) {
+    GpuBackend<X>* r = of<X>(self);
+    r->stream.T = T;
+    model_forward(r->gpu, &r->m, &r->stream, tokens, &r->state, &r->state);
+    if (!targets) { return; }
+    model_losses(r->gpu, &r->m, &r->stream, targets, 0, r->m.sums);
+    gpu_sync(&r->gpu);
+    const float* from = acts_layer<X>(r->stream.places, r->stream.acts, 0).losses;
+    CUDA(cudaMemcpy(losses, from, T * sizeof(float), cudaMemcpyDeviceToHost));
+}
+
+template <typename X> static const float* gpu_logits(void* self) {
+    GpuBackend<X>* r = of<X>(self);
+    size_t vocab = r->m.config.vocab_size;
+    const X* from = acts_layer<X>(r->stream.places, r->stream.acts, 0).logits + (r->stream.T - 1) * vocab;
+    gpu_sync(&r->gpu);
+    CUDA(cudaMemcpy(r->logits, from, vocab * sizeof(X), cudaMemcpyDeviceToHost));
+    to_floats<X>(r->logits, vocab);
+    return r->logits;
+}
+
+template <typename X> static void gpu_reset(void* self) {
+    state_reset(of<X>(self)->gpu, &of<X>(self)->state, &of<X>(self)->m.config);
+}
+
+// Dense peak in bf16 of the cards whose data sheets we know; 0 for the others.
+static double peak_flops(const cudaDeviceProp* card) {
+    static const struct { const char* name; double peak; } cards[] = {
+        {"A100", 312e12}, {"H100 PCIe", 756e12}, {"H100 NVL", 835e12}, {"H100", 989e12}, {"H200 NVL", 835e12},
+        {"H200", 989e12}, {"GH200", 989e12}, {"L40S", 362e12}, {"RTX 4090", 165e12}, {"RTX 3090", 71e12}
+    };
+    for (size_t i = 0; i < sizeof(cards) / sizeof(cards[0]); i++) {
+        if (strstr(card->name, cards[i].name)) { return cards[i].peak; }
+    }
+    return 0;
 }
 
 #ifndef TESTING
-// The CPU's main, on the GPU. st is open with --load and --resume.
-template <typename X> static void run(Gpu& gpu, const Options* o, SafeTensors* st) {
-    bool loaded = *o->load || *o->resume, training = !o->generate && !*o->eval;
-    FILE* info = o->generate ? stderr : stdout; // a sample has stdout for itself
-    ModelOf<X> model;
-    Spec specs[NUM_PARAMS];
-    static Dataset data, held_out;
-    int step = *o->resume && training ? atoi(safetensors_meta(st, "step")) : 0;
-    param_specs(specs, &o->model);
-    options_print(o, info);
-    fprintf(info, "gpu: %s, in %s\nnum_parameters: %zu\n", gpu.card.name, sizeof(X) == 2 ? "bf16" : "fp32",
-            specs_size(specs, NUM_PARAMS));
-    if (training) { fprintf(info, "memory: %.1f MB\n", memory_needed<X>(gpu, o, what_to_keep<X>(gpu, o)) / 1e6); }
-    if (o->dry_run) { return; }
-
-    data_open(o, training, &data, &held_out);
-    if (training) { memory_check<X>(gpu, o); }
-    model_alloc(gpu, &model, &o->model, training);
-    if (loaded) { // by way of a Model of the CPU; the moments go through its params
-        Model host;
-        model_alloc(&host, &o->model, false);
-        model_load(&host, st);
-        model_copy(gpu, &model, model.params, host.params, false);
-        for (int i = 0; *o->resume && training && i < 2; i++) {
-            params_load(host.specs, &host.params, st, i ? "adam_v." : "adam_m.");
-            model_copy(gpu, &model, i ? model.adam_v : model.adam_m, host.params, false);
-        }
-        fprintf(info, "weights: %s\n", st->path);
-        model_free(&host);
-        model_round(gpu, &model);
-    } else { model_init(gpu, &model, o->seed); }
-    if (training) { train(gpu, &model, o, step, &data, &held_out); }
-    else {
-        StreamOf<X> stream;
-        size_t scored;
-        stream_alloc(gpu, &stream, &o->model, 1);
-        if (o->generate) { generate(gpu, &model, &stream, o, o->generate, 0); }
-        else {
-            double loss = evaluate(gpu, &model, &stream, &data, &scored);
-            printf("eval: tokens %zu nats/token %.6f perplexity %.4f bits/byte ", scored, loss, exp(loss));
-            printf(data.segments[0].width == 1 ? "%.4f\n" : "unknown\n", loss / log(2));
-        }
-        stream_free(gpu, &stream);
-    }
-    model_free(gpu, &model);
-    if (loaded) { safetensors_close(st); }
+template <typename X> static void gpu_run(const Options* o, SafeTensors* st) {
+    GpuBackend<X>* r = (GpuBackend<X>*)xcalloc(1, sizeof(GpuBackend<X>));
+    gpu_open(&r->gpu);
+    bool fast = sizeof(X) == 2;
+    Backend b = {r, text_of("%s, %s", r->gpu.card.name, fast ? "bf16" : "fp32"), fast ? peak_flops(&r->gpu.card) : 0,
+                 o->model.chunk_size, gpu_memory_needed<X>, gpu_open<X>, gpu_close<X>, gpu_copy<X>, gpu_micro_step<X>,
+                 gpu_finish_step<X>, gpu_update<X>, gpu_stream<X>, gpu_logits<X>, gpu_reset<X>};
+    run(&b, o, st);
+    free(r);
 }
 
 int main(int argc, char** argv) {
     Options o;
     SafeTensors st;
-    Gpu gpu;
     options_parse(&o, argc, argv, &st);
     bool fp32 = !strcmp(o.precision, "fp32");
     if (!fp32 && strcmp(o.precision, "bf16")) { die("--precision %s: expected bf16 or fp32", o.precision); }
-    gpu_open(&gpu);
-    if (fp32) { run<float>(gpu, &o, &st); } else { run<bf16>(gpu, &o, &st); }
-    gpu_close(&gpu);
+    if (fp32) { gpu_run<float>(&o, &st); } else { gpu_run<bf16>(&o, &st); }
     return 0;
 }
 #endif

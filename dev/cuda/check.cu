@@ -65,6 +65,7 @@ static void compare_params(const char* what, const Model* m, Params got, Params 
         }
     }
 }
+static const Masks no_masks = {{0, 0, 0}, 0, 0}, some_masks = {{0.2, 0.1, 0.3}, 1, 1234567};
 static double largest(const float* x, size_t n) {
     double m = 0;
     for (size_t i = 0; i < n; i++) { m = fabs(x[i]) > m ? fabs(x[i]) : m; }
@@ -78,13 +79,8 @@ static float round_bf16(float x) {
     return x;
 }
 
-template <typename X> static X from_host(float x);
-template <> float from_host<float>(float x) { return x; }
-template <> bf16 from_host<bf16>(float x) { return __float2bfloat16_rn(x); }
-static float to_host(float x) { return x; }
-static float to_host(bf16 x) { return __bfloat162float(x); }
-
-template <typename X> static void check_model(Gpu& gpu, const char* what, Config c, int B, int T, bool past) {
+template <typename X> static void check_model(Gpu& gpu, const char* what, Config c, int B, int T, bool past,
+        Masks masks = no_masks) {
     const bool fp32 = std::is_same<X, float>::value;
     double act_bound = fp32 ? 1e-5 : 3e-2, grad_bound = fp32 ? 2e-5 : 2e-3;
     int failed = num_failed, checked = num_checked;
@@ -102,6 +98,8 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     }
     pass_alloc(&s, &c, B, T, KEEP_ALL, KEEP_ALL);
     pass_alloc(&copy, &c, B, T, KEEP_ALL, KEEP_ALL);
+    s.masks = masks;
+    bool drops = masks.rates[0] > 0;
     state_alloc(&start, &c, B, false);
     state_alloc(&dstart, &c, B, false);
     state_alloc(&gdstart, &c, B, false);
@@ -127,8 +125,9 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     StateOf<X> gs, gd;
     model_alloc(gpu, &gm, &c, true);
     model_copy(gpu, &gm, gm.params, m.params, false);
-    model_round(gpu, &gm);
+    model_round(gpu, &gm, 0, gm.size);
     pass_alloc(gpu, &gp, &c, B, T, KEEP_ALL, KEEP_ALL);
+    gp.masks = masks;
     CUDA(cudaMemset(gp.acts, 0xff, gp.acts_size)); // NaN
     CUDA(cudaMemset(gp.grads, 0xff, gp.grads_size));
     for (size_t i = 0; i < m.num_parameters; i++) { got.params.embed[i] = NAN; }
@@ -147,21 +146,21 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     // Streaming, in pieces and one by one.
     float *one_shot = (float*)xcalloc(rows * c.vocab_size, sizeof(float));
     memcpy(one_shot, s.acts.logits, rows * c.vocab_size * sizeof(float));
-    for (int piece = 1; piece <= T && T <= 400; piece = piece == 1 && T > 1 ? T : T + 1) {
-        StreamOf<X> st;
-        Pass host;
-        stream_alloc(gpu, &st, &c, B);
-        if (past) { state_copy(gpu, &st.state, &start, &c, false); }
+    for (int piece = 1; piece <= T && T <= 400 && !drops; piece = piece == 1 && T > 1 ? T : T + 1) {
+        PassOf<X> pass;
+        StateOf<X> state;
+        pass_alloc(gpu, &pass, &c, B, c.chunk_size, KEEP_NONE, KEEP_NONE);
+        state_alloc(gpu, &state, &c, B, true);
+        if (past) { state_copy(gpu, &state, &start, &c, false); }
         int* tokens = (int*)xcalloc(rows, sizeof(int));
         float *logits = (float*)xcalloc(rows * c.vocab_size, sizeof(float)),
                 *part = (float*)xcalloc(rows * c.vocab_size, sizeof(float));
-        (void)host;
-        for (int t = 0; t < T; t += st.pass.T) {
-            int n = min_int(min_int(piece, T - t), c.chunk_size - st.state.pos);
+        for (int t = 0; t < T; t += pass.T) {
+            int n = min_int(min_int(piece, T - t), c.chunk_size - state.pos);
             for (int b = 0; b < B; b++) { memcpy(tokens + b * n, x + (size_t)b * T + t, n * sizeof(int)); }
-            st.pass.T = n;
-            model_forward(gpu, &gm, &st.pass, tokens, &st.state, &st.state);
-            pass_fetch(gpu, &st.pass, &c, A_logits, 0, false, part);
+            pass.T = n;
+            model_forward(gpu, &gm, &pass, tokens, &state, &state);
+            pass_fetch(gpu, &pass, &c, A_logits, 0, false, part);
             for (int b = 0; b < B; b++) {
                 memcpy(logits + ((size_t)b * T + t) * c.vocab_size, part + (size_t)b * n * c.vocab_size,
                        sizeof(float) * n * c.vocab_size);
@@ -169,7 +168,8 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
         }
         compare(piece == 1 ? "logits, token by token" : "logits, in pieces", logits, one_shot, rows * c.vocab_size, 0,
                 act_bound, false);
-        stream_free(gpu, &st);
+        pass_free(gpu, &pass);
+        state_free(gpu, &state);
         free(tokens);
         free(logits);
         free(part);
@@ -207,17 +207,17 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     }
     for (int keep = KEEP_BLOCKS; keep <= KEEP_CHEAPLY; keep += KEEP_CHEAPLY - KEEP_BLOCKS) {
         pass_alloc(gpu, &plain, &c, B, T, keep, KEEP_NONE);
+        plain.masks = masks;
         CUDA(cudaMemset(plain.acts, 0xff, plain.acts_size));
         CUDA(cudaMemset(plain.grads, 0xff, plain.grads_size));
-        for (size_t i = 0; i < m.num_parameters; i++) { m.adam_m.embed[i] = NAN; }
-        model_copy(gpu, &gm, gm.grads, m.adam_m, false);
-        memset(m.adam_m.embed, 0, bytes);
-        model_forward<X>(gpu, &gm, &plain, x, gpast, NULL);
-        model_loss(gpu, &gm, &plain, y, &gscored, dloss);
-        model_backward<X>(gpu, &gm, &plain, x, gpast, NULL);
         float* again = (float*)xcalloc(m.num_parameters, sizeof(float));
         Params at;
         specs_place(&at, again, m.specs, NUM_PARAMS);
+        for (size_t i = 0; i < m.num_parameters; i++) { again[i] = NAN; }
+        model_copy(gpu, &gm, gm.grads, at, false);
+        model_forward<X>(gpu, &gm, &plain, x, gpast, NULL);
+        model_loss(gpu, &gm, &plain, y, &gscored, dloss);
+        model_backward<X>(gpu, &gm, &plain, x, gpast, NULL);
         model_copy(gpu, &gm, gm.grads, at, true);
         compare(keep == KEEP_BLOCKS ? "grad, recomputed" : "grad, kept cheaply", again, got.params.embed,
                 m.num_parameters, 0, fp32 ? 1e-6 : 1e-4, false);
@@ -257,8 +257,8 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     model_copy(gpu, &gm, gm.params, got.params, true);
     compare("updated", got.params.embed, m.params.embed, m.num_parameters, 0, 1e-6, false);
     memset(got.params.embed, 0, bytes);
-    printf("%s, %s, (B,T) = (%d,%d)%s: %d checked, %d failed\n", what, fp32 ? "fp32" : "bf16", B, T,
-           past ? ", past" : "", num_checked - checked, num_failed - failed);
+    printf("%s, %s, (B,T) = (%d,%d)%s%s: %d checked, %d failed\n", what, fp32 ? "fp32" : "bf16", B, T,
+           past ? ", past" : "", drops ? ", dropout" : "", num_checked - checked, num_failed - failed);
     fflush(stdout);
     model_free(gpu, &gm);
     pass_free(gpu, &gp);
@@ -275,6 +275,12 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     free(x);
     free(y);
 }
+
+template <typename X> static X from_host(float x);
+template <> float from_host<float>(float x) { return x; }
+template <> bf16 from_host<bf16>(float x) { return __float2bfloat16_rn(x); }
+static float to_host(float x) { return x; }
+static float to_host(bf16 x) { return __bfloat162float(x); }
 
 // CEMA alone, at sizes of its tensor-core form. Of outputs, what rounding them to bf16 does not explain must be small.
 template <typename X> static void check_cema(Gpu& gpu, int B, int T, int D, int N, bool past) {
@@ -405,7 +411,7 @@ template <typename X> static void check_dump(Gpu& gpu, const char* path) {
     PassOf<X> gp;
     model_alloc(gpu, &gm, c, true);
     model_copy(gpu, &gm, gm.params, m.params, false);
-    model_round(gpu, &gm);
+    model_round(gpu, &gm, 0, gm.size);
     pass_alloc(gpu, &gp, c, B, T, KEEP_ALL, KEEP_ALL);
     model_forward<X>(gpu, &gm, &gp, x, NULL, NULL);
     float loss = model_loss(gpu, &gm, &gp, y, &scored) / scored;
@@ -560,14 +566,7 @@ template <typename X> static void model_noise(Gpu& gpu, ModelOf<X>* m) {
                                                        scale, i * 1000 + l);
         }
     }
-    model_round(gpu, m);
-}
-
-// FLOPs of a training step per token: 6 for every weight in matrix products, and attention's.
-static double flops_per_token(const Config* c) {
-    double D = c->model_dim, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim, L = c->num_layers;
-    return 6 * (L * (D * V * 3 + D * Z + D * D + D * F * (c->swiglu ? 3 : 2)) + D * c->vocab_size)
-            + 3 * L * c->chunk_size * (Z + V);
+    model_round(gpu, m, 0, m->size);
 }
 
 template <typename X> static double bench_model(Gpu& gpu, const char* preset, int layers, int B, int T, int keep,
@@ -627,27 +626,29 @@ static void bench_decode(Gpu& gpu, const char* preset, int B) {
     Options o = default_options;
     for (int i = 0; i < NUM_PRESETS; i++) { if (!strcmp(presets[i].name, preset)) { o.model = presets[i].config; } }
     ModelOf<bf16> m;
-    StreamOf<bf16> s;
+    PassOf<bf16> pass;
+    StateOf<bf16> state;
     model_alloc(gpu, &m, &o.model, false);
     model_noise(gpu, &m);
-    stream_alloc(gpu, &s, &o.model, B);
-    state_reset(gpu, &s.state, &o.model);
-    int n = 512, skip = 768;
-    s.pass.T = 1;
+    pass_alloc(gpu, &pass, &o.model, B, 1, KEEP_NONE, KEEP_NONE);
+    state_alloc(gpu, &state, &o.model, B, true);
+    int n = 512, skip = 768, *tokens = (int*)xcalloc(B, sizeof(int));
     double t0 = 0;
-    s.state.pos = skip;
+    state.pos = skip;
     for (int i = 0; i < n + 10; i++) {
         if (i == 10) { gpu_sync(&gpu); t0 = seconds(); }
-        for (int b = 0; b < B; b++) { s.tokens[b] = (i * 7 + b) % o.model.vocab_size; }
-        model_forward(gpu, &m, &s.pass, s.tokens, &s.state, &s.state);
-        stream_logits(gpu, &m, &s);
+        for (int b = 0; b < B; b++) { tokens[b] = (i * 7 + b) % o.model.vocab_size; }
+        model_forward(gpu, &m, &pass, tokens, &state, &state);
+        gpu_sync(&gpu);
     }
     double t = (seconds() - t0) / n, D = o.model.model_dim, V = o.model.value_dim, Z = o.model.z_dim;
     double bytes = 2.0 * m.num_parameters - (o.model.share_emb ? 0 : 2 * D * o.model.vocab_size)
             + 2.0 * B * o.model.num_layers * 1024 * (V + Z);
     printf("decode %-14s batch %-3d %.0f tok/s, %.3f ms a token; reading weights and cache at 4.3 TB/s: %.3f ms, %.0f%%\n", preset, B, B / t, 1e3 * t, bytes / 4.3e9, 100 * bytes / 4.3e12 / t);
     model_free(gpu, &m);
-    stream_free(gpu, &s);
+    pass_free(gpu, &pass);
+    state_free(gpu, &state);
+    free(tokens);
 }
 
 static void bench_kernels(Gpu& gpu) {
@@ -775,7 +776,7 @@ int main(int argc, char** argv) {
                     {"mega7.3B", 8, 2, 4096, 45500},
             {"mega200M", 0, 1, 8192, 0}, {"mega200M", 0, 1, 131072, 0}, {"mega7.3B", 32, 1, 4096, 0}};
         for (int i = from; i < to; i++) {
-            bench_model<bf16>(gpu, r[i].preset, r[i].layers, r[i].B, r[i].T, i == 7 ? KEEP_BLOCKS : KEEP_CHEAPLY,
+            bench_model<bf16>(gpu, r[i].preset, r[i].layers, r[i].B, r[i].T, i == 7 ? (int)KEEP_BLOCKS : (int)KEEP_CHEAPLY,
                               r[i].target);
         }
         return 0;
@@ -802,10 +803,16 @@ int main(int argc, char** argv) {
         check_model<bf16>(gpu, "even", even, 2, 300, past);
         check_model<bf16>(gpu, "odd", odd, 3, 20, past);
         check_model<bf16>(gpu, "heads", heads, 2, 64, past);
+        check_model<float>(gpu, "even", even, 2, 300, past, some_masks);
+        check_model<float>(gpu, "odd", odd, 3, 20, past, some_masks);
+        check_model<bf16>(gpu, "even", even, 2, 300, past, some_masks);
+        check_model<bf16>(gpu, "odd", odd, 3, 20, past, some_masks);
     }
     if (argc == 1) {
         check_model<float>(gpu, "wider", wider, 1, 2048, false);
         check_model<bf16>(gpu, "wider", wider, 1, 2048, false);
+        check_model<float>(gpu, "wider", wider, 1, 2048, false, some_masks);
+        check_model<bf16>(gpu, "wider", wider, 1, 2048, false, some_masks);
     }
     printf("%d checked, %d failed\n", num_checked, num_failed);
     gpu_close(&gpu);

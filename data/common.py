@@ -1,0 +1,404 @@
+"""What the scripts of this folder share: downloads, tokenizers, and the files that train_megalodon reads.
+
+From each split's texts (a file is a document) OUT/train.bin, valid.bin and test.bin are made, each with a sidecar:
+
+NAME.bin   llm.c's format: 256 int32 (magic 20240520, version 1, number of tokens, zeros), then uint16 tokens; for
+           ids of 65,536 and more magic 20240801, version 7 and uint32. Every document is followed by the
+           end-of-document token. What passes 2^30 tokens goes on in NAME_1.bin, NAME_2.bin, ..., at a document's start.
+NAME.info  lines "key value": words (separated by ASCII whitespace), lines (newlines) and bytes (UTF-8), all of the
+           original text; documents; tokens (end-of-document tokens included); eod, its id; vocab_size; tokenizer,
+           the .tok file's name in the same folder, absent for bytes; lossless, 0 where decoding changes the text.
+           WikiText is reported per word and line end (perplexity = exp(nats / (words + lines))), PG19 per word.
+
+Tokenizers: bytes (256 ids, the end of document is byte 0, which text does not hold), or a SentencePiece model, of which
+OUT/tokenizer.tok holds all that encoding and decoding need. It is a text file; every line ends in a newline:
+
+    megalodon.c tokenizer 1
+    kind unigram                 or bpe
+    pieces 32000                 number of ids
+    eod 1                        id of the end of a document
+    unknown 0                    id of what cannot be encoded; not used where there are byte pieces
+    unknown_score -24.5          unigram: what a character that is no piece scores
+    whitespace keep              or collapse: see below
+    lossless 1
+    n -3.7163 " the"             then one line per id: type, score, bytes
+
+Types: n normal, u user-defined, b byte (one byte; all 256 or none), c control or unknown (no bytes; never found in
+text), x unused (never found in text, but decoded). Scores are floats. In the bytes \\xHH is a byte below 0x20, ", \\,
+0x7f, or one of a byte piece from 0x80 on; every other byte stands for itself. Decoding joins the bytes of the pieces.
+
+Encoding. The text is cut after each newline, and lines are encoded one by one (a line's newline belongs to it): scores
+are summed in float32, which a whole book would wear out. With `whitespace collapse` (T5's model and its like), runs of
+space, tab, newline and carriage return in the line become one space, none at its ends; if anything is left, a space is
+put in front. SentencePiece then also applies the model's Unicode normalization, of which the .tok knows nothing: there
+ASCII is exact. A character is 1 byte if its first is below 0xc0, 2 below 0xe0, 3 below 0xf0, else 4.
+
+unigram: the best path over positions; all scores are floats and each sum is rounded to one. best[0] = 0, the others are
+    unset. From each character's start s on, in order: for each n or u piece that the text from s begins with, shortest
+    first, candidate = best[s] + score; if best[end] is unset or less than candidate, it becomes that, reached from s by
+    this piece. If none of them was exactly the one character, the same for `unknown`, the character's length and
+    unknown_score. Before that, if best[s] < -100000, best[s] is subtracted from it and all later ones that are set.
+bpe: the symbols are characters; but the longest u piece at a position is one symbol, which never merges. As long as two
+    neighbours joined are an n or u piece, those of the highest score are joined, the leftmost first. What is no piece
+    in the end is `unknown`.
+Last: an `unknown` becomes its bytes' byte pieces; without these, neighbouring ones become a single `unknown`.
+"""
+import argparse, contextlib, glob, hashlib, io, os, random, sys, time, urllib.error, urllib.request
+
+try:
+    import numpy
+    from tqdm import tqdm
+except ImportError as e:
+    sys.exit(f"error: {e}: pip install -r dev/requirements.txt")
+
+SHARD = 1 << 30             # tokens in a .bin; its header counts in int32
+TRAINING_TEXT = 100_000_000 # bytes that a tokenizer is trained on, at most
+SPACE = " \t\n\r"
+
+
+class Failure(Exception):
+    """A message for the user; see main_of."""
+
+
+def main_of(main):
+    try:
+        main()
+    except Failure as e:
+        sys.exit(f"error: {e}")
+    except ImportError as e:
+        sys.exit(f"error: {e}: pip install -r dev/requirements.txt")
+    except OSError as e:
+        sys.exit(f"error: {e.filename}: {e.strerror}" if e.filename else f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; the same command goes on")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downloads
+
+def open_url(url, start=0):
+    headers = {"User-Agent": "megalodon.c (python-urllib)"} # some servers refuse urllib's own
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
+
+
+def retry(url, attempt, tries=6):
+    """attempt() until it succeeds; what cannot get better fails at once."""
+    for left in reversed(range(tries)):
+        try:
+            return attempt()
+        except urllib.error.HTTPError as e:
+            if left == 0 or (e.code < 500 and e.code not in (408, 429)):
+                raise Failure(f"{url}: HTTP {e.code} {e.reason}") from None
+        except OSError as e:
+            if left == 0:
+                raise Failure(f"{url}: {getattr(e, 'reason', e)}") from None
+        time.sleep(2 ** (tries - 1 - left))
+
+
+def fetch(url):
+    """The bytes at url: for short answers."""
+    def attempt():
+        with open_url(url) as answer:
+            return answer.read()
+    return retry(url, attempt)
+
+
+def download(url, path, size=None, checksum=None, bar=True):
+    """url to path, unless it is there. A part of it, left by an interrupted call as path.part, is continued.
+
+    size in bytes and checksum, a pair ("sha256", hexadecimal digits), where they are known."""
+    if os.path.exists(path):
+        return
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    part = path + ".part"
+
+    def attempt():
+        start = os.path.getsize(part) if os.path.exists(part) else 0
+        try:
+            answer = open_url(url, start)
+        except urllib.error.HTTPError as e:
+            if e.code == 416: # nothing after `start`: the whole file, or more than that
+                return
+            raise
+        with answer:
+            resumed = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+            start = start if resumed else 0
+            length = answer.headers.get("Content-Length")
+            total = start + int(length) if length else size
+            with open(part, "ab" if start else "wb") as f, \
+                    tqdm(desc=os.path.basename(path), total=total, initial=start, unit="B", unit_scale=True,
+                         disable=None if bar else True) as progress:
+                while piece := answer.read(1 << 20):
+                    f.write(piece)
+                    progress.update(len(piece))
+                if total is not None and f.tell() < total:
+                    raise OSError(f"the connection broke after {f.tell():,} of {total:,} bytes")
+
+    retry(url, attempt)
+    error = file_error(part, size, checksum)
+    if error:
+        os.remove(part)
+        raise Failure(f"{url}: {error}; removed")
+    os.replace(part, path)
+
+
+def file_error(path, size, checksum):
+    """What is wrong with a downloaded file, or None."""
+    found = os.path.getsize(path)
+    if size is not None and found != size:
+        return f"{found:,} bytes, expected {size:,}"
+    if checksum:
+        digest = hashlib.new(checksum[0])
+        with open(path, "rb") as f:
+            while piece := f.read(1 << 20):
+                digest.update(piece)
+        if digest.hexdigest() != checksum[1]:
+            return f"{checksum[0]} is {digest.hexdigest()}, expected {checksum[1]}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+class Bytes:
+    eod, vocab_size, tok, lossless = 0, 256, None, True
+
+    def encode(self, data, path):
+        if b"\0" in data:
+            raise Failure(f"{path}: byte {data.index(0):,} is 0, which stands for the end of a document")
+        return numpy.frombuffer(data, numpy.uint8)
+
+
+class SentencePiece:
+    """A SentencePiece model, from its file's contents."""
+    tok = "tokenizer.tok"
+
+    def __init__(self, contents, source):
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
+        model = sentencepiece_model_pb2.ModelProto()
+        try:
+            model.ParseFromString(contents)
+            known = model.pieces and model.trainer_spec.model_type in (1, 2)
+        except Exception:
+            known = False
+        if not known:
+            raise Failure(f"{source}: not a SentencePiece model of kind unigram or bpe")
+        # Spaces are spaces, not U+2581, so that text which holds U+2581 comes back. What has whitespace of its own
+        # needs no space added in front; where a line's is folded, words must not grow together across lines.
+        collapse = model.normalizer_spec.remove_extra_whitespaces
+        model.normalizer_spec.escape_whitespaces = False
+        model.normalizer_spec.add_dummy_prefix = collapse
+        model.trainer_spec.treat_whitespace_as_suffix = False
+        for piece in model.pieces:
+            if piece.type not in (2, 3, 6): # unknown, control, byte
+                piece.piece = piece.piece.replace("\u2581", " ")
+        self.collapse, self.model = collapse, model
+        self.processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self.processor.LoadFromSerializedProto(model.SerializeToString())
+        except RuntimeError as e:
+            raise Failure(f"{source}: {e}") from None
+        self.bpe = model.trainer_spec.model_type == 2
+        if self.bpe and any(piece.type == 5 for piece in model.pieces):
+            raise Failure(f"{source}: a bpe model with unused pieces, which a .tok cannot hold")
+        self.vocab_size = len(model.pieces)
+        ends = [self.processor.eos_id(), self.processor.bos_id(), self.processor.pad_id()]
+        self.eod = next((i for i in ends if i >= 0), None)
+        if self.eod is None:
+            raise Failure(f"{source}: no end-of-sentence piece to end documents with")
+        self.lossless = bool(not collapse and model.trainer_spec.byte_fallback
+                             and not model.normalizer_spec.precompiled_charsmap)
+
+    def encode(self, data, path):
+        try:
+            lines = data.decode("utf-8").split("\n")
+        except UnicodeDecodeError as e:
+            raise Failure(f"{path}: byte {e.start:,} is not UTF-8; only --tokenizer bytes takes that") from None
+        lines = [line + "\n" for line in lines[:-1]] + lines[-1:]
+        if self.collapse:
+            fold = str.maketrans(dict.fromkeys(SPACE, " "))
+            lines = [line.translate(fold).strip(" ") for line in lines]
+        ids = self.processor.encode(lines)
+        return numpy.fromiter((i for line in ids for i in line), numpy.uint32, sum(map(len, ids)))
+
+    def bytes_of(self, piece):
+        if piece.type in (2, 3):
+            return b""
+        return bytes([int(piece.piece[3:5], 16)]) if piece.type == 6 else piece.piece.encode()
+
+    def write(self, folder):
+        """tokenizer.tok and tokenizer.model, from which it is made."""
+        normal = [piece.score for piece in self.model.pieces if piece.type == 1]
+        unknown = float(numpy.float32(min(normal)) - numpy.float32(10))
+        head = {"kind": "bpe" if self.bpe else "unigram", "pieces": self.vocab_size, "eod": self.eod,
+                "unknown": self.processor.unk_id(), "unknown_score": repr(unknown),
+                "whitespace": "collapse" if self.collapse else "keep", "lossless": int(self.lossless)}
+        lines = ["megalodon.c tokenizer 1"] + [f"{key} {value}" for key, value in head.items()]
+        text = [line.encode() for line in lines]
+        for piece in self.model.pieces:
+            data = self.bytes_of(piece)
+            score = piece.score
+            if piece.type == 4: # as SentencePiece has it: user-defined pieces always win
+                score = score if self.bpe else float(numpy.float32(0.1 * (len(data) - 1)))
+            quoted = b"".join(b"\\x%02x" % c if c < 0x20 or c in b'"\\\x7f' or (piece.type == 6 and c >= 0x80)
+                              else bytes([c]) for c in data)
+            text.append(b'%s %s "%s"' % (b"?nccuxb"[piece.type:piece.type + 1], repr(score).encode(), quoted))
+        with replacing(os.path.join(folder, self.tok)) as f:
+            f.write(b"\n".join(text) + b"\n")
+        with replacing(os.path.join(folder, "tokenizer.model")) as f:
+            f.write(self.model.SerializeToString())
+
+
+def train_sentencepiece(paths, vocab_size):
+    """A unigram model of the texts that can write any text: nothing normalized, unknown characters as bytes."""
+    import sentencepiece
+    sizes = sum(os.path.getsize(path) for path in paths)
+    share, draw = TRAINING_TEXT / max(sizes, 1), random.Random(0)
+    print(f"training a SentencePiece model of {vocab_size:,} pieces on {min(sizes, TRAINING_TEXT):,} bytes of text")
+
+    def lines():
+        for path in paths:
+            with open(path, encoding="utf-8", newline="\n") as f:
+                for line in f:
+                    if share >= 1 or draw.random() < share:
+                        line = line.rstrip("\n").replace("\0", " ")
+                        for i in range(0, len(line), 8000): # the trainer leaves out what is too long
+                            yield line[i:i + 8000]
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines(), model_writer=model, model_type="unigram", vocab_size=vocab_size,
+            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True, byte_fallback=True, character_coverage=0.9999, split_digits=True,
+            user_defined_symbols=["\n"], max_sentence_length=1 << 16, minloglevel=2,
+            unk_id=0, eos_id=1, bos_id=-1, pad_id=-1, unk_piece="<|unknown|>", eos_piece="<|endofdocument|>")
+    except UnicodeDecodeError as e:
+        raise Failure(f"the training text is not UTF-8: {e}") from None
+    except RuntimeError as e:
+        raise Failure(f"--vocab-size {vocab_size}: {' '.join(str(e).split('] ')[-1].split())}") from None
+    return model.getvalue()
+
+
+def tokenizer_of(name, vocab_size, train_paths):
+    """What --tokenizer and --vocab-size ask for."""
+    if vocab_size is not None and vocab_size < 1:
+        raise Failure(f"--vocab-size {vocab_size}: expected a number of 1 or more")
+    if name == "bytes":
+        tokenizer = Bytes()
+    elif name == "train":
+        tokenizer = SentencePiece(train_sentencepiece(train_paths, vocab_size or 32000), "the new model")
+    else:
+        with open(name, "rb") as f:
+            tokenizer = SentencePiece(f.read(), name)
+    if vocab_size and vocab_size != tokenizer.vocab_size:
+        raise Failure(f"--vocab-size {vocab_size}: {name} has {tokenizer.vocab_size:,} tokens")
+    if not tokenizer.lossless:
+        lost = "line ends and runs of spaces" if tokenizer.collapse else "rare characters or their forms"
+        print(f"note: {name} loses {lost}: perplexity per word is comparable, bits per byte are not those of the text")
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token files
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write that appears under its name once it is whole."""
+    with open(path + ".tmp", "wb") as f:
+        yield f
+    os.replace(path + ".tmp", path)
+
+
+def write_split(out, name, paths, tokenizer):
+    """Tokenizes the texts into OUT/NAME.bin and its .info (and NAME_1.bin, ...); the sums of their counts."""
+    wide = tokenizer.vocab_size > 1 << 16
+    sums, queue, shard = {}, list(reversed(paths)), 0
+    progress = tqdm(desc=name, total=sum(map(os.path.getsize, paths)), unit="B", unit_scale=True, disable=None)
+    pending = None # a document that did not fit
+    while queue or pending:
+        info = dict.fromkeys(("words", "lines", "bytes", "documents", "tokens"), 0)
+        file = os.path.join(out, f"{name}_{shard}" if shard else name)
+        with replacing(file + ".bin") as f:
+            f.write(bytes(1024))
+            while queue or pending:
+                if not pending:
+                    path = queue.pop()
+                    with open(path, "rb") as text:
+                        data = text.read()
+                    pending = data, tokenizer.encode(data, path)
+                data, ids = pending
+                if len(ids) >= 2 ** 31 - 1:
+                    raise Failure(f"{path}: {len(ids):,} tokens in one document")
+                if info["tokens"] and info["tokens"] + len(ids) + 1 > SHARD:
+                    break
+                numpy.append(ids, tokenizer.eod).astype("<u4" if wide else "<u2").tofile(f)
+                for key, value in (("words", len(data.split())), ("lines", data.count(b"\n")), ("bytes", len(data)),
+                                   ("documents", 1), ("tokens", len(ids) + 1)):
+                    info[key] += value
+                progress.update(len(data))
+                pending = None
+            header = numpy.zeros(256, "<i4")
+            header[:3] = (20240801, 7, info["tokens"]) if wide else (20240520, 1, info["tokens"])
+            f.seek(0)
+            header.tofile(f)
+        for key, value in info.items():
+            sums[key] = sums.get(key, 0) + value
+        info.update({"eod": tokenizer.eod, "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.tok,
+                     "lossless": int(tokenizer.lossless)})
+        with replacing(file + ".info") as f:
+            f.write("".join(f"{key} {value}\n" for key, value in info.items() if value is not None).encode())
+        shard += 1
+    progress.close()
+    return sums
+
+
+def prepare(out, splits, options, published=None):
+    """splits, {name: paths of texts}, to token files in `out`. published: {name: (what is counted, the number)}, the
+    counting being "words" or "words + lines"."""
+    for name, paths in splits.items():
+        for path in paths:
+            if os.path.getsize(path) == 0:
+                raise Failure(f"{path}: empty")
+    os.makedirs(out, exist_ok=True)
+    tokenizer = tokenizer_of(options.tokenizer, options.vocab_size, splits["train"])
+    if tokenizer.tok:
+        tokenizer.write(out)
+    for name, paths in splits.items():
+        n = write_split(out, name, paths, tokenizer)
+        print(f"{name}: {n['documents']:,} documents, {n['lines']:,} lines, {n['words']:,} words, {n['bytes']:,} bytes:"
+              f" {n['tokens']:,} tokens of {n['bytes'] / n['tokens']:.2f} bytes, {n['words'] / n['tokens']:.3f} words")
+        if published and name in published:
+            key, number = published[name]
+            found = n["words"] + n["lines"] if key == "words + lines" else n[key]
+            print(f"{name}: {key} {found:,}, published {number:,}" + ("" if found == number else ": NOT THE SAME"))
+    print(f"vocab_size {tokenizer.vocab_size}, written to {out}")
+
+
+def parser_of(description, out, tokenizer):
+    """The flags all scripts have."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=out, required=out is None, metavar="DIR",
+                        help="folder to write to" + (f" (default {out})" if out else ""))
+    parser.add_argument("--tokenizer", default=tokenizer, metavar="bytes|train|FILE.model",
+                        help="bytes; a SentencePiece model to be trained on the training texts; or the file of one "
+                             f"(default {tokenizer})")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="pieces of a model to be trained (default 32000)")
+    parser.error = lambda message: sys.exit(f"error: {message}")
+    return parser
+
+
+def texts_in(names):
+    """The paths that files, patterns, or folders (all *.txt below them) name, sorted."""
+    paths = []
+    for name in names:
+        found = [name] if os.path.isfile(name) else glob.glob(os.path.join(name, "**", "*.txt"), recursive=True) \
+            if os.path.isdir(name) else [path for path in glob.glob(name, recursive=True) if os.path.isfile(path)]
+        if not found:
+            raise Failure(f"{name}: " + ("no .txt files in this folder" if os.path.isdir(name) else "no such file"))
+        paths += sorted(found)
+    return paths

@@ -1,0 +1,630 @@
+#!/usr/bin/env python3
+"""What the scripts of data/, dev/plot.py and dev/transformer.py must do. Offline: downloads come from a server in here.
+
+    dev/test_data.py                        all tests, on the project's own sources as text; under a minute
+    dev/test_data.py FILE.model TEXT...     only: the .tok made of this SentencePiece model encodes these texts just as
+                                            SentencePiece does, and decoding gives them back
+
+Needs what dev/requirements.txt lists, and gcc for the comparison with train_megalodon.c.
+"""
+import array, base64, glob, hashlib, http.server, io, json, os, subprocess, sys, tempfile, threading, urllib.parse
+import zipfile
+
+import numpy
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(ROOT, "data"))
+import common
+import enwik8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A tokenizer from nothing but the .tok file, as data/common.py describes it
+
+class Tok:
+    def __init__(self, path):
+        with open(path, "rb") as f:
+            lines = f.read().split(b"\n")
+        assert lines[0] == b"megalodon.c tokenizer 1" and lines[-1] == b""
+        head = [line.decode().split(" ") for line in lines[1:8]]
+        assert [key for key, _ in head] == "kind pieces eod unknown unknown_score whitespace lossless".split()
+        self.__dict__.update(head)
+        assert len(lines) == 8 + int(self.pieces) + 1
+        self.types, self.scores, self.bytes = [], [], []
+        for line in lines[8:-1]:
+            kind, score, quoted = line.split(b" ", 2)
+            assert quoted[:1] == quoted[-1:] == b'"' and len(kind) == 1
+            data, rest = b"", quoted[1:-1]
+            while rest:
+                if rest[:2] == b"\\x":
+                    data, rest = data + bytes([int(rest[2:4], 16)]), rest[4:]
+                else:
+                    assert rest[0] >= 0x20 and rest[:1] not in b'"\\\x7f'
+                    data, rest = data + rest[:1], rest[1:]
+            self.types.append(kind.decode())
+            self.scores.append(float(score))
+            self.bytes.append(data)
+        ids = range(len(self.types))
+        self.byte_ids = {self.bytes[i][0]: i for i in ids if self.types[i] == "b"}
+        assert len(self.byte_ids) in (0, 256)
+        self.ids = {self.bytes[i]: i for i in ids if self.types[i] in "nu"}
+        assert len(self.ids) == sum(t in "nu" for t in self.types) and b"" not in self.ids
+        self.prefixes = {piece[:n] for piece in self.ids for n in range(1, len(piece) + 1)}
+
+    def encode(self, text):
+        lines = text.split(b"\n")
+        return [i for line in [line + b"\n" for line in lines[:-1]] + lines[-1:] for i in self.encode_line(line)]
+
+    def encode_line(self, line):
+        if self.whitespace == "collapse":
+            line = line.translate(bytes.maketrans(b"\t\r\n", b"   "))
+            line = b"".join(b" " + word for word in line.split(b" ") if word)
+        parts = self.viterbi(line) if self.kind == "unigram" else self.merge(line)
+        out, unknown, last = [], int(self.unknown), None
+        for i, piece in parts:
+            if i != unknown:
+                out.append(i)
+            elif self.byte_ids:
+                out += [self.byte_ids[c] for c in piece]
+            elif last != unknown:
+                out.append(i)
+            last = i
+        return out
+
+    def viterbi(self, text):
+        size, unknown_score, rounded = len(text), float(self.unknown_score), array.array("f", [0])
+        best, start, piece = array.array("f", bytes(4 * size + 4)), [-1] * (size + 1), [0] * (size + 1)
+        s = 0
+        while s < size:
+            if best[s] < -100000:
+                ends = [s] + [e for e in range(s + 1, size + 1) if start[e] >= 0]
+                for e in reversed(ends):
+                    best[e] -= best[s]
+            char, single = min(char_length(text[s]), size - s), False
+            for e in range(s + 1, size + 1):
+                part = text[s:e]
+                if part not in self.prefixes:
+                    break
+                i = self.ids.get(part)
+                if i is not None:
+                    rounded[0] = best[s] + self.scores[i]
+                    if start[e] < 0 or rounded[0] > best[e]:
+                        best[e], start[e], piece[e] = rounded[0], s, i
+                    single = single or e - s == char
+            if not single:
+                e, rounded[0] = s + char, best[s] + unknown_score
+                if start[e] < 0 or rounded[0] > best[e]:
+                    best[e], start[e], piece[e] = rounded[0], s, int(self.unknown)
+            s += char
+        path, e = [], size
+        while e > 0:
+            path.append((piece[e], text[start[e]:e]))
+            e = start[e]
+        return path[::-1]
+
+    def merge(self, text):
+        symbols, s = [], 0 # (bytes, frozen)
+        while s < len(text):
+            users = [n for n in range(1, len(text) - s + 1) if self.types[self.ids.get(text[s:s + n], 0)] == "u"]
+            n = max(users, default=char_length(text[s]))
+            symbols.append((text[s:s + n], bool(users)))
+            s += n
+        while True:
+            best = None
+            for k in range(len(symbols) - 1):
+                (a, frozen_a), (b, frozen_b) = symbols[k:k + 2]
+                i = self.ids.get(a + b)
+                if i is not None and not frozen_a and not frozen_b and (best is None or self.scores[i] > best[0]):
+                    best = self.scores[i], k
+            if best is None:
+                return [(self.ids.get(symbol, int(self.unknown)), symbol) for symbol, _ in symbols]
+            k = best[1]
+            symbols[k:k + 2] = [(symbols[k][0] + symbols[k + 1][0], False)]
+
+    def decode(self, ids):
+        return b"".join(self.bytes[i] for i in ids)
+
+
+def char_length(first):
+    return 1 if first < 0xc0 else 2 if first < 0xe0 else 3 if first < 0xf0 else 4
+
+
+def compare(tokenizer, tok, paths):
+    """What differs between tok and SentencePiece on the files, or ""."""
+    for path in paths:
+        with open(path, "rb") as f:
+            text = f.read()
+        ids, expected = tok.encode(text), tokenizer.encode(text, path).tolist()
+        if ids != expected:
+            k = next((k for k, (a, b) in enumerate(zip(ids, expected)) if a != b), min(len(ids), len(expected)))
+            return f"{path}: token {k} is {ids[k:k + 3]}, SentencePiece has {expected[k:k + 3]}"
+        if tokenizer.lossless and tok.decode(ids) != text:
+            return f"{path}: decoding does not give the text back"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running things
+
+failures = passes = 0
+
+
+def result(name, why=""):
+    global failures, passes
+    print(f"FAILED {name}: {why}" if why else f"ok {name}", flush=True)
+    failures, passes = failures + bool(why), passes + (not why)
+
+
+def run(*command):
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8"})
+    return done.returncode, done.stdout, done.stderr
+
+
+def works(name, *command, expects=()):
+    code, out, err = run(*command)
+    missing = [text for text in expects if text not in out]
+    result(name, f"exit status {code}: {err[-500:]}" if code else f"no {missing} in: {out[-500:]}" if missing else "")
+    return out
+
+
+def refuses(text, *command):
+    """Exit status 1, and one line on stderr, with this in it."""
+    code, out, err = run(*command)
+    good = code == 1 and err.startswith("error: ") and text in err and err.count("\n") == 1
+    name = " ".join(map(os.path.basename, command))[:90]
+    result(f"refuses {name}", "" if good else f"exit status {code}: {err[-500:]}")
+
+
+def write(path, data):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as f:
+        f.write(data)
+    return path
+
+
+def tokens_of(path):
+    """A .bin's tokens, its .info checked against it and the texts it is made of."""
+    head = numpy.fromfile(path, "<i4", 256)
+    kind = {(20240520, 1): "<u2", (20240801, 7): "<u4"}[tuple(head[:2].tolist())]
+    tokens = numpy.fromfile(path, kind, offset=1024)
+    assert len(tokens) == head[2] and not head[3:].any(), "header"
+    return tokens.tolist()
+
+
+def info_of(path):
+    with open(path) as f:
+        return dict(line.rstrip("\n").split(" ") for line in f)
+
+
+def check_files(out, name, texts, lossless=True):
+    """Why OUT/NAME.bin and .info are not those of the texts, or ""."""
+    tokens, info = tokens_of(f"{out}/{name}.bin"), info_of(f"{out}/{name}.info")
+    eod = int(info["eod"])
+    counts = {"words": sum(len(t.split()) for t in texts), "lines": sum(t.count(b"\n") for t in texts),
+              "bytes": sum(map(len, texts)), "documents": len(texts), "tokens": len(tokens)}
+    for key, value in counts.items():
+        if int(info[key]) != value:
+            return f"{name}.info: {key} {info[key]}, expected {value}"
+    tok = Tok(f"{out}/{info['tokenizer']}") if "tokenizer" in info else None
+    if int(info["vocab_size"]) != (int(tok.pieces) if tok else 256) or (tok and int(tok.eod) != eod):
+        return f"{name}.info: {info} does not fit the .tok"
+    documents, piece = [], []
+    for token in tokens:
+        if token == eod:
+            documents.append(tok.decode(piece) if tok else bytes(piece))
+            piece = []
+        else:
+            piece.append(token)
+    if piece or len(documents) != len(texts):
+        return f"{name}.bin: {len(documents)} documents, {len(piece)} tokens after the last"
+    if int(info["lossless"]) != lossless or (lossless and documents != texts):
+        return f"{name}.bin: the texts do not come back"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A server
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves self.files, {path: bytes}. Paths in self.breaks are cut off after so many bytes, once; what was asked for
+    is in self.log: (path, Range or None). In self.no_range are paths for which Range is not understood."""
+
+    def __init__(self):
+        self.files, self.breaks, self.busy, self.no_range, self.log = {}, {}, {}, set(), []
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        path, asked, server = urllib.parse.unquote(self.path), self.headers.get("Range"), self.server
+        server.log.append((path, asked))
+        data = server.files.get(path)
+        if callable(data):
+            data = data()
+        if data is None or server.busy.get(path):
+            server.busy[path] = server.busy.get(path, 1) - 1
+            self.send_error(404 if data is None else 503)
+            return
+        start = int(asked[len("bytes="):-1]) if asked and path not in server.no_range else 0
+        if start >= len(data):
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        self.wfile.write(data[start:server.breaks.pop(path, len(data))])
+
+
+def hugging_face(server, folder, splits):
+    """WikiText's layout: rows are lines, blank ones empty."""
+    import pyarrow, pyarrow.parquet
+    listing = [{"type": "file", "path": folder + "/notes.md", "size": 1}]
+    for name, text in splits.items():
+        lines = text.decode().split("\n")[:-1]
+        rows = ["" if line == " " else line + "\n" for line in lines]
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), buffer, row_group_size=40)
+        path, data = f"{folder}/{name}-00000-of-00001.parquet", buffer.getvalue()
+        server.files[f"/datasets/Salesforce/wikitext/resolve/{REVISION}/{path}"] = data
+        listing.append({"type": "file", "path": path, "size": len(data), "oid": "0",
+                        "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data)}})
+    server.files[f"/api/datasets/Salesforce/wikitext/tree/{REVISION}/{folder}"] = json.dumps(listing).encode()
+    return listing
+
+
+def cloud_storage(server, books):
+    """PG19's layout: the listing comes in pages of two."""
+    for split in ("train", "validation", "test"):
+        names = sorted(name for name in books if name.startswith(split + "/")) # "train/10.txt" before "train/2.txt"
+        items = [{"name": split + "/"[:1], "size": "0", "md5Hash": ""}] + [
+            {"name": name, "size": str(len(books[name])),
+             "md5Hash": base64.b64encode(hashlib.md5(books[name]).digest()).decode()} for name in names]
+        for k in range(0, len(items), 2):
+            query = {"prefix": split + "/", "fields": "items(name,size,md5Hash),nextPageToken", "maxResults": 1000}
+            query.update({"pageToken": f"page{k}"} if k else {})
+            page = {"items": items[k:k + 2], **({"nextPageToken": f"page{k + 2}"} if k + 2 < len(items) else {})}
+            url = "/storage/v1/b/deepmind-gutenberg/o?" + urllib.parse.unquote(urllib.parse.urlencode(query))
+            server.files[url] = json.dumps(page).encode()
+    for name, text in books.items():
+        server.files["/deepmind-gutenberg/" + name] = text
+
+
+REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tests
+
+STRANGE = ("a  b\u2581c \u2581 d\n\n \t x\ty\r\n\x01\x7f \"quoted\\ \u00e9\u00df\u6f22\u5b57 \U0001f600 </s> <unk> "
+           "<0x41> \u200b\ufeff\u0301 12345 tail without newline ").encode()
+
+
+def test_tokenizers(folder, text, strange, long):
+    """Kinds of models: our own; like T5's (NFKC, folded whitespace, no byte pieces); bpe like Llama's."""
+    import sentencepiece
+    kinds = {
+        "own": None,
+        "t5-like": dict(model_type="unigram", normalization_rule_name="nmt_nfkc", pad_id=0, eos_id=1, unk_id=2,
+                        bos_id=-1),
+        "bpe": dict(model_type="bpe", byte_fallback=True, normalization_rule_name="identity", split_digits=True,
+                    remove_extra_whitespaces=False, user_defined_symbols=["static", "<s2>"]),
+        "bpe without bytes": dict(model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False),
+    }
+    for name, arguments in kinds.items():
+        if arguments is None:
+            contents = common.train_sentencepiece([text], 800)
+        else:
+            buffer = io.BytesIO()
+            sentencepiece.SentencePieceTrainer.train(input=text, model_writer=buffer, vocab_size=800, minloglevel=2,
+                                                     **arguments)
+            contents = buffer.getvalue()
+        tokenizer = common.SentencePiece(contents, name)
+        tokenizer.write(folder)
+        tok = Tok(folder + "/tokenizer.tok")
+        paths = [text, strange]
+        if name == "t5-like": # its Unicode rules are not in the .tok
+            paths = [text]
+        if name == "own": # one long line: scores are set back
+            paths.append(long)
+        result(f"tokenizer {name}: the .tok alone encodes as SentencePiece does", compare(tokenizer, tok, paths))
+        expected = name in ("own", "bpe")
+        result(f"tokenizer {name}: lossless is {int(expected)}", "" if tokenizer.lossless == expected
+               and int(tok.lossless) == expected else "it is not")
+        again = common.SentencePiece(open(folder + "/tokenizer.model", "rb").read(), name)
+        again.write(folder + "/..")
+        same = open(folder + "/../tokenizer.tok", "rb").read() == open(folder + "/tokenizer.tok", "rb").read()
+        result(f"tokenizer {name}: tokenizer.model makes the same .tok again", "" if same else "it differs")
+        if name == "t5-like": # what we change in a model changes nothing for a line of text
+            original = sentencepiece.SentencePieceProcessor(model_proto=contents)
+            lines = open(text).read().split("\n")
+            expected = [i for line in lines for i in original.encode(line)]
+            got = tokenizer.encode(open(text, "rb").read(), text).tolist()
+            result("tokenizer t5-like: the ids are those of the model as it was",
+                   "" if got == expected else "they differ")
+
+
+def test_files(folder, text):
+    """Splits, sidecars, shards, wide tokens."""
+    class Wide(common.Bytes):
+        eod, vocab_size = 70000, 70001
+
+    documents = [text[:5000], text[5000:5003], text[6000:9000]]
+    paths = [write(f"{folder}/in/{k}.txt", t) for k, t in enumerate(documents)]
+    os.makedirs(folder + "/out")
+    common.write_split(folder + "/out", "wide", paths, Wide())
+    head = numpy.fromfile(folder + "/out/wide.bin", "<i4", 3).tolist()
+    expected = [i for t in documents for i in [*t, 70000]]
+    result("ids above 65,535 are uint32", "" if head == [20240801, 7, len(expected)] and
+           tokens_of(folder + "/out/wide.bin") == expected else f"header {head}")
+    whole, common.SHARD = common.SHARD, 5010
+    sums = common.write_split(folder + "/out", "cut", paths, common.Bytes())
+    common.SHARD = whole
+    why = check_files(folder + "/out", "cut", documents[:2]) or check_files(folder + "/out", "cut_1", documents[2:])
+    result("what passes the limit goes on in another file", why or ("" if sums["documents"] == 3 else str(sums)))
+
+
+def test_text(folder, text):
+    books = {"train/a.txt": text[:60000], "train/sub/b.txt": text[60000:90000], "valid/c.txt": text[90000:95000],
+             "test/d.txt": STRANGE}
+    for name, data in books.items():
+        write(f"{folder}/books/{name}", data)
+    splits = {name: [data for path, data in books.items() if path.startswith(name)]
+              for name in ("train", "valid", "test")}
+    out, script = folder + "/out", "data/text.py"
+    for kind, more in (("bytes", ("--tokenizer", "bytes")), ("train", ("--vocab-size", "600")),
+                       ("FILE.model", ("--tokenizer", folder + "/train/tokenizer.model"))):
+        out = f"{folder}/{kind}"
+        works(f"text.py --tokenizer {kind}", script, folder + "/books", "--out", out, *more)
+        result(f"text.py --tokenizer {kind}: files",
+               "".join(check_files(out, name, texts) for name, texts in splits.items()))
+    same = open(folder + "/train/test.bin", "rb").read() == open(folder + "/FILE.model/test.bin", "rb").read()
+    result("text.py: tokenizer.model gives the same tokens", "" if same else "they differ")
+    works("text.py with patterns", script, folder + "/books/train/*.txt", "--val", folder + "/books/valid/c.txt",
+          "--out", folder + "/patterns", "--tokenizer", "bytes")
+    result("text.py with patterns: files", check_files(folder + "/patterns", "train", splits["train"][:1])
+           + check_files(folder + "/patterns", "valid", splits["valid"])
+           + ("test.bin" if os.path.exists(folder + "/patterns/test.bin") else ""))
+    out = ("--out", folder + "/bad")
+    os.makedirs(folder + "/none")
+    refuses("no such file", script, folder + "/nowhere.txt", *out)
+    refuses("no .txt files", script, folder + "/none", *out)
+    refuses("empty", script, write(folder + "/empty.txt", b""), *out)
+    refuses("byte 3 is not UTF-8", script, write(folder + "/latin.txt", b"abc\xe9t\xe9"), *out, "--tokenizer",
+            folder + "/train/tokenizer.model")
+    refuses("not UTF-8", script, folder + "/latin.txt", *out)
+    refuses("byte 4 is 0", script, write(folder + "/nul.txt", b"text\0"), *out, "--tokenizer", "bytes")
+    refuses("not a SentencePiece model", script, folder + "/books", *out, "--tokenizer", __file__)
+    refuses("No such file", script, folder + "/books", *out, "--tokenizer", "nowhere.model")
+    refuses("--vocab-size 1000000", script, folder + "/books", *out, "--vocab-size", "1000000")
+    refuses("has 600 tokens", script, folder + "/books", *out, "--vocab-size", "601", "--tokenizer",
+            folder + "/train/tokenizer.model")
+    refuses("--vocab-size 0", script, folder + "/books", *out, "--vocab-size", "0")
+    refuses("--vocab-size 270", script, folder + "/books", *out, "--vocab-size", "270")
+    refuses("--out", script, folder + "/books")
+    refuses("unrecognized", script, folder + "/books", *out, "--vocab", "300")
+
+
+def test_downloads(folder, text):
+    server = Server()
+    books = {f"train/{n}.txt": text[n * 700:n * 700 + 20000] for n in (2, 10, 33, 4)}
+    books.update({"validation/7.txt": text[:3000], "test/8.txt": text[5000:9000], "test/9.txt": text[9000:9500]})
+    cloud_storage(server, books)
+    pg19 = ("data/pg19.py", "--tokenizer", "bytes", "--base", server.url, "--out")
+    # The connection breaks once, a server is busy once; a part of one book is there, of another one all and more.
+    server.breaks["/deepmind-gutenberg/train/2.txt"] = 12345
+    server.busy["/deepmind-gutenberg/train/4.txt"] = 1
+    write(folder + "/pg19/raw/train/10.txt.part", books["train/10.txt"][:7000])
+    write(folder + "/pg19/raw/test/9.txt.part", books["test/9.txt"])
+    write(folder + "/pg19/raw/test/8.txt.part", books["test/8.txt"][:10])
+    server.no_range.add("/deepmind-gutenberg/test/8.txt")
+    works("pg19.py", *pg19, folder + "/pg19", expects=["words", "published 6,966,499: NOT THE SAME"])
+    in_order = [books[f"train/{n}.txt"] for n in (2, 4, 10, 33)]
+    result("pg19.py: files", check_files(folder + "/pg19", "train", in_order) + check_files(
+        folder + "/pg19", "valid", [books["validation/7.txt"]]) + check_files(
+        folder + "/pg19", "test", [books["test/8.txt"], books["test/9.txt"]]))
+    ranges = {(path[len("/deepmind-gutenberg/"):], asked) for path, asked in server.log if asked}
+    expected = {("train/2.txt", "bytes=12345-"), ("train/10.txt", "bytes=7000-"), ("test/9.txt", "bytes=500-"),
+                ("test/8.txt", "bytes=10-")}
+    result("pg19.py: goes on where a download broke", "" if ranges == expected else str(ranges))
+    server.log.clear()
+    works("pg19.py again", *pg19, folder + "/pg19")
+    again = [path for path, _ in server.log if path.endswith(".txt")]
+    result("pg19.py again: nothing is downloaded twice", str(again) if again else "")
+    works("pg19.py --books", *pg19, folder + "/pg19few", "--books", "2")
+    result("pg19.py --books: files", check_files(folder + "/pg19few", "train", in_order[:2]))
+    server.files["/deepmind-gutenberg/test/8.txt"] = bytes(reversed(books["test/8.txt"]))
+    refuses("md5 is", *pg19, folder + "/pg19bad")
+    del server.files["/deepmind-gutenberg/test/8.txt"]
+    refuses("HTTP 404", *pg19, folder + "/pg19bad")
+    server.files = {path: b"<html>" if path.startswith("/storage") else data for path, data in server.files.items()}
+    refuses("not a list of files", *pg19, folder + "/pg19bad")
+    refuses("--books", *pg19, folder + "/pg19bad", "--books", "0")
+
+    article = b" \n = Title = \n \n A <unk> word @-@ like this . \n \n"
+    splits = {"train": article * 300, "validation": article * 20, "test": article * 30}
+    listing = hugging_face(server, "wikitext-2-v1", splits)
+    wikitext = ("data/wikitext.py", "2", "--tokenizer", "bytes", "--base", server.url, "--out")
+    works("wikitext.py 2", *wikitext, folder + "/wikitext", expects=["words + lines 300, published 217,646"])
+    result("wikitext.py 2: files", "".join(check_files(folder + "/wikitext", name, [splits[theirs]]) for name, theirs in
+                                            (("train", "train"), ("valid", "validation"), ("test", "test"))))
+    refuses("pip install", "-c", "import sys; sys.modules['pyarrow'] = None; sys.path.insert(0, 'data'); import wikitext; "
+            f"sys.argv[1:] = {wikitext[1:] + (folder + '/nopyarrow',)}; wikitext.main_of(wikitext.main)")
+    listing[-1]["lfs"]["oid"] = "0" * 64
+    server.files[f"/api/datasets/Salesforce/wikitext/tree/{REVISION}/wikitext-2-v1"] = json.dumps(listing).encode()
+    refuses("sha256 is", *wikitext, folder + "/wikitextbad")
+    listing[-1]["lfs"]["size"] += 1
+    server.files[f"/api/datasets/Salesforce/wikitext/tree/{REVISION}/wikitext-2-v1"] = json.dumps(listing).encode()
+    refuses("expected", *wikitext, folder + "/wikitextbad")
+    refuses("HTTP 404", "data/wikitext.py", "103", "--base", server.url, "--out", folder + "/wikitext103")
+
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("enwik8", text[:100000])
+    server.files["/enwik8.zip"] = buffer.getvalue()
+    refuses("expected 36,445,475", "data/enwik8.py", "--base", server.url, "--out", folder + "/enwik8")
+    enwik8.ZIP_SIZE, enwik8.ZIP_SHA256 = len(buffer.getvalue()), hashlib.sha256(buffer.getvalue()).hexdigest()
+    enwik8.SPLITS = {"train": 90000, "valid": 5000, "test": 5000}
+    sys.argv = ["enwik8.py", "--base", server.url, "--out", folder + "/enwik8"]
+    enwik8.main()
+    result("enwik8.py: files", check_files(folder + "/enwik8", "train", [text[:90000]]) + check_files(
+        folder + "/enwik8", "valid", [text[90000:95000]]) + check_files(
+        folder + "/enwik8", "test", [text[95000:100000]]))
+    server.shutdown()
+    refuses("Connection refused", "-c", f"import sys; sys.path.insert(0, 'data'); import common; common.time.sleep = "
+            f"lambda s: None; common.main_of(lambda: common.fetch('http://127.0.0.1:9/x'))")
+
+
+def test_transformer(folder, text):
+    script = "dev/transformer.py"
+    small = ("--num-layers", "1", "--model-dim", "32", "--num-heads", "2", "--ffn-hidden-dim", "48", "--batch", "3",
+             "--seq", "40", "--lr", "0.01", "--warmup", "5", "--val-every", "25")
+    train = write(folder + "/a.txt", text[:30000]) + "," + write(folder + "/b1.txt", text[30000:34321])
+    out = works("transformer.py", script, "--train", train, "--steps", "50", "--out", folder + "/run", *small,
+                expects=["num_parameters: 16992", "tokens: 30888 to train on, 3433 held out", "step 50: val loss"])
+    with open(folder + "/run/log.tsv") as f:
+        rows = [line.rstrip("\n").split("\t") for line in f]
+    head = "step tokens loss grad_norm lr tok_s ms val_loss".split()
+    good = rows[0] == head and len(rows) == 51 and all(len(row) == 8 for row in rows) and \
+        rows[50][:2] == ["50", "6000"] and [row[0] for row in rows[1:] if row[7]] == ["25", "50"]
+    result("transformer.py: log.tsv", "" if good else str(rows[:2] + rows[-1:]))
+    losses = [float(row[2]) for row in rows[1:]]
+    result("transformer.py: learns", "" if 5 < losses[0] < 6 and losses[-1] < losses[0] - 1.5 else str(losses[::10]))
+
+    # The same tokens as train_megalodon's: its dataset_sample on two files of which a tenth is held out.
+    write(folder + "/sample.c", b'''#define TESTING
+#include "train_megalodon.c"
+int main(int argc, char** argv) {
+    static Dataset d, held_out;
+    int out[41];
+    dataset_open(&d, &held_out, "--train", argv[1]);
+    for (int step = 0; argc == 2 && step < 40; step++) {
+        for (int row = 0; row < 3; row++) {
+            dataset_sample(&d, 1337, step, row, 40, 256, out);
+            for (int i = 0; i < 41; i++) { printf("%d ", out[i]); }
+        }
+    }
+}
+''')
+    subprocess.run(["gcc", "-std=gnu11", "-w", "-I", ROOT, folder + "/sample.c", "-o", folder + "/sample", "-lm"],
+                   check=True)
+    theirs = subprocess.run([folder + "/sample", train], capture_output=True, text=True, check=True).stdout
+    ours = ("import sys; sys.path.insert(0, 'dev'); import transformer as t\n"
+            "d, h = t.open_data('', sys.argv[1], True)\n"
+            "for step in range(40):\n    for row in range(3): print(*d.sample(1337, step, row, 40), end=' ')")
+    ours = run("-c", ours, train)[1]
+    result("transformer.py: batches are train_megalodon's", "" if ours == theirs and len(ours) > 10000 else
+           f"{ours[:60]} but {theirs[:60]}")
+
+    # Validation: every token but the first once, whatever the stride; a window of everything gives full context.
+    check = """
+import sys, types; sys.path.insert(0, 'dev')
+import numpy, torch, transformer as t
+o = types.SimpleNamespace(vocab_size=50, model_dim=16, num_heads=2, num_layers=1, ffn_hidden_dim=16, share_emb=0,
+                          dropout=0.0, rope_base=1e4, norm_eps=1e-5, seq=8, batch=3, val_stride=0)
+data = t.Dataset([numpy.random.default_rng(0).integers(0, 50, 30), numpy.arange(13)])
+seen = []
+def loss_of(x, y):
+    assert x.shape == y.shape == (3, 8)
+    for row, targets in zip(x.numpy(), y.numpy()):
+        seen.extend((tuple(row[:i + 1]), target) for i, target in enumerate(targets) if target != -100)
+    return torch.tensor(float((y != -100).sum()))
+tokens = data.read(0, 43).tolist()
+for stride in (0, 1, 3, 8):
+    o.val_stride, seen[:] = stride, []
+    mean, n = t.evaluate(loss_of, data, o, torch.device('cpu'))
+    assert mean == 1 and n == 42 and [target for _, target in seen] == tokens[1:], stride
+    for at, (context, _) in enumerate(seen):
+        assert list(context) == tokens[at + 1 - len(context):at + 1]
+        assert len(context) >= min(at + 1, 8 - (stride or 8) + 1)
+torch.manual_seed(0)
+model = t.Transformer(o).eval()
+x = torch.randint(50, (2, 8))
+y = x.roll(-1, 1)
+y[:, 5:] = -100
+z = x.clone()
+z[:, 5:] = 7
+assert abs(model(x, y) - model(z, y)) < 1e-5, 'the future is seen'
+z[:, 2] = (z[:, 2] + 1) % 50
+assert abs(model(x, y) - model(z, y)) > 1e-4
+print('fine')
+"""
+    works("transformer.py: validation and causality", "-c", check, expects=["fine"])
+    bins = folder + "/bin"
+    works("text.py for the transformer", "data/text.py", folder + "/a.txt", "--val", folder + "/b1.txt", "--out", bins,
+          "--tokenizer", "bytes")
+    works("transformer.py on .bin, per word", script, "--train", bins + "/train.bin", "--val", bins + "/valid.bin",
+          "--vocab-size", "257", "--steps", "1", "--val-stride", "20", "--dropout", "0.1", *small, "--share-emb", "0",
+          expects=["per word or line end", "bits per byte (4321)", "val: 4321 tokens"])
+    refuses("no file is named", script, "--train", folder + "/none*.txt")
+    refuses("vocab_size is 64", script, "--train", folder + "/a.txt", "--vocab-size", "64")
+    refuses("not a text or a token file", script, "--train", write(folder + "/x.bin", b"nothing"))
+    refuses("needs one more", script, "--train", folder + "/b1.txt", "--seq", "5000")
+    refuses("--train", script)
+    refuses("--steps 0", script, "--train", folder + "/a.txt", "--steps", "0")
+    refuses("--model-dim 128", script, "--train", folder + "/a.txt", "--num-heads", "5")
+    return folder + "/run"
+
+
+def test_plots(folder, log):
+    script, png = "dev/plot.py", folder + "/p.png"
+    losses = folder + "/books.f32"
+    numpy.random.default_rng(0).exponential(1, 70000).astype("<f4").tofile(losses)
+    for name, more in (("loss", (log, log, "--names", "one", "other", "--title", "A title")),
+                       ("loss", (log, "--by", "time")), ("context", (losses,)),
+                       ("boundary", (losses, "--chunk", "300"))):
+        works(f"plot.py {name} {' '.join(more[1:])[:20]}", script, name, *more, "-o", png)
+        with open(png, "rb") as f:
+            data = f.read()
+        good = data[:4] == b"\x89PNG" and len(data) > 10000
+        result(f"plot.py {name}: a picture", "" if good else f"{len(data)} bytes")
+        os.remove(png)
+    refuses("No such file", script, "loss", folder + "/nowhere", "-o", png)
+    refuses("not a log", script, "loss", log + "/../sample.c", "-o", png)
+    refuses("70,000 losses, 80,000 are needed", script, "boundary", losses, "--chunk", "40000", "-o", png)
+    refuses("not a file of float32", script, "context", write(folder + "/odd", b"12345"), "-o", png)
+    refuses("1 files, 2 names", script, "context", losses, "--names", "a", "b", "-o", png)
+    refuses("p.what", script, "context", losses, "-o", folder + "/p.what")
+
+
+def main():
+    if len(sys.argv) > 1:
+        if not sys.argv[1].endswith(".model") or len(sys.argv) == 2:
+            sys.exit(__doc__)
+        with open(sys.argv[1], "rb") as f:
+            tokenizer = common.SentencePiece(f.read(), sys.argv[1])
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.write(folder)
+            tok = Tok(folder + "/tokenizer.tok")
+        for path in sys.argv[2:]:
+            result(path, compare(tokenizer, tok, [path]))
+    else:
+        text = b""
+        for path in ("train_megalodon.c", "README.md", "test_megalodon.c"):
+            with open(os.path.join(ROOT, path), "rb") as f:
+                text += f.read()
+        for script in ("data/text.py", "data/pg19.py", "data/wikitext.py", "data/enwik8.py", "dev/transformer.py",
+                       "dev/plot.py"):
+            works(f"{script} --help", script, "--help", expects=["usage: ", "options:"])
+        with tempfile.TemporaryDirectory() as folder:
+            new = lambda name: os.makedirs(f"{folder}/{name}") or f"{folder}/{name}"
+            test_tokenizers(new("tokenizers/x"), write(folder + "/t.txt", text[:40000]),
+                            write(folder + "/s.txt", STRANGE),
+                            write(folder + "/long.txt", (2 * text).replace(b"\n", b" ")))
+            test_files(new("files"), text)
+            test_text(new("text"), text)
+            test_downloads(new("downloads"), text)
+            test_plots(new("plots"), test_transformer(new("transformer"), text))
+    print(f"{passes} passed, {failures} failed")
+    sys.exit(failures > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+#!/usr/bin/env python3
+"""A Llama-style Transformer in PyTorch to compare train_megalodon with: RMS norm, rotary embedding, SwiGLU, full causal
+attention, no biases.
+
+    dev/transformer.py --train out/books/train.bin --val out/books/valid.bin --vocab-size 32000 --out runs/transformer
+
+Data files, batches (the same tokens for the same --seed, --seq, --batch x --accum), AdamW, schedule, clipping, printed
+lines and DIR/log.tsv are those of train_megalodon, and so are the flags that mean the same. Where there is a GPU it
+trains in bf16 (weights, moments and norms fp32), compiled. Needs torch >= 1.13 and numpy, nothing else.
+
+Validation runs over all the held-out tokens, each scored once but the first: in windows of --seq tokens that do not
+overlap, so a window's first tokens see little. With --val-stride S windows start every S tokens and only what the
+window before has not scored counts: each token then sees at least seq - S others, at seq / S times the cost.
+"""
+import argparse, functools, glob, math, os, sys, time
+
+import numpy
+import torch
+import torch.nn.functional as F
+
+OPTIONS = [  # name, default, smallest value (text: the choices), help
+    ("num-layers", 4, 1, "blocks"),
+    ("model-dim", 128, 2, "features of the residual stream"),
+    ("num-heads", 4, 1, "attention heads"),
+    ("ffn-hidden-dim", 344, 1, "hidden features of the feed-forward layer"),
+    ("vocab-size", 256, 2, "tokens; 256 for bytes"),
+    ("rope-base", 10000.0, 1, "wavelengths of the rotary embedding"),
+    ("norm-eps", 1e-5, 0, "added to every variance"),
+    ("share-emb", 1, 0, "use the embedding as the output layer too"),
+    ("dropout", 0.0, 0, "on embeddings, attention and both residual branches"),
+    ("train", "", None, "training data: text (a byte is a token) or .bin; commas and * for several files"),
+    ("val", "", None, "validation data; without it the last 10%% of each training file"),
+    ("val-stride", 0, 0, "tokens between the starts of validation windows; 0 for --seq"),
+    ("out", "", None, "folder for log.tsv"),
+    ("batch", 4, 1, "sequences in a micro-step"),
+    ("seq", 256, 1, "tokens in a sequence"),
+    ("accum", 1, 1, "micro-steps in a step"),
+    ("steps", 1000, 1, "steps, and the length of the learning rate schedule"),
+    ("lr", 1e-3, 0, "peak learning rate"),
+    ("lr-end-ratio", 0.05, 0, "the last learning rate over the peak"),
+    ("warmup", 100, 0, "steps of linear warmup"),
+    ("schedule", "cosine", ("cosine", "linear", "constant"), "after the warmup: cosine, linear or constant"),
+    ("weight-decay", 0.1, 0, "decoupled, on every parameter"),
+    ("beta1", 0.9, 0, "AdamW: decay of the first moment"),
+    ("beta2", 0.95, 0, "AdamW: decay of the second moment"),
+    ("adam-eps", 1e-8, 0, "AdamW: added to the root of the second moment"),
+    ("clip", 1.0, 0, "largest global norm of the gradient; 0 for no limit"),
+    ("seed", 1337, 0, "initialization, data order and dropout"),
+    ("val-every", 250, 0, "validate every so many steps; always after the last"),
+    ("precision", "bf16", ("bf16", "fp32"), "on a GPU: bf16 or fp32"),
+    ("compile", 1, 0, "on a GPU: torch.compile, 0 or 1"),
+]
+
+
+def die(message):
+    sys.stdout.flush()
+    sys.exit(f"error: {message}")
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = die
+    for name, default, least, text in OPTIONS:
+        parser.add_argument("--" + name, type=type(default), default=default, required=name == "train",
+                            choices=least if isinstance(least, tuple) else None, metavar="X",
+                            help=text + (f" (default {default})" if default != "" else ""))
+    parser.add_argument("--dry-run", action="store_true", help="print the number of parameters and stop")
+    o = parser.parse_args()
+    for name, default, least, _ in OPTIONS:
+        value = getattr(o, name.replace("-", "_"))
+        if isinstance(least, (int, float)) and not least <= value < math.inf:
+            die(f"--{name} {value}: expected a number of {least} or more")
+    if o.model_dim % o.num_heads or o.model_dim // o.num_heads % 2:
+        die(f"--model-dim {o.model_dim}: expected an even multiple of --num-heads {o.num_heads}")
+    if max(o.beta1, o.beta2, o.dropout) >= 1:
+        die("--beta1, --beta2, --dropout: expected numbers below 1")
+    if o.val_stride > o.seq:
+        die(f"--val-stride {o.val_stride}: expected at most --seq {o.seq}")
+    return o
+
+
+class Dataset:
+    """Parts of token files laid end to end, as train_megalodon reads them."""
+
+    def __init__(self, parts):
+        self.parts, self.size = parts, sum(map(len, parts))
+
+    def read(self, at, n):
+        found = []
+        for part in self.parts:
+            if n > 0 and at < len(part):
+                found.append(part[at:at + n].astype(numpy.int64))
+                n -= len(found[-1])
+            at = max(at - len(part), 0)
+        return numpy.concatenate(found)
+
+    def sample(self, seed, step, row, T):
+        """T + 1 tokens from a random place: sequence `row` of a step, and the token after it."""
+        return self.read(random_bits(seed, (1 << 56) + step, row) % (self.size - T), T + 1)
+
+
+def random_bits(seed, stream, index):
+    x, mask = seed, (1 << 64) - 1
+    for add in (0x9E3779B97F4A7C15, stream, index): # splitmix64's finalizer, three times
+        x = (x + (add + 1) * 0x9E3779B97F4A7C15) & mask
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
+        x ^= x >> 31
+    return x
+
+
+def open_tokens(path):
+    try:
+        if not path.endswith(".bin"):
+            return numpy.memmap(path, numpy.uint8, "r")
+        magic, version, count = numpy.fromfile(path, "<i4", 256)[:3]
+        return numpy.memmap(path, {(20240520, 1): "<u2", (20240801, 7): "<u4"}[magic, version], "r", 1024, (count,))
+    except (OSError, ValueError, KeyError) as e:
+        die(f"{path}: not a text or a token file of llm.c's ({e})")
+
+
+def open_data(flag, patterns, held_out):
+    """The files that the patterns name, and the last 10% of each as another Dataset if held_out."""
+    first, last = [], []
+    for pattern in filter(None, patterns.split(",")):
+        paths = sorted(glob.glob(pattern)) or die(f"{flag}: no file is named {pattern}")
+        for tokens in map(open_tokens, paths):
+            cut = int(0.9 * len(tokens)) if held_out else len(tokens)
+            first.append(tokens[:cut])
+            last.append(tokens[cut:])
+    return Dataset(first), Dataset(last)
+
+
+class RMSNorm(torch.nn.Module):
+    def __init__(self, dim, eps): # the scale is stored as an offset from 1, so that decay draws it to 1
+        super().__init__()
+        self.weight, self.eps = torch.nn.Parameter(torch.zeros(dim)), eps
+
+    def forward(self, x):
+        x = x.float()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
+
+
+def attention(q, k, v, dropout):
+    if hasattr(F, "scaled_dot_product_attention"):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) # torch 1.13
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return F.dropout(scores.masked_fill(future, -math.inf).softmax(-1), dropout) @ v
+
+
+def rotate(x, angles): # (B,H,T,D): pairs of neighbours are complex numbers
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
+
+
+class Block(torch.nn.Module):
+    def __init__(self, o):
+        super().__init__()
+        D, hidden, linear = o.model_dim, o.ffn_hidden_dim, functools.partial(torch.nn.Linear, bias=False)
+        self.norm1, self.norm2 = RMSNorm(D, o.norm_eps), RMSNorm(D, o.norm_eps)
+        self.qkv, self.out = linear(D, 3 * D), linear(D, D)
+        self.gate, self.up, self.down = linear(D, hidden), linear(D, hidden), linear(hidden, D)
+        self.heads, self.dropout = o.num_heads, o.dropout
+
+    def forward(self, x, angles):
+        rate = self.dropout if self.training else 0.0
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = attention(rotate(q, angles), rotate(k, angles), v, rate).transpose(1, 2).flatten(-2)
+        x = x + F.dropout(self.out(mixed), rate)
+        n = self.norm2(x)
+        return x + F.dropout(self.down(F.silu(self.gate(n)) * self.up(n)), rate)
+
+
+class Transformer(torch.nn.Module):
+    def __init__(self, o):
+        super().__init__()
+        self.embed = torch.nn.Embedding(o.vocab_size, o.model_dim)
+        self.blocks = torch.nn.ModuleList([Block(o) for _ in range(o.num_layers)])
+        self.norm = RMSNorm(o.model_dim, o.norm_eps)
+        self.output = torch.nn.Linear(o.model_dim, o.vocab_size, bias=False)
+        if o.share_emb:
+            self.output.weight = self.embed.weight
+        self.dropout = o.dropout
+        head = o.model_dim // o.num_heads
+        speeds = o.rope_base ** (-torch.arange(0, head, 2, dtype=torch.float64) / head)
+        angles = torch.arange(o.seq, dtype=torch.float64)[:, None] * speeds
+        self.register_buffer("angles", angles.float(), persistent=False)
+        for name, p in self.named_parameters(): # GPT-2's: what ends a residual branch starts smaller
+            if p.dim() > 1:
+                small = name.endswith(("out.weight", "down.weight"))
+                torch.nn.init.normal_(p, std=0.02 / math.sqrt(2 * o.num_layers) if small else 0.02)
+
+    def forward(self, tokens, targets):
+        """The sum of the losses in nats over targets that are not -100."""
+        x = F.dropout(self.embed(tokens), self.dropout if self.training else 0.0)
+        for block in self.blocks:
+            x = block(x, self.angles)
+        logits = self.output(self.norm(x))
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def learning_rate(o, step):
+    if step < o.warmup:
+        return o.lr * (step + 1) / o.warmup
+    left = 1 - (step - o.warmup) / max(o.steps - o.warmup, 1)
+    f = {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "constant": 1.0}[o.schedule]
+    return o.lr * (o.lr_end_ratio + (1 - o.lr_end_ratio) * f)
+
+
+def evaluate(loss_of, data, o, device):
+    """Mean loss over data, and the number of tokens scored; see the top of the file."""
+    T, stride, sum, n = o.seq, o.val_stride or o.seq, 0.0, data.size - 1
+    windows, seen = [], 0 # (start, first target that counts)
+    while seen < n:
+        start = 0 if seen == 0 else seen + stride - T
+        windows.append((start, seen))
+        seen = min(start + T, n)
+    for i in range(0, len(windows), o.batch):
+        x = numpy.zeros((o.batch, T), numpy.int64)
+        y = numpy.full((o.batch, T), -100, numpy.int64)
+        for b, (start, first) in enumerate(windows[i:i + o.batch]):
+            piece = data.read(start, min(T, n - start) + 1)
+            x[b, :len(piece) - 1], y[b, :len(piece) - 1] = piece[:-1], piece[1:]
+            y[b, :first - start] = -100
+        with torch.no_grad():
+            sum += loss_of(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)).item()
+    return sum / n, n
+
+
+def report(val, scored, path):
+    """The last validation as it is published, if the data's counts are there: data/common.py writes them."""
+    info = path[:-4] + ".info"
+    if not (path.endswith(".bin") and os.path.isfile(info)):
+        return
+    counts = dict(line.split(" ", 1) for line in open(info).read().splitlines())
+    words, lines, size = (int(counts[key]) for key in ("words", "lines", "bytes"))
+    nats = val * scored
+    print(f"val: {scored} tokens, perplexity {math.exp(val):.4f} per token, {math.exp(nats / words):.4f} per word "
+          f"({words}), {math.exp(nats / (words + lines)):.4f} per word or line end ({words + lines}), "
+          f"{nats / math.log(2) / size:.4f} bits per byte ({size})")
+
+
+def main():
+    o = parse_options()
+    torch.manual_seed(o.seed)
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    model = Transformer(o).to(device)
+    print(f"num_parameters: {sum(p.numel() for p in model.parameters())}")
+    if o.dry_run:
+        return
+    data, held_out = open_data("--train", o.train, not o.val)
+    if o.val:
+        held_out, _ = open_data("--val", o.val, False)
+    print(f"tokens: {data.size} to train on, {held_out.size} held out")
+    if data.size <= o.seq:
+        die(f"--train {o.train}: {data.size} tokens to train on, --seq {o.seq} needs one more than that")
+    top = max((int(part[i:i + (1 << 24)].max()) for part in data.parts + held_out.parts
+               for i in range(0, len(part), 1 << 24)))
+    if top >= o.vocab_size:
+        die(f"the data holds token {top}, vocab_size is {o.vocab_size}")
+    log = None
+    if o.out:
+        os.makedirs(o.out, exist_ok=True)
+        log = open(os.path.join(o.out, "log.tsv"), "w")
+        log.write("step\ttokens\tloss\tgrad_norm\tlr\ttok_s\tms\tval_loss\n")
+
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, o.lr, (o.beta1, o.beta2), o.adam_eps, o.weight_decay,
+                                  **({"fused": True} if gpu else {}))
+    run = torch.compile(model) if gpu and o.compile else model
+
+    def loss_of(x, y):
+        with torch.autocast(device.type, torch.bfloat16, enabled=gpu and o.precision == "bf16"):
+            return run(x, y)
+
+    started, tokens = time.time(), o.accum * o.batch * o.seq
+    for step in range(o.steps):
+        step_started, lr, loss = time.time(), learning_rate(o, step), 0.0
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        for micro in range(o.accum):
+            rows = numpy.stack([data.sample(o.seed, step, micro * o.batch + b, o.seq) for b in range(o.batch)])
+            rows = torch.from_numpy(rows).to(device)
+            part = loss_of(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) / tokens
+            part.backward()
+            loss += part.detach()
+        loss = float(loss)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, o.clip or math.inf))
+        done = step + 1
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            die(f"step {done}: loss {loss:g}, gradient norm {norm:g}: stopped")
+        optimizer.step()
+        if gpu:
+            torch.cuda.synchronize()
+        ms, val = 1e3 * (time.time() - step_started), None
+        if held_out.size > 1 and (done == o.steps or (o.val_every and done % o.val_every == 0)):
+            model.eval()
+            val, scored = evaluate(loss_of, held_out, o, device)
+            model.train()
+        left = int((time.time() - started) / done * (o.steps - done))
+        print(f"step {done}/{o.steps} | loss {loss:.4f} | norm {norm:.3f} | lr {lr:.2e} | {1e3 * tokens / ms:.0f} tok/s"
+              f" | {ms:.1f} ms | {left // 60}:{left % 60:02d} left", flush=True)
+        if val is not None:
+            print(f"step {done}: val loss {val:.4f}", flush=True)
+        if log:
+            log.write(f"{done}\t{done * tokens}\t{loss:.9g}\t{norm:.9g}\t{lr:.9g}\t{1e3 * tokens / ms:.1f}\t{ms:.3f}\t"
+                      + ("\n" if val is None else f"{val:.9g}\n"))
+            log.flush()
+    if held_out.size > 1:
+        report(val, scored, o.val)
+
+
+if __name__ == "__main__":
+    main()
