@@ -332,9 +332,9 @@ template <typename X> static void check_cema(Gpu& gpu, int B, int T, int D, int 
     CUDA(cudaMemset(gy, 0xff, n * sizeof(X)));
     CUDA(cudaMemset(gdx, 0xff, n * sizeof(X)));
     gpu.accumulate = false;
-    cema_forward(y, end, start, x, w[0], w[1], w[2], w[3], w[4], B, T, D, N);
+    cema_forward(y, end, NULL, start, x, w[0], w[1], w[2], w[3], w[4], B, T, D, N);
     cema_backward(dx, dw[0], dw[1], dw[2], dw[3], dw[4], dstart, dy, start, x, w[0], w[1], w[2], w[3], w[4], B, T, D,
-                  N);
+                  N, NULL);
     cema_forward<X>(gpu, gy, gend, carries, gstart, gx, gw[0], gw[1], gw[2], gw[3], gw[4], B, T, D, N);
     cema_backward<X>(gpu, gdx, gdw[0], gdw[1], gdw[2], gdw[3], gdw[4], gdstart, gdy, carries, gstart, gx, gw[0], gw[1],
                      gw[2], gw[3], gw[4], B, T, D, N);
