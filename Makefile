@@ -36,30 +36,36 @@ all: train_megalodon test_megalodon
 
 cuda: train_megalodon_cuda test_megalodon_cuda
 
-train_megalodon test_megalodon: %: %.c train_megalodon.c
+train_megalodon test_megalodon: %: %.c train_megalodon.c data/tokens.h
 	$(CC) $(THIS_CFLAGS) $< $(OPENMP) $(MPI) -o $@ -lm
 
-train_megalodon_cuda: train_megalodon.cu train_megalodon.c
+train_megalodon_cuda: train_megalodon.cu train_megalodon.c data/tokens.h
 	$(NVCC) $(NVCCFLAGS) $< -o $@
 
-test_megalodon_cuda: test_megalodon.c train_megalodon.cu train_megalodon.c
+test_megalodon_cuda: test_megalodon.c train_megalodon.cu train_megalodon.c data/tokens.h
 	$(NVCC) $(NVCCFLAGS) -DGPU -x cu $< -o $@
 
-dev/bin/bench: dev/bench.c train_megalodon.c
+dev/bin/test_tokens: dev/test_tokens.c train_megalodon.c data/tokens.h
+	@mkdir -p dev/bin
+	$(CC) $(THIS_CFLAGS) $< $(OPENMP) -o $@ -lm
+
+dev/bin/bench: dev/bench.c train_megalodon.c data/tokens.h
 	@mkdir -p dev/bin
 	$(CC) $(THIS_CFLAGS) $< $(OPENMP) $(OPENBLAS) -o $@ -lm
 
 # GPU kernels and models against their CPU twins in one process; --bench and --kernels print times and rates.
-dev/bin/check: dev/cuda/check.cu train_megalodon.cu train_megalodon.c
+dev/bin/check: dev/cuda/check.cu train_megalodon.cu train_megalodon.c data/tokens.h
 	@mkdir -p dev/bin
 	$(NVCC) $(NVCCFLAGS) $< -o $@
 
 train: train_megalodon
 	./train_megalodon --sample-every 1000
 
-test: train_megalodon test_megalodon
+test: train_megalodon test_megalodon dev/bin/test_tokens
 	./test_megalodon
 	sh dev/test_cli.sh
+	dev/bin/test_tokens
+	sh dev/test_tokens.sh
 	sh dev/test_break.sh data/reference/one_state.safetensors
 
 test-long: train_megalodon test_megalodon

@@ -217,7 +217,7 @@ void shards_exchange(float* x, size_t n, int what) {
     X(INT,  chunk_size,       128, 1, 1 << 24,    "timesteps that attend to each other [c]") \
     X(INT,  norm_num_groups,    4, 1, 1 << 20,    "groups of the timestep norm [G]") \
     X(INT,  cema_ndim,         16, 1, CEMA_MAX_NDIM, "complex oscillators per feature [N]") \
-    X(INT,  vocab_size,       256, 2, 1 << 24,    "tokens; 256 for bytes") \
+    X(INT,  vocab_size,       256, 2, MAX_VOCAB,  "tokens; 256 for bytes, else by default the tokenizer's") \
     X(REAL, rope_base,      10000, 1, 1e12,       "wavelengths of the rotary embedding") \
     X(REAL, norm_eps,        1e-5, 0, 1,          "added to every variance [eps]") \
     X(BOOL, swiglu,             1, 0, 1,          "gate the feed-forward layer") \
@@ -225,18 +225,24 @@ void shards_exchange(float* x, size_t n, int what) {
     X(BOOL, share_emb,          1, 0, 1,          "use the embedding as the output layer too") \
     X(BOOL, rescale_nffn,       0, 0, 1,          "multiply the feed-forward output by a learned vector")
 
+// What a token is; recorded with the weights.
+#define TOKEN_OPTIONS(X) \
+    X(TEXT, tokenizer,         "", 0, 0,          "a .tok file, to encode text with; without one a byte is a token") \
+    X(INT,  eod,               -1, -1, MAX_VOCAB, "token that ends documents (bytes: 0); -1: data is one long text")
+
 #ifndef GPU_OPTIONS // train_megalodon.cu has more
 #define GPU_OPTIONS(X)
 #define ON_GPU_TOO
 #endif
 #define TRAINING_OPTIONS(X) \
     X(TEXT, train, "train_megalodon.c,test_megalodon.c,dev/*.py,dev/*.c,README.md", 0, 0, \
-        "training data: .txt or other text (a byte is a token) or llm.c's .bin; commas and * for several files") \
+        "training data: .txt or other text, or llm.c's .bin; commas and * for several files") \
     X(TEXT, val,               "", 0, 0,          "validation data; without it the last 10% of each training file") \
     X(TEXT, out,               "", 0, 0,          "folder for checkpoints and log.tsv") \
     X(INT,  batch,              4, 1, 1 << 24,    "sequences in a micro-step, of each group of processes") \
     X(INT,  seq,              256, 1, INT_MAX,    "tokens in a sequence") \
     X(INT,  accum,              1, 1, 1 << 24,    "micro-steps in a step") \
+    X(BOOL, carry,              0, 0, 1,          "go on from the last step's state inside a document (with --eod)") \
     X(INT,  steps,           1000, 1, INT_MAX,    "steps, and the length of the learning rate schedule") \
     X(REAL, lr,              4e-3, 0, 1e3,        "peak learning rate (paper: 3.5e-4)") \
     X(REAL, lr_end_ratio,    0.05, 0, 1,          "the last learning rate over the peak") \
@@ -265,12 +271,13 @@ void shards_exchange(float* x, size_t n, int what) {
     X(TEXT, resume,            "", 0, 0,          "go on from the newest checkpoint in this folder, with its flags") \
     X(INT,  generate,           0, 1, INT_MAX,    "print so many tokens") \
     X(INT,  samples,            1, 1, 1 << 16,    "continuations to print, made together") \
-    X(TEXT, prompt,            "", 0, 0,          "text to go on from; empty starts from a newline") \
+    X(TEXT, prompt,            "", 0, 0,          "text to go on from; empty: a newline, or with --eod a document starts") \
     X(REAL, temperature,      1.0, 0, 1e6,        "0 takes the likeliest token") \
     X(INT,  top_k,              0, 0, INT_MAX,    "sample from the k likeliest tokens; 0 for all") \
     X(REAL, top_p,            1.0, 0, 1,          "sample from the likeliest tokens that hold this probability") \
     X(TEXT, eval,              "", 0, 0,          "print the loss on this file, streamed from its start to its end") \
     X(INT,  chunk_parallel,     1, 1, 1 << 20,    "processes that share a sequence, a slice of whole chunks each") \
+    X(TEXT, losses,            "", 0, 0,          "with --eval: write each token's loss here, as float32") \
     X(FLAG, dry_run,            0, 0, 1,          "print configuration, parameters and memory, and stop") \
     X(FLAG, help,               0, 0, 1,          "print this")
 
@@ -283,11 +290,11 @@ void shards_exchange(float* x, size_t n, int what) {
 #define STRUCT_FIELD(kind, name, ...) C_TYPE_##kind name;
 #define DEFAULT_VALUE(kind, name, value, ...) value,
 
-enum { CEMA_MAX_NDIM = 64 };
+enum { CEMA_MAX_NDIM = 64, MAX_VOCAB = 1 << 24 };
 typedef struct { MODEL_OPTIONS(STRUCT_FIELD) } Config;
-typedef struct { Config model; TRAINING_OPTIONS(STRUCT_FIELD) MODE_OPTIONS(STRUCT_FIELD) } Options;
-static const Options default_options = { { MODEL_OPTIONS(DEFAULT_VALUE) },
-                                         TRAINING_OPTIONS(DEFAULT_VALUE) MODE_OPTIONS(DEFAULT_VALUE) };
+#define OTHER_OPTIONS(X) TOKEN_OPTIONS(X) TRAINING_OPTIONS(X) MODE_OPTIONS(X)
+typedef struct { Config model; OTHER_OPTIONS(STRUCT_FIELD) } Options;
+static const Options default_options = { { MODEL_OPTIONS(DEFAULT_VALUE) }, OTHER_OPTIONS(DEFAULT_VALUE) };
 
 // The released configurations, with their exact numbers of parameters: 220,627,968; 1,342,832,640; 1,327,628,288;
 // 7,117,381,632; 7,385,817,088 (twice, the last one as in the paper).
@@ -390,7 +397,7 @@ enum { NUM_PARAMS = sizeof(Params) / sizeof(float*), NUM_ACTS = sizeof(Acts) / s
 typedef struct {
     const char* name;  // in files, with %d for the layer; for activations possibly ""
     int slots;         // layers with their own memory, 1 where it is shared or stands once
-    size_t dims[3];    // shape of a slot (activations: of one timestep), then zeros
+    size_t dims[4];    // shape of a slot (activations: of one timestep), then zeros
     size_t size;       // elements of a slot
     int init;
 } Spec;
@@ -403,7 +410,7 @@ void param_specs(Spec specs[NUM_PARAMS], const Config* c) {
     size_t D = c->model_dim, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim, N = c->cema_ndim;
     size_t vocab = c->vocab_size;
     bool swiglu = c->swiglu, share_emb = c->share_emb, rescale_nffn = c->rescale_nffn;
-#define PARAM_ROW(field, name, d0, d1, d2, init) { name, 1, {d0, d1, d2}, 0, init },
+#define PARAM_ROW(field, name, d0, d1, d2, init) { name, 1, {d0, d1, d2, 0}, 0, init },
     const Spec rows[] = { PARAMETERS(PARAM_ROW) };
     for (int i = 0; i < NUM_PARAMS; i++) {
         const size_t* dims = rows[i].dims;
@@ -417,7 +424,7 @@ void act_specs(Spec specs[NUM_ACTS], const Config* c, size_t BT, int keep) {
     size_t D = c->model_dim, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim, G = c->norm_num_groups;
     size_t H = c->num_heads, vocab = c->vocab_size;
     bool swiglu = c->swiglu, rescale_nffn = c->rescale_nffn;
-#define ACT_ROW(field, name, slots, d0, d1) { name, slots, {d0, d1, 0}, 0, 0 },
+#define ACT_ROW(field, name, slots, d0, d1) { name, slots, {d0, d1, 0, 0}, 0, 0 },
     const Spec rows[] = { ACTIVATIONS(ACT_ROW) };
     for (int i = 0; i < NUM_ACTS; i++) {
         bool own = (rows[i].slots == LAYER && keep == KEEP_ALL) || (rows[i].slots == BLOCK_OUTPUT && keep != KEEP_NONE);
@@ -1369,6 +1376,32 @@ void state_reset(State* s, const Config* c) { // back to the empty past
     s->pos = 0;
 }
 
+// Rows that start afresh forget the past. The others' statistics become what checkpoints hold of them, floats, so that
+// a resumed run goes on with the same bits.
+double float_rounded(double x) { volatile float f = x; return f; } // volatile: gcc 12 vectorizes the rounding away
+void state_carry(State* s, const Config* c, const bool* fresh) {
+    size_t lines = (c->num_layers + (size_t)1) * s->B, G = c->norm_num_groups, h = 2 * c->model_dim * c->cema_ndim;
+    for (size_t i = 0; i < lines * G; i++) {
+        NormState* n = &s->norm[i];
+        n->count = float_rounded(n->count); n->mean = float_rounded(n->mean); n->var = float_rounded(n->var);
+    }
+    for (size_t i = 0; i < lines; i++) {
+        if (!fresh[i % s->B]) { continue; }
+        memset(s->norm + i * G, 0, G * sizeof(NormState));
+        if (i < lines - s->B) { memset(s->h + i * h, 0, h * sizeof(float)); }
+    }
+}
+
+// Where ranks hold slices, the state after the last one is what the next step goes on from.
+void state_share(State* s, const Config* c) {
+    size_t norm = sizeof(NormState) * (c->num_layers + 1) * s->B * c->norm_num_groups;
+    size_t h = sizeof(float) * c->num_layers * s->B * c->model_dim * c->cema_ndim * 2, last = ranks.chunks - 1;
+    char* all = (char*)(last ? xcalloc(ranks.chunks, norm > h ? norm : h) : NULL);
+    if (last) { all_gather(all, s->norm, norm); memcpy(s->norm, all + last * norm, norm); }
+    if (last) { all_gather(all, s->h, h); memcpy(s->h, all + last * h, h); }
+    free(all);
+}
+
 State state_layer(const State* s, const Config* c, int l) { // layer l's part of s; all NULL where s is NULL
     State r = {0, 0, NULL, NULL, NULL, NULL};
     if (!s) { return r; }
@@ -1626,8 +1659,10 @@ double clip_scale(double norm, double limit) { return limit > 0 && norm + 1e-6 >
 // ---------------------------------------------------------------------------------------------------------------------
 // Backends: what training, evaluation and generation ask of a device. Here the CPU's, in train_megalodon.cu the GPU's
 
-enum { WEIGHTS, ADAM_M, ADAM_V, NUM_BLOCKS }; // blocks of parameters in a checkpoint
-static const char* block_prefixes[NUM_BLOCKS] = {"", "adam_m.", "adam_v."};
+enum { WEIGHTS, ADAM_M, ADAM_V, STATES, NUM_BLOCKS }; // blocks of tensors in a checkpoint
+enum { CARRIED_NORM = STATES, CARRIED_H };            // of these, with --carry, a backend knows two
+enum { NUM_CARRIED = 7, NUM_SAVED = STATES * NUM_PARAMS + NUM_CARRIED };
+static const char* block_prefixes[NUM_BLOCKS] = {"", "adam_m.", "adam_v.", "state."};
 
 typedef struct {
     void* self;        // handed to all functions below
@@ -1638,12 +1673,14 @@ typedef struct {
     void (*open)(void* self, const Options* o, bool training); // takes all memory, or refuses
     void (*close)(void* self);
     // Copies row i of the parameter table, layer l, between `host` and a block: into the weights all of it, else only
-    // the elements [part[0],part[1]) that are in this rank's shard.
-    void (*copy)(void* self, int block, int i, int l, float* host, bool to_host, size_t part[2]);
+    // the elements [part[0],part[1]) that are in this rank's shard. Of CARRIED_*: layer l of micro-step i, whole.
+    void (*copy)(void* self, int block, int i, int l, void* host, bool to_host, size_t part[2]);
     // Adds the gradient of dloss * (sum of losses) of a micro-step of --batch x --seq tokens; the first of a step
-    // starts a new sum. row: number of its first sequence, counted from the start of training; for dropout. May return
+    // starts a new sum. row: number of its first sequence, counted from the start of training; for dropout. With fresh,
+    // rows go on from the state that this micro-step left in the last step, except those that start afresh. May return
     // before the work is done.
-    void (*micro_step)(void* self, const int* tokens, const int* targets, double dloss, bool first, uint64_t row);
+    void (*micro_step)(void* self, const int* tokens, const int* targets, double dloss, bool first, uint64_t row,
+                       const bool* fresh);
     double (*finish_step)(void* self, double* loss); // norm of the gradient; sum of dloss * losses over the micro-steps
     void (*update)(void* self, const Options* o, double lr, int step, double grad_scale); // AdamW; waits for its end
     // T tokens, all in one chunk, that follow those streamed since the last reset; their losses, if targets is not
@@ -1654,7 +1691,7 @@ typedef struct {
 } Backend;
 
 enum { STREAM_TOKENS = 512 };
-typedef struct { Model m; Pass pass, stream; State state; double loss; } Cpu;
+typedef struct { Model m; Pass pass, stream; State state, next, *carried; int micro, accum; double loss; } Cpu;
 
 // Weights, gradients, a shard of both moments; activations and their gradients; the stream's.
 double cpu_memory_needed(void* self, const Options* o) {
@@ -1665,7 +1702,9 @@ double cpu_memory_needed(void* self, const Options* o) {
     act_specs(shared, &o->model, 1, KEEP_NONE);
     double rows = (double)o->batch * o->seq / ranks.chunks, streamed = min_int(o->model.chunk_size, STREAM_TOKENS);
     double each = specs_size(acts, NUM_ACTS), once = specs_size(shared, NUM_ACTS), blocks = 2 + 2.0 / ranks.count;
-    return sizeof(float) * (blocks * specs_size(params, NUM_PARAMS) + rows * (each + once) + streamed * once);
+    double carried = o->carry ? 2.0 * o->model.num_layers * o->model.model_dim * o->model.cema_ndim * o->batch : 0;
+    return sizeof(float) * (blocks * specs_size(params, NUM_PARAMS) + rows * (each + once) + streamed * once
+                            + (o->accum + 1) * carried);
 }
 
 void cpu_open(void* self, const Options* o, bool training) {
@@ -1678,34 +1717,58 @@ void cpu_open(void* self, const Options* o, bool training) {
     int B = o->generate ? o->samples : 1, T = o->generate ? 1 : min_int(c->chunk_size, STREAM_TOKENS);
     pass_alloc(&r->stream, c, B, T, KEEP_NONE, KEEP_NONE);
     state_alloc(&r->state, c, B, true);
+    if (!training || !o->carry) { return; }
+    r->carried = (State*)xcalloc(r->accum = o->accum, sizeof(State));
+    state_alloc(&r->next, c, o->batch, false);
+    for (int i = 0; i < o->accum; i++) { state_alloc(&r->carried[i], c, o->batch, false); }
 }
 
 void cpu_close(void* self) {
     Cpu* r = (Cpu*)self;
-    model_free(&r->m); pass_free(&r->pass); pass_free(&r->stream); state_free(&r->state);
+    model_free(&r->m); pass_free(&r->pass); pass_free(&r->stream); state_free(&r->state); state_free(&r->next);
+    for (int i = 0; i < r->accum; i++) { state_free(&r->carried[i]); }
+    free(r->carried);
 }
 
-void cpu_copy(void* self, int block, int i, int l, float* host, bool to_host, size_t part[2]) {
-    Model* m = &((Cpu*)self)->m;
-    float* here = ((float**)&m->params)[i] + l * m->specs[i].size;
+void cpu_copy(void* self, int block, int i, int l, void* host, bool to_host, size_t part[2]) {
+    Cpu* r = (Cpu*)self;
+    Model* m = &r->m;
+    if (block >= STATES) {
+        State s = state_layer(&r->carried[i], &m->config, l);
+        void* here = block == CARRIED_NORM ? (void*)s.norm : s.h;
+        size_t bytes = block == CARRIED_NORM ? sizeof(NormState) * s.B * m->config.norm_num_groups
+                                             : sizeof(float) * s.B * m->config.model_dim * m->config.cema_ndim * 2;
+        memcpy(to_host ? host : here, to_host ? here : host, bytes);
+        return;
+    }
+    float *here = ((float**)&m->params)[i] + l * m->specs[i].size, *there = (float*)host;
     size_t size = m->specs[i].size, at = here - m->params.embed, first = 0, last = size;
     if (block != WEIGHTS || to_host) {
         first = m->first > at ? min_size(m->first - at, size) : 0;
         last = m->last > at ? min_size(m->last - at, size) : 0;
     }
     if (block != WEIGHTS) { here = (block == ADAM_M ? m->adam_m : m->adam_v) + at - m->first; }
-    memcpy((to_host ? host : here) + first, (to_host ? here : host) + first, (last - first) * sizeof(float));
+    memcpy((to_host ? there : here) + first, (to_host ? here : there) + first, (last - first) * sizeof(float));
     part[0] = first; part[1] = last;
 }
 
-void cpu_micro_step(void* self, const int* tokens, const int* targets, double dloss, bool first, uint64_t row) {
+void cpu_micro_step(void* self, const int* tokens, const int* targets, double dloss, bool first, uint64_t row,
+                    const bool* fresh) {
     Cpu* r = (Cpu*)self;
     size_t scored = 0;
     r->pass.masks.row = row;
     if (first) { memset(r->m.grads.embed, 0, r->m.num_parameters * sizeof(float)); r->loss = 0; }
-    model_forward(&r->m, &r->pass, tokens, NULL, NULL);
+    r->micro = first ? 0 : r->micro + 1;
+    State *past = fresh ? &r->carried[r->micro] : NULL, *next = fresh ? &r->next : NULL;
+    if (fresh) { state_carry(past, &r->m.config, fresh); }
+    model_forward(&r->m, &r->pass, tokens, past, next);
     r->loss += model_loss(&r->m, &r->pass, targets, &scored) * dloss;
-    model_backward(&r->m, &r->pass, tokens, targets, dloss, NULL, NULL);
+    model_backward(&r->m, &r->pass, tokens, targets, dloss, past, NULL);
+    if (!fresh) { return; }
+    State s = *past;
+    *past = *next;
+    *next = s;
+    state_share(past, &r->m.config);
 }
 
 double cpu_finish_step(void* self, double* loss) {
@@ -1991,7 +2054,7 @@ void safetensors_read(const SafeTensors* st, const char* name, const Spec* spec,
     const Tensor* t = safetensors_find(st, name);
     int n = 0;
     if (!t) { die("%s: tensor '%s' is missing", st->path, name); }
-    while (n < 3 && spec->dims[n]) { n++; }
+    while (n < 4 && spec->dims[n]) { n++; }
     if (t->num_dims != n || memcmp(t->dims, spec->dims, n * sizeof(size_t))) {
         die("%s: tensor '%s' has shape %s, expected %s", st->path, name, shape_text(t->dims, t->num_dims),
             shape_text(spec->dims, n));
@@ -2003,13 +2066,14 @@ void safetensors_read(const SafeTensors* st, const char* name, const Spec* spec,
 // Options as text: the command line, the metadata of files, the printed configuration
 
 enum { INT, REAL, BOOL, TEXT, FLAG };
-enum { MODEL_GROUP, TRAINING_GROUP, MODE_GROUP };
+enum { MODEL_GROUP, TOKEN_GROUP, TRAINING_GROUP, MODE_GROUP };
 #define MODEL_ROW(kind, name, value, ...)    {#name, kind, MODEL_GROUP, offsetof(Options, model.name), __VA_ARGS__},
+#define TOKEN_ROW(kind, name, value, ...)    {#name, kind, TOKEN_GROUP, offsetof(Options, name), __VA_ARGS__},
 #define TRAINING_ROW(kind, name, value, ...) {#name, kind, TRAINING_GROUP, offsetof(Options, name), __VA_ARGS__},
 #define MODE_ROW(kind, name, value, ...)     {#name, kind, MODE_GROUP, offsetof(Options, name), __VA_ARGS__},
 typedef struct { const char* name; int kind, group; size_t offset; double low, high; const char* help; } OptionRow;
 static const OptionRow option_rows[] = {
-    MODEL_OPTIONS(MODEL_ROW) TRAINING_OPTIONS(TRAINING_ROW) MODE_OPTIONS(MODE_ROW)
+    MODEL_OPTIONS(MODEL_ROW) TOKEN_OPTIONS(TOKEN_ROW) TRAINING_OPTIONS(TRAINING_ROW) MODE_OPTIONS(MODE_ROW)
 };
 enum { NUM_OPTIONS = sizeof(option_rows) / sizeof(option_rows[0]) };
 
@@ -2050,7 +2114,8 @@ void option_set(Options* o, int i, const char* text, const char* source) {
 }
 
 void print_help(void) {
-    static const char* titles[] = {"The model (a preset first, then any of these):", "Data and training:",
+    static const char* titles[] = {"The model (a preset first, then any of these):",
+                                   "Tokens and documents (--load and --resume remember them):", "Data and training:",
                                    "Where to start, and what to do instead of training:"};
     printf("Trains a Megalodon language model, or evaluates it (--eval), or samples from it (--generate).\n"
            "usage: train_megalodon [--flag value]...\n");
@@ -2070,9 +2135,9 @@ int option_find(const char* word) {
     die("unknown option \"%s\": --help lists all of them", word);
 }
 
-// What a file records, over o, only for the model unless `all`; a model's flag given that contradicts it is refused.
+// What a file records, over o, only the model and its tokens unless `all`; flags that contradict a model are refused.
 void options_from_file(Options* o, const SafeTensors* st, const bool* given, bool all) {
-    for (int i = 0; i < NUM_OPTIONS && option_rows[i].group <= (all ? TRAINING_GROUP : MODEL_GROUP); i++) {
+    for (int i = 0; i < NUM_OPTIONS && option_rows[i].group <= (all ? TRAINING_GROUP : TOKEN_GROUP); i++) {
         const char* text = safetensors_meta(st, option_key(i));
         Options file = *o;
         if (!text) { continue; }
@@ -2095,13 +2160,59 @@ void options_print(const Options* o, FILE* f) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Checkpoints: weights, both Adam moments, all flags and the step, from which data order and sampling follow
+// Checkpoints: weights, both Adam moments, all flags and the step, from which data order and sampling follow; with
+// --carry also the carried states
+
+// The tensors of block STATES, of all rows of a step; rows of a table like param_specs's, which stand after those.
+void carried_specs(Spec specs[NUM_CARRIED], const Options* o) {
+    const Config* c = &o->model;
+    size_t R = (size_t)o->batch * o->accum * ranks.groups, D = c->model_dim, N = c->cema_ndim, G = c->norm_num_groups;
+    int L = o->carry ? c->num_layers : 0, once = o->carry;
+    const Spec rows[NUM_CARRIED] = {
+        {"layers.%d.mega.timenorm.count", L,    {R, 0, 0, 0}, R, 0},
+        {"layers.%d.mega.timenorm.mean",  L,    {R, G, 0, 0}, R * G, 0},
+        {"layers.%d.mega.timenorm.var",   L,    {R, G, 0, 0}, R * G, 0},
+        {"output.final_norm.count",       once, {R, 0, 0, 0}, R, 0},
+        {"output.final_norm.mean",        once, {R, G, 0, 0}, R * G, 0},
+        {"output.final_norm.var",         once, {R, G, 0, 0}, R * G, 0},
+        {"layers.%d.mega.cema.h",         L,    {R, D, N, 2}, R * D * N * 2, 0},
+    };
+    memcpy(specs, rows, sizeof(rows));
+}
+
+// The block of tensor t of a checkpoint; returns its row in the table.
+int saved_row(int t, int* block) {
+    *block = t / NUM_PARAMS;
+    return t - (*block == STATES ? STATES - 1 : *block) * NUM_PARAMS;
+}
+
+// Copies tensor i of a block, layer l, between `tensor` and the backend; of STATES, the rows of a micro-step. part
+// receives what of the tensor is this rank's.
+void block_copy(const Backend* b, const Options* o, const Spec* s, int block, int i, int l, int micro, float* tensor,
+                bool to_host, size_t part[2]) {
+    if (block < STATES) { b->copy(b->self, block, i, l, tensor, to_host, part); return; }
+    size_t n = (size_t)o->batch * o->model.norm_num_groups, each = s->size / o->accum / ranks.groups;
+    part[0] = ((size_t)micro * ranks.groups + ranks.group) * each;
+    part[1] = part[0] + each;
+    tensor += part[0];
+    i -= NUM_PARAMS;
+    if (i == 6) { b->copy(b->self, CARRIED_H, micro, l, tensor, to_host, part); return; }
+    NormState* norms = (NormState*)xcalloc(n, sizeof(NormState));
+    int layer = i < 3 ? l : o->model.num_layers;
+    b->copy(b->self, CARRIED_NORM, micro, layer, norms, true, part);
+    for (size_t k = 0; k < n; k++) { // the groups of a row hold its count each
+        double* field = i % 3 == 0 ? &norms[k].count : i % 3 == 1 ? &norms[k].mean : &norms[k].var;
+        if (to_host) { tensor[k * each / n] = *field; } else { *field = tensor[k * each / n]; }
+    }
+    if (!to_host) { b->copy(b->self, CARRIED_NORM, micro, layer, norms, false, part); }
+    free(norms);
+}
 
 double step_tokens(const Options* o) { return (double)o->accum * ranks.groups * o->batch * o->seq; }
 
 // Writes DIR/step_%08d.safetensors under another name, flushes it to the disk, and only then gives it its name. Rank 0
 // writes the header, then every rank what is in its shard.
-void checkpoint_save(const Backend* b, const Spec specs[NUM_PARAMS], const Options* o, int step) {
+void checkpoint_save(const Backend* b, const Spec* specs, const Options* o, int step) {
     char *header = NULL, name[128];
     size_t length = 0, offset = 0, largest = 0;
     FILE* h = open_memstream(&header, &length);
@@ -2117,12 +2228,13 @@ void checkpoint_save(const Backend* b, const Spec specs[NUM_PARAMS], const Optio
         fputc('"', h);
     }
     fputc('}', h);
-    for (int i = 0; i < NUM_BLOCKS * NUM_PARAMS; i++) {
-        const Spec* s = &specs[i % NUM_PARAMS];
+    for (int t = 0; t < NUM_SAVED; t++) {
+        int block, i = saved_row(t, &block);
+        const Spec* s = &specs[i];
         for (int l = 0; s->size && l < s->slots; l++, offset += s->size * sizeof(float)) {
-            layer_name(name, block_prefixes[i / NUM_PARAMS], s->name, l);
-            fprintf(h, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", name);
-            for (int d = 0; d < 3 && s->dims[d]; d++) { fprintf(h, "%s%zu", d ? "," : "", s->dims[d]); }
+            fprintf(h, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[",
+                    layer_name(name, block_prefixes[block], s->name, l));
+            for (int d = 0; d < 4 && s->dims[d]; d++) { fprintf(h, "%s%zu", d ? "," : "", s->dims[d]); }
             fprintf(h, "],\"data_offsets\":[%zu,%zu]}", offset, offset + s->size * sizeof(float));
             largest = s->size > largest ? s->size : largest;
         }
@@ -2140,13 +2252,16 @@ void checkpoint_save(const Backend* b, const Spec specs[NUM_PARAMS], const Optio
     bool good = f && !ftruncate(fd, at + offset);
     for (int i = 0; good && !ranks.rank && i < 8; i++) { good = fputc(length >> 8 * i & 255, f) != EOF; }
     good = good && (ranks.rank || fwrite(header, 1, length, f) == length);
-    for (int i = 0; i < NUM_BLOCKS * NUM_PARAMS; i++) {
-        const Spec* s = &specs[i % NUM_PARAMS];
+    for (int t = 0; t < NUM_SAVED; t++) {
+        int block, i = saved_row(t, &block);
+        const Spec* s = &specs[i];
         for (int l = 0; good && s->size && l < s->slots; l++, at += s->size * sizeof(float)) {
-            size_t mine[2];
-            b->copy(b->self, i / NUM_PARAMS, i % NUM_PARAMS, l, tensor, true, mine);
-            good = !fseeko(f, at + mine[0] * sizeof(float), SEEK_SET) &&
-                   fwrite(tensor + mine[0], sizeof(float), mine[1] - mine[0], f) == mine[1] - mine[0];
+            for (int k = 0; good && k < (block == STATES ? o->accum : 1); k++) {
+                size_t mine[2];
+                block_copy(b, o, s, block, i, l, k, tensor, true, mine);
+                good = !fseeko(f, at + mine[0] * sizeof(float), SEEK_SET) &&
+                       fwrite(tensor + mine[0], sizeof(float), mine[1] - mine[0], f) == mine[1] - mine[0];
+            }
         }
     }
     good = good && !fflush(f) && !fsync(fileno(f));
@@ -2187,15 +2302,18 @@ void checkpoint_open(SafeTensors* st, const char* folder) {
     die("--resume %s: no valid step_*.safetensors there", folder);
 }
 
-// Checks that a file has all tensors of a block of parameters, and with b, reads them into it.
-void block_load(const Backend* b, const Spec specs[NUM_PARAMS], const SafeTensors* st, int block) {
+// Checks that a file has the tensors of the first blocks, and with b, reads them into it.
+void blocks_load(const Backend* b, const Options* o, const Spec* specs, const SafeTensors* st, int blocks) {
     char name[128];
     size_t part[2];
-    for (int i = 0; i < NUM_PARAMS; i++) {
+    for (int t = 0, block; t < NUM_SAVED; t++) {
+        int i = saved_row(t, &block);
         float* tensor = b ? (float*)xcalloc(specs[i].size, sizeof(float)) : NULL;
-        for (int l = 0; specs[i].size && l < specs[i].slots; l++) {
+        for (int l = 0; block < blocks && specs[i].size && l < specs[i].slots; l++) {
             safetensors_read(st, layer_name(name, block_prefixes[block], specs[i].name, l), &specs[i], tensor);
-            if (b) { b->copy(b->self, block, i, l, tensor, false, part); }
+            for (int k = 0; b && k < (block == STATES ? o->accum : 1); k++) {
+                block_copy(b, o, &specs[i], block, i, l, k, tensor, false, part);
+            }
         }
         free(tensor);
     }
@@ -2207,7 +2325,8 @@ void weights_check(const Spec specs[NUM_PARAMS], const SafeTensors* st, bool sha
     char name[128];
     for (int t = 0; t < st->num_tensors; t++) {
         const char *has = st->tensors[t].name, *dot = strrchr(has, '.');
-        bool known = !strncmp(has, "adam_", 5) || !strcmp(has, "rope.freqs") || (dot && !strncmp(dot, ".prior_", 7));
+        bool known = !strncmp(has, "adam_", 5) || !strncmp(has, "state.", 6) || !strcmp(has, "rope.freqs")
+                     || (dot && !strncmp(dot, ".prior_", 7));
         for (const Spec* s = specs; s < specs + NUM_PARAMS; s++) {
             for (int l = 0; s->size && l < s->slots && !known; l++) {
                 known = !strcmp(has, layer_name(name, "", s->name, l));
@@ -2225,117 +2344,41 @@ void weights_check(const Spec specs[NUM_PARAMS], const SafeTensors* st, bool sha
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Data: files of tokens laid end to end
-
-typedef struct { const char* path; int width; size_t offset, begin, end; } Segment; // tokens [begin,end) of a file
-typedef struct { Segment* segments; int count; size_t size; } Dataset;
-
-void dataset_add(Dataset* d, Segment s, size_t begin, size_t end) {
-    if (begin == end) { return; }
-    d->segments = (Segment*)list_grow(d->segments, d->count, sizeof(Segment));
-    s.begin = begin; s.end = end;
-    d->segments[d->count++] = s;
-    d->size += end - begin;
-}
-
-// A text: bytes are tokens. A file that ends in .bin: llm.c's format, 256 int32 (magic, version, count), then uint16
-// tokens (magic 20240520, version 1) or uint32 tokens (20240801, 7).
-Segment token_file(const char* path) {
-    Segment s = {path, 1, 0, 0, 0};
-    struct stat info;
-    int32_t header[256];
-    const char* dot = strrchr(path, '.');
-    int fd = open(path, O_RDONLY);
-    if (fd < 0 || fstat(fd, &info)) { die("%s: %s", path, strerror(errno)); }
-    if (!S_ISREG(info.st_mode)) { die("%s: not a regular file", path); }
-    size_t bytes = s.end = info.st_size;
-    if (dot && !strcmp(dot, ".bin")) {
-        if (read(fd, header, sizeof(header)) != sizeof(header)) { die("%s: truncated: no header of 1024 bytes", path); }
-        s.offset = sizeof(header);
-        int magic = header[0], version = header[1], count = header[2];
-        s.width = magic == 20240520 && version == 1 ? 2 : magic == 20240801 && version == 7 ? 4 : 0;
-        if (!s.width) {
-            die("%s: magic %d version %d: llm.c's token files have 20240520/1 or 20240801/7", path, magic, version);
-        }
-        s.end = count;
-        bool fits = count >= 0 && bytes == s.offset + s.end * s.width;
-        if (!fits) { die("%s: %d tokens do not make a file of %zu bytes", path, count, bytes); }
-    }
-    close(fd);
-    if (s.end == 0) { die("%s: empty", path); }
-    return s;
-}
-
-// Adds the files that a list of patterns names; the last 10% of each go to held_out if not NULL.
-void dataset_open(Dataset* d, Dataset* held_out, const char* flag, const char* patterns) {
-    char* list = strdup(patterns);
-    for (char *save = NULL, *pattern = strtok_r(list, ",", &save); pattern; pattern = strtok_r(NULL, ",", &save)) {
-        glob_t found;
-        if (glob(pattern, 0, NULL, &found)) { die("%s: no file is named %s", flag, pattern); }
-        for (size_t i = 0; i < found.gl_pathc; i++) {
-            Segment s = token_file(strdup(found.gl_pathv[i]));
-            size_t cut = held_out ? (size_t)(0.9 * s.end) : s.end;
-            dataset_add(d, s, 0, cut);
-            if (held_out) { dataset_add(held_out, s, cut, s.end); }
-        }
-        globfree(&found);
-    }
-    free(list);
-}
-
-// out = tokens [at, at+n) of the files laid end to end; every id must be below vocab.
-void dataset_read(const Dataset* d, size_t at, size_t n, int* out, int vocab) {
-    for (const Segment* s = d->segments; n > 0; at -= min_size(at, s->end - s->begin), s++) {
-        if (at >= s->end - s->begin) { continue; }
-        size_t take = min_size(n, s->end - s->begin - at), bytes = take * s->width, done = 0;
-        unsigned char* p = (unsigned char*)out + take * (sizeof(int) - s->width); // widened in place, from the front
-        int fd = open(s->path, O_RDONLY);
-        for (ssize_t got = 1; fd >= 0 && done < bytes && got > 0; done += got > 0 ? got : 0) {
-            got = pread(fd, p + done, bytes - done, s->offset + (s->begin + at) * s->width + done);
-        }
-        if (done < bytes) { die("%s: cannot be read any more", s->path); }
-        close(fd);
-        for (size_t k = 0; k < take; k++, p += s->width) {
-            uint32_t id = 0;
-            for (int b = 0; b < s->width; b++) { id |= (uint32_t)p[b] << 8 * b; }
-            out[k] = id;
-            if (id < (uint32_t)vocab) { continue; }
-            die("%s: token %zu is %u, vocab_size is %d", s->path, s->begin + at + k, id, vocab);
-        }
-        out += take; n -= take; at += take;
-    }
-}
-
-// Reads everything once, so that a bad token shows at the start and not when a run has done its work.
-void dataset_check(const Dataset* d, int vocab) {
-    int piece[4096];
-    for (size_t at = 0; at < d->size; at += 4096) { dataset_read(d, at, min_size(4096, d->size - at), piece, vocab); }
-}
-
-// Sequence `row` of a step and the token that follows it, T + 1 in all, from a uniformly random place: a pure function
-// of (seed, step, row), whoever asks.
-void dataset_sample(const Dataset* d, int seed, uint64_t step, uint64_t row, int T, int vocab, int* out) {
-    dataset_read(d, random_bits(seed, ((uint64_t)1 << 56) + step, row) % (d->size - T), T + 1, out, vocab);
-}
+#include "data/tokens.h" // tokenizers, files of tokens, documents, what losses say about a text
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Use: evaluation, generation, training; on any backend
 
-// Mean loss in nats over the tokens of d in order, state carried; each but the first is scored once.
-double evaluate(const Backend* b, const Config* c, const Dataset* d) {
+// Adds to `spans` the losses of the documents of d in order, each from an empty past on, every token scored once (the
+// first one only after an EOD); and writes them to `file` if not NULL. Returns the mean of all in nats.
+double evaluate(const Backend* b, const Config* c, const Dataset* d, Span spans[NUM_SPANS], FILE* file) {
     int *tokens = (int*)xcalloc(b->stream_tokens + 1, sizeof(int)), T;
     float* losses = (float*)xcalloc(b->stream_tokens, sizeof(float));
-    double sum = 0;
-    b->reset(b->self);
-    for (size_t at = 0; at + 1 < d->size; at += T) {
-        T = min_size(d->size - 1 - at, min_size(b->stream_tokens, c->chunk_size - at % c->chunk_size));
-        dataset_read(d, at, T + 1, tokens, c->vocab_size);
-        b->stream(b->self, tokens, T, tokens + 1, losses);
-        for (int t = 0; t < T; t++) { sum += losses[t]; }
+    for (const Document* k = d->documents; k < d->documents + d->num_documents; k++) {
+        size_t inputs = document_inputs(d, k);
+        b->reset(b->self);
+        for (size_t at = 0; at < inputs; at += T) {
+            T = min_size(inputs - at, min_size(b->stream_tokens, c->chunk_size - at % c->chunk_size));
+            document_read(d, k, at, T, tokens, c->vocab_size);
+            b->stream(b->self, tokens, T, tokens + 1, losses);
+            spans_add(spans, k->size - inputs + at, losses, T);
+            if (file) { fwrite(losses, sizeof(float), T, file); } // errors show when it is closed
+        }
     }
     free(tokens); free(losses);
-    return sum / (d->size - 1);
+    Span sum = spans_sum(spans);
+    return sum.nats / sum.tokens;
+}
+
+// --eval: the losses, what they say about the text, and --losses.
+void evaluate_file(const Backend* b, const Options* o, const Dataset* d) {
+    Span spans[NUM_SPANS] = {{0, 0}};
+    FILE* file = *o->losses ? fopen(o->losses, "wb") : NULL;
+    bool good = !*o->losses || file;
+    if (good) { evaluate(b, &o->model, d, spans, file); }
+    good = good && (!file || (!ferror(file) && !fclose(file)));
+    if (!good) { die("--losses %s: %s", o->losses, strerror(errno)); }
+    spans_print(spans, d);
 }
 
 typedef struct { float p; int id; } Candidate;
@@ -2344,56 +2387,30 @@ int candidate_by_p(const void* a, const void* b) {
     return x->p != y->p ? (x->p < y->p) - (x->p > y->p) : x->id - y->id;
 }
 
-// Probabilities relative to the largest, and their counts and sums by exponent and 5 bits of the mantissa (the lowest
-// bucket has the rest): so no more than the candidates of one bucket have to be sorted.
-enum { BUCKETS = 1024 };
-typedef struct { const float* p; int vocab, count[BUCKETS]; double sum[BUCKETS]; } Ranking;
-int bucket_of(float p) {
-    uint32_t bits;
-    memcpy(&bits, &p, sizeof(bits));
-    int b = BUCKETS - 1 + (int)(bits >> 18) - (0x3f800000 >> 18); // of 1.0: the last one
-    return b < 0 ? 0 : min_int(b, BUCKETS - 1);
-}
-
-// Takes candidates, the likeliest first, until there are n or they sum up to `enough`. Returns the last one.
-int ranking_take(const Ranking* r, int n, double enough, double* sum) {
-    int b = BUCKETS - 1, taken = 0, count = 0, i = 0;
-    for (*sum = 0; !r->count[b] || (taken + r->count[b] < n && *sum + r->sum[b] < enough); b--) {
-        taken += r->count[b];
-        *sum += r->sum[b];
-    }
-    Candidate* c = (Candidate*)xcalloc(r->count[b], sizeof(Candidate));
-    for (int v = 0; v < r->vocab; v++) {
-        if (bucket_of(r->p[v]) == b) { c[count].p = r->p[v]; c[count++].id = v; }
-    }
-    qsort(c, count, sizeof(Candidate), candidate_by_p);
-    do { *sum += c[i++].p; } while (i < count && taken + i < n && *sum < enough);
-    int id = c[i - 1].id;
-    free(c);
-    return id;
-}
-
 // Draws from softmax(logits / temperature), cut to the top_k likeliest tokens and then to the likeliest that hold top_p
-// together; u is uniform in [0,1).
+// together; u is uniform in [0,1). Only where there is a cut are candidates sorted, and only those that may be kept.
 int sample(const float* logits, int vocab, const Options* o, double u) {
-    int n = o->top_k ? min_int(o->top_k, vocab) : vocab, top = 0;
+    int n = vocab, top = 0, i = 0;
     for (int v = 1; v < vocab; v++) { top = logits[v] > logits[top] ? v : top; }
     if (o->temperature == 0) { return top; }
-    float* p = (float*)xcalloc(vocab, sizeof(float));
-    Ranking r = {p, vocab, {0}, {0}};
-    double sum = 0, kept;
-    for (int v = 0; v < vocab; v++) { p[v] = exp_fast((logits[v] - logits[top]) / o->temperature); }
+    Candidate* c = (Candidate*)xcalloc(vocab, sizeof(Candidate));
+    double sum = 0, kept = 0;
     for (int v = 0; v < vocab; v++) {
-        int b = bucket_of(p[v]);
-        r.count[b]++;
-        r.sum[b] += p[v];
+        c[v].p = exp_fast((logits[v] - logits[top]) / o->temperature); c[v].id = v;
+        sum += c[v].p;
     }
-    for (int b = 0; b < BUCKETS; b++) { sum += r.sum[b]; }
-    if (n < vocab) { ranking_take(&r, n, INFINITY, &sum); }
-    kept = sum;
-    if (o->top_p < 1) { ranking_take(&r, n, o->top_p * sum, &kept); }
-    int id = ranking_take(&r, n, u * kept, &sum);
-    free(p);
+    if (o->top_k || o->top_p < 1) {
+        double least = o->top_k ? 0 : (1 - o->top_p) * sum / vocab; // what is below, all together, is more than enough
+        for (int v = n = 0; v < vocab; v++) { if (c[v].p >= least) { c[n++] = c[v]; } }
+        qsort(c, n, sizeof(Candidate), candidate_by_p);
+        n = o->top_k ? min_int(n, o->top_k) : n;
+        for (i = 0, sum = o->top_k ? 0 : sum; o->top_k && i < n; i++) { sum += c[i].p; }
+        for (i = 0; i < n && kept < o->top_p * sum; i++) { kept += c[i].p; }
+        n = i; sum = kept;
+    }
+    for (i = 0, u *= sum; i < n - 1 && u >= c[i].p; i++) { u -= c[i].p; }
+    int id = c[i].id;
+    free(c);
     return id;
 }
 
@@ -2403,39 +2420,47 @@ double seconds(void) {
     return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
-// Prints n tokens that follow the prompt (a newline if it is empty): bytes, or numbers where tokens are not bytes. A
-// single sample as it comes, several one after the other.
-void generate(const Backend* b, const Options* o, int n, uint64_t stream) {
-    const char* prompt = *o->prompt ? o->prompt : "\n";
-    int vocab = o->model.vocab_size, length = strlen(prompt), B = o->generate ? o->samples : 1;
-    int *tokens = (int*)xcalloc((size_t)B * n, sizeof(int)), *next = (int*)xcalloc(B, sizeof(int));
-    double started = seconds();
+// Prints n tokens that follow the prompt, or up to the end of the document. An empty prompt starts a new document, or
+// where there are no documents, a line. A single sample is printed as it comes, several one after the other.
+void generate(const Backend* b, const Options* o, const Tokenizer* t, int n, uint64_t stream) {
+    const char* prompt = *o->prompt || o->eod >= 0 ? o->prompt : "\n";
+    int vocab = o->model.vocab_size, B = o->generate ? o->samples : 1, left = 0, going = B;
+    int *tokens = (int*)xcalloc((size_t)B * (n + 1), sizeof(int)), *next = (int*)xcalloc(B, sizeof(int));
+    int* ends = (int*)xcalloc(B, sizeof(int)); // tokens of each sample, once it is done
+    Tokens past = {NULL, 0};
+    if (o->eod >= 0) { tokens_add(&past, o->eod); }
+    encode(t, (const unsigned char*)prompt, strlen(prompt), &past);
+    if (!past.count) { tokens_add(&past, t->eod); } // a prompt of spaces that the tokenizer drops
     b->reset(b->self);
-    for (int i = 0; i < length + n; i++) {
-        const float* logits = i < length ? NULL : b->logits(b->self);
-        if (i == length) { started = seconds(); }
+    for (size_t i = 0; i + 1 < past.count; i++) { // all but the last one
+        if (past.ids[i] >= vocab) { die("--prompt: byte %d is not below vocab_size %d", past.ids[i], vocab); }
+        for (int s = 0; s < B; s++) { next[s] = past.ids[i]; }
+        b->stream(b->self, next, 1, NULL, NULL);
+    }
+    for (int s = 0; s < B; s++) { next[s] = past.ids[past.count - 1]; ends[s] = n; }
+    if (*next >= vocab) { die("--prompt: byte %d is not below vocab_size %d", *next, vocab); }
+    double started = seconds();
+    for (int i = 0; i < n && going; i++) {
+        b->stream(b->self, next, 1, NULL, NULL);
+        const float* logits = b->logits(b->self);
         OMP(omp parallel for schedule(dynamic) if (B > 1))
         for (int s = 0; s < B; s++) {
-            next[s] = (unsigned char)prompt[i < length ? i : 0];
-            if (i < length) { continue; }
-            double u = random_uniform(o->seed, ((uint64_t)2 << 56) + ((uint64_t)s << 32) + stream, i - length);
-            next[s] = tokens[(size_t)s * n + i - length] = sample(logits + (size_t)s * vocab, vocab, o, u);
+            double u = random_uniform(o->seed, ((uint64_t)2 << 56) + ((uint64_t)s << 32) + stream, i);
+            next[s] = tokens[(size_t)s * n + i] = sample(logits + (size_t)s * vocab, vocab, o, u);
         }
-        if (next[0] >= vocab) { die("--prompt: byte %d is not below vocab_size %d", next[0], vocab); }
-        if (i + 1 < length + n) { b->stream(b->self, next, 1, NULL, NULL); }
-        if (i < length || (B > 1 && i + 1 < length + n)) { continue; }
-        for (int s = 0, t = B > 1 ? 0 : i - length; s < B; t = 0, s++) {
-            if (s > 0) { printf("\n----------------\n"); }
-            for (; t <= i - length; t++) {
-                int token = tokens[(size_t)s * n + t];
-                if (vocab <= 256) { putchar(token); } else { printf("%d ", token); }
-            }
+        for (int s = 0; s < B; s++) {
+            if (ends[s] == n && next[s] == o->eod) { ends[s] = i; going--; }
         }
-        fflush(stdout);
+        if (B == 1 && going) { token_print(t, vocab, next[0], &left); }
     }
+    for (int s = 0; B > 1 && s < B; s++) {
+        for (int i = 0; i < ends[s]; i++) { token_print(t, vocab, tokens[(size_t)s * n + i], &left); }
+        printf(s + 1 < B ? "\n----------------\n" : "");
+    }
+    fflush(stdout);
     double speed = (double)B * n / (seconds() - started);
     if (o->generate) { fprintf(stderr, "\n%d x %d tokens, %.1f tok/s\n", B, n, speed); }
-    free(tokens); free(next);
+    free(past.ids); free(tokens); free(next); free(ends);
 }
 
 // Learning rate of a step counted from 0: linear warmup, then from lr to lr * lr_end_ratio over the rest of the steps.
@@ -2497,37 +2522,25 @@ double flops_per_token(const Config* c) {
     return 6 * weights + 3.0 * c->num_layers * c->chunk_size * (c->z_dim + c->value_dim);
 }
 
-// The tokens and targets of all micro-steps of a step: this rank's slice of its group's sequences. They are counted
-// micro-step by micro-step over all groups, so that a step has the same ones however the work is split.
-void read_step(const Options* o, const Dataset* data, int step, int* tokens, int* targets) {
-    size_t B = o->batch, T = o->seq / ranks.chunks;
-    int* row = (int*)xcalloc(o->seq + 1, sizeof(int));
-    for (size_t r = 0; r < o->accum * B; r++) {
-        size_t global = (r / B * ranks.groups + ranks.group) * B + r % B;
-        dataset_sample(data, o->seed, step, global, o->seq, o->model.vocab_size, row);
-        memcpy(tokens + r * T, row + ranks.chunk * T, T * sizeof(int));
-        memcpy(targets + r * T, row + ranks.chunk * T + 1, T * sizeof(int));
-    }
-    free(row);
-}
-
 void train(const Backend* b, const Options* o, const Spec* specs, int first_step, const Dataset* data,
            const Dataset* held_out) {
     size_t rows = (size_t)o->batch * o->seq / ranks.chunks;
     int *tokens = (int*)xcalloc(rows * o->accum, sizeof(int)), *targets = (int*)xcalloc(rows * o->accum, sizeof(int));
+    bool* fresh = (bool*)xcalloc((size_t)o->batch * o->accum, sizeof(bool));
     FILE* log = *o->out && ranks.rank == 0 ? log_open(o, first_step) : NULL;
     signal(SIGINT, on_signal); signal(SIGTERM, on_signal);
-    double started = seconds(), dloss = 1 / step_tokens(o), peak = ranks.count * b->peak / flops_per_token(&o->model);
-    read_step(o, data, first_step, tokens, targets);
+    double started = seconds(), peak = ranks.count * b->peak / flops_per_token(&o->model);
+    size_t predictions = read_step(o, data, first_step, tokens, targets, fresh);
     for (int step = first_step; step < o->steps; step++) {
-        double step_started = seconds(), loss = 0, val = NAN, lr = learning_rate(o, step);
+        double step_started = seconds(), loss = 0, val = NAN, lr = learning_rate(o, step), dloss = 1.0 / predictions;
         for (int micro = 0; micro < o->accum; micro++) {
             uint64_t row = (((uint64_t)step * o->accum + micro) * ranks.groups + ranks.group) * o->batch;
-            b->micro_step(b->self, tokens + micro * rows, targets + micro * rows, dloss, micro == 0, row);
+            b->micro_step(b->self, tokens + micro * rows, targets + micro * rows, dloss, micro == 0, row,
+                          o->carry ? fresh + micro * o->batch : NULL);
         }
         int done = step + 1;
         bool last = done == o->steps;
-        if (!last) { read_step(o, data, done, tokens, targets); } // while a GPU works
+        if (!last) { predictions = read_step(o, data, done, tokens, targets, fresh); } // while a GPU works
         double norm = b->finish_step(b->self, &loss);
         if (!isfinite(loss) || !isfinite(norm)) {
             die("step %d: loss %g, gradient norm %g: stopped before the weights change; checkpoints stay as they are",
@@ -2535,13 +2548,14 @@ void train(const Backend* b, const Options* o, const Spec* specs, int first_step
         }
         b->update(b->self, o, lr, done, clip_scale(norm, o->clip));
         double ms = 1e3 * (seconds() - step_started);
-        bool validates = held_out->size > 1 && (last || (o->val_every && done % o->val_every == 0));
-        if (validates && ranks.rank == 0) { val = evaluate(b, &o->model, held_out); }
+        bool validates = held_out->size > (o->eod < 0) && (last || (o->val_every && done % o->val_every == 0));
+        Span spans[NUM_SPANS] = {{0, 0}};
+        if (validates && ranks.rank == 0) { val = evaluate(b, &o->model, held_out, spans, NULL); }
         double left = (seconds() - started) / (done - first_step) * (o->steps - done);
         log_step(o, log, done, loss, norm, lr, ms, left, val, peak);
         if (o->sample_every && (last || done % o->sample_every == 0) && ranks.rank == 0) {
             printf("---- sample ----\n");
-            generate(b, o, 400, done);
+            generate(b, o, data->tokenizer, 400, done);
             printf("\n----------------\n");
         }
         double stop = stop_asked; // read once: a signal may come at any moment, and to some ranks only
@@ -2553,24 +2567,7 @@ void train(const Backend* b, const Options* o, const Spec* specs, int first_step
         break;
     }
     if (log) { fclose(log); }
-    free(tokens); free(targets);
-}
-
-// Opens the data for what is asked for, and refuses what could not be used, before any work is done.
-void data_open(const Options* o, bool training, Dataset* data, Dataset* held_out) {
-    if (*o->eval) { dataset_open(data, NULL, "--eval", o->eval); }
-    if (data->size == 1) { die("--eval %s: at least 2 tokens are needed", o->eval); }
-    if (!training) { return; }
-    dataset_open(data, *o->val ? NULL : held_out, "--train", o->train);
-    if (*o->val) { dataset_open(held_out, NULL, "--val", o->val); }
-    printf("tokens: %zu to train on, %zu held out\n", data->size, held_out->size);
-    if (data->size <= (size_t)o->seq) {
-        die("--train %s: %zu tokens to train on, --seq %d needs one more than that", o->train, data->size, o->seq);
-    }
-    bool used = strcmp(o->out, o->resume) && checkpoint_newest(o->out, INT_MAX) >= 0;
-    if (used) { die("--out %s holds checkpoints: --resume it, or name another folder", o->out); }
-    dataset_check(held_out, o->model.vocab_size);
-    if (*o->out && mkdir(o->out, 0777) && errno != EEXIST) { die("--out %s: %s", o->out, strerror(errno)); }
+    free(tokens); free(targets); free(fresh);
 }
 
 // A preset first, then what a file says, then the flags, whatever their order. With --load or --resume st is left open.
@@ -2578,6 +2575,7 @@ void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
     const char* values[NUM_OPTIONS] = {NULL};
     bool given[NUM_OPTIONS] = {0};
     int preset = 0, preset_row = option_find("--preset"), out_row = option_find("--out");
+    int vocab_row = option_find("--vocab-size");
     *o = default_options;
     for (int a = 1; a < argc; a++) {
         int i = option_find(argv[a]);
@@ -2602,12 +2600,24 @@ void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
     if (*o->resume) { checkpoint_open(st, o->resume); }
     if (loaded) { options_from_file(o, st, given, *o->resume); }
     if (*o->resume && !values[out_row]) { o->out = o->resume; }
+    if (*o->tokenizer && !given[vocab_row] && !(loaded && safetensors_meta(st, "vocab_size"))) {
+        Tokenizer* t = tokenizer_open(o->tokenizer);
+        o->model.vocab_size = t->pieces;
+        tokenizer_close(t);
+    }
     config_check(&o->model);
+    int vocab = o->model.vocab_size;
+    if (o->eod >= vocab) { die("--eod %d: expected a token below vocab_size %d", o->eod, vocab); }
+    if (o->carry && o->eod < 0) { die("--carry needs documents: --eod, the token that ends them"); }
+    if (o->carry && o->seq % o->model.chunk_size) {
+        die("--carry needs --seq %d to be a multiple of --chunk-size %d", o->seq, o->model.chunk_size);
+    }
     bool known = !strcmp(o->schedule, "cosine") || !strcmp(o->schedule, "linear") || !strcmp(o->schedule, "constant");
     if (!known) { die("--schedule %s: expected cosine, linear or constant", o->schedule); }
     if (o->beta1 >= 1 || o->beta2 >= 1) { die("--beta1 %g --beta2 %g: expected numbers below 1", o->beta1, o->beta2); }
     if (o->top_p == 0) { die("--top-p 0: expected a number above 0, up to 1"); }
     if (o->checkpoint_every && !*o->out) { die("--checkpoint-every needs --out, the folder to save to"); }
+    if (*o->losses && !*o->eval) { die("--losses needs --eval, the file whose losses are written"); }
     if (o->generate && *o->eval) { die("--generate and --eval: give one of them"); }
     bool trains = !o->generate && !*o->eval;
     if (!trains && !loaded) { die("--generate and --eval need weights: --load FILE or --resume DIR"); }
@@ -2618,12 +2628,14 @@ void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
 void run(const Backend* b, const Options* o, SafeTensors* st) {
     bool loaded = *o->load || *o->resume, training = !o->generate && !*o->eval;
     FILE* info = o->generate ? stderr : stdout; // a sample has stdout for itself
-    Spec specs[NUM_PARAMS];
+    int blocks = *o->resume && training ? NUM_BLOCKS : WEIGHTS + 1;
+    Spec specs[NUM_PARAMS + NUM_CARRIED];
     static Dataset data, held_out;
     ranks_group(o->chunk_parallel);
     slice_length(o->seq, o->model.chunk_size);
     if (!training && ranks.rank) { return; } // these take one
     param_specs(specs, &o->model);
+    carried_specs(specs + NUM_PARAMS, o);
     options_print(o, info);
     if (ranks.count > 1) {
         fprintf(info, "ranks: %d = %d groups x %d slices, %d threads each\n", ranks.count, ranks.groups, ranks.chunks,
@@ -2634,16 +2646,14 @@ void run(const Backend* b, const Options* o, SafeTensors* st) {
     if (training) { fprintf(info, "memory: %.1f MB\n", needed / 1e6); }
     if (needed > 1e15) { die("--batch %d --seq %d: more than any machine has", o->batch, o->seq); }
     if (o->dry_run) { return; }
+    Tokenizer* tokenizer = tokenizer_for(o);
+    data.tokenizer = held_out.tokenizer = tokenizer;
     data_open(o, training, &data, &held_out);
-    for (int block = WEIGHTS; loaded && block <= (*o->resume && training ? ADAM_V : WEIGHTS); block++) {
-        block_load(NULL, specs, st, block); // before the memory is taken that the file says it needs
-    }
+    if (loaded) { blocks_load(NULL, o, specs, st, blocks); } // before the memory is taken that the file says it needs
     b->open(b->self, o, training);
     if (loaded) {
         weights_check(specs, st, o->model.share_emb);
-        for (int block = WEIGHTS; block <= (*o->resume && training ? ADAM_V : WEIGHTS); block++) {
-            block_load(b, specs, st, block);
-        }
+        blocks_load(b, o, specs, st, blocks);
         fprintf(info, "weights: %s\n", st->path);
     }
     size_t part[2];
@@ -2659,12 +2669,9 @@ void run(const Backend* b, const Options* o, SafeTensors* st) {
         int step = *o->resume ? atoi(safetensors_meta(st, "step")) : 0;
         if (step >= o->steps) { printf("step %d of %d: nothing left to do\n", step, o->steps); }
         else { train(b, o, specs, step, &data, &held_out); }
-    } else if (o->generate) { generate(b, o, o->generate, 0); }
-    else {
-        double loss = evaluate(b, &o->model, &data);
-        printf("eval: tokens %zu nats/token %.6f perplexity %.4f bits/byte ", data.size - 1, loss, exp(loss));
-        printf(data.segments[0].width == 1 ? "%.4f\n" : "unknown\n", loss / log(2));
-    }
+    } else if (o->generate) { generate(b, o, tokenizer, o->generate, 0); }
+    else { evaluate_file(b, o, &data); }
+    tokenizer_close(tokenizer);
     b->close(b->self);
     if (loaded) { safetensors_close(st); }
     if (fflush(stdout) || ferror(stdout)) { die("stdout: %s", strerror(errno)); }

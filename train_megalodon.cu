@@ -42,6 +42,7 @@ Conventions, where they differ from the CPU's:
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <type_traits>
+#include <utility>
 
 typedef __nv_bfloat16 bf16;
 
@@ -2843,6 +2844,24 @@ template <typename X> static void state_reset(Gpu& gpu, StateOf<X>* s, const Con
     CUDA(cudaMemsetAsync(s->h, 0, sizeof(float) * c->num_layers * s->B * c->model_dim * c->cema_ndim * 2, gpu.stream));
     s->pos = 0;
 }
+// See the CPU's. A row has a piece of each layer's slot.
+__global__ void norm_round_kernel(NormState* norm, size_t n) {
+    size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
+    if (i >= n) { return; }
+    NormState* s = &norm[i];
+    s->count = (float)s->count; s->mean = (float)s->mean; s->var = (float)s->var;
+}
+template <typename X> static void state_carry(Gpu& gpu, StateOf<X>* s, const Config* c, const bool* fresh) {
+    size_t norm = sizeof(NormState) * c->norm_num_groups, h = sizeof(float) * c->model_dim * c->cema_ndim * 2;
+    size_t L = c->num_layers, B = s->B, n = (L + 1) * B * c->norm_num_groups;
+    norm_round_kernel<<<ceil_div(n, 256), 256, 0, gpu.stream>>>(s->norm, n);
+    LAUNCHED();
+    for (size_t b = 0; b < B; b++) {
+        if (!fresh[b]) { continue; }
+        CUDA(cudaMemset2DAsync((char*)s->norm + b * norm, B * norm, 0, norm, L + 1, gpu.stream));
+        CUDA(cudaMemset2DAsync((char*)s->h + b * h, B * h, 0, h, L, gpu.stream));
+    }
+}
 // Copies norms and h between a State of the CPU and one of the GPU.
 template <typename X> static void state_copy(Gpu& gpu, StateOf<X>* s, State* host, const Config* c, bool to_host) {
     size_t norm = sizeof(NormState) * (c->num_layers + 1) * s->B * c->norm_num_groups;
@@ -3202,7 +3221,9 @@ template <typename X> struct GpuBackend {
     Gpu gpu;
     ModelOf<X> m;
     PassOf<X> pass, stream; // of a micro-step, of at most a chunk
-    StateOf<X> state;       // what the stream carries
+    StateOf<X> state;          // what the stream carries
+    StateOf<X> next, *carried; // with --carry: a micro-step's state after it; all of theirs before them
+    int accum;                 // number of these, or 0
     double *sums, *losses;  // sum of the losses of each micro-step: on the device, on the host
     double dloss;
     int micro;              // micro-steps since the last update
@@ -3227,6 +3248,7 @@ template <typename X> static size_t memory_needed(const Gpu& gpu, const Options*
     pass_alloc(count, &s, c, o->batch, o->seq, keep, KEEP_NONE);
     pass_alloc(count, &s, c, 1, c->chunk_size, KEEP_NONE, KEEP_NONE);
     state_alloc(count, &state, c, 1, true);
+    for (int i = 0; o->carry && i <= o->accum; i++) { state_alloc(count, &state, c, o->batch, false); }
     return count.allocated;
 }
 
@@ -3267,6 +3289,11 @@ template <typename X> static void gpu_open(void* self, const Options* o, bool tr
         r->sums = (double*)gpu_alloc(&r->gpu, o->accum * sizeof(double));
         r->losses = (double*)xcalloc(o->accum, sizeof(double));
     }
+    if (training && o->carry) {
+        r->carried = (StateOf<X>*)xcalloc(r->accum = o->accum, sizeof(StateOf<X>));
+        state_alloc(r->gpu, &r->next, c, o->batch, false);
+        for (int i = 0; i < o->accum; i++) { state_alloc(r->gpu, &r->carried[i], c, o->batch, false); }
+    }
     int B = o->generate ? o->samples : 1, T = o->generate ? 1 : c->chunk_size;
     pass_alloc(r->gpu, &r->stream, c, B, T, KEEP_NONE, KEEP_NONE);
     state_alloc(r->gpu, &r->state, c, B, true);
@@ -3280,6 +3307,9 @@ template <typename X> static void gpu_close(void* self) {
     if (r->losses) { pass_free(r->gpu, &r->pass); }
     pass_free(r->gpu, &r->stream);
     state_free(r->gpu, &r->state);
+    state_free(r->gpu, &r->next);
+    for (int i = 0; i < r->accum; i++) { state_free(r->gpu, &r->carried[i]); }
+    free(r->carried);
     cudaFree(r->sums);
     cudaFreeHost(r->raw);
     free(r->losses);
@@ -3287,28 +3317,41 @@ template <typename X> static void gpu_close(void* self) {
     gpu_close(&r->gpu);
 }
 
-template <typename X> static void gpu_copy(void* self, int block, int i, int l, float* host, bool to_host,
+template <typename X> static void gpu_copy(void* self, int block, int i, int l, void* host, bool to_host,
         size_t part[2]) {
     ModelOf<X>* m = &of<X>(self)->m;
+    if (block >= STATES) {
+        const Config* c = &m->config;
+        StateOf<X> s = state_layer(&of<X>(self)->carried[i], c, l);
+        void* here = block == CARRIED_NORM ? (void*)s.norm : s.h;
+        size_t bytes = block == CARRIED_NORM ? sizeof(NormState) * s.B * c->norm_num_groups
+                                             : sizeof(float) * s.B * c->model_dim * c->cema_ndim * 2;
+        gpu_sync(&of<X>(self)->gpu);
+        CUDA(cudaMemcpy(to_host ? host : here, to_host ? here : host, bytes, cudaMemcpyDefault));
+        return;
+    }
     part[0] = 0; part[1] = m->specs[i].size;
-    float* blocks[NUM_BLOCKS] = {m->params, m->adam_m, m->adam_v};
+    float* blocks[] = {m->params, m->adam_m, m->adam_v};
     const ParamPlace* p = &m->places[i];
-    tensor_copy(of<X>(self)->gpu, m, blocks[block], i, l, host, to_host);
+    tensor_copy(of<X>(self)->gpu, m, blocks[block], i, l, (float*)host, to_host);
     if (block == WEIGHTS && !to_host) {
         model_round(of<X>(self)->gpu, m, p->offset + l * p->step, (p->rows - 1) * p->pitch + p->columns);
     }
 }
 
 template <typename X> static void gpu_micro_step(void* self, const int* tokens, const int* targets, double dloss,
-        bool first, uint64_t row) {
+        bool first, uint64_t row, const bool* fresh) {
     GpuBackend<X>* r = of<X>(self);
     r->pass.masks.row = row;
     r->micro = first ? 0 : r->micro + 1;
     r->gpu.accumulate = !first;
     r->dloss = dloss;
-    model_forward<X>(r->gpu, &r->m, &r->pass, tokens, NULL, NULL);
+    StateOf<X> *past = fresh ? &r->carried[r->micro] : NULL, *next = fresh ? &r->next : NULL;
+    if (fresh) { state_carry(r->gpu, past, &r->m.config, fresh); }
+    model_forward<X>(r->gpu, &r->m, &r->pass, tokens, past, next);
     model_losses(r->gpu, &r->m, &r->pass, targets, dloss, r->sums + r->micro);
-    model_backward<X>(r->gpu, &r->m, &r->pass, tokens, NULL, NULL);
+    model_backward<X>(r->gpu, &r->m, &r->pass, tokens, past, NULL);
+    if (fresh) { std::swap(*past, *next); }
 }
 
 template <typename X> static double gpu_finish_step(void* self, double* loss) {

@@ -93,6 +93,21 @@ for split in "1 2 --batch 4" "2 1 --batch 1 --accum 2" "2 2 --batch 2" "1 3 --ba
         "$(compare "$(checkpoint $dir 5)" "$(checkpoint one 5)" "$(checkpoint start 1)")"
 done
 
+# Documents of many sequences (they end with a z) and carried states: the same, also resumed
+seq 1 2000 | sed 's/37$/z/' > books.txt
+books="$(echo $model | sed s/text.txt/books.txt/) $long --eod 122 --carry 1 --steps 12 --checkpoint-every 6"
+"$program" $books --batch 4 --out books > out
+for split in "1 3 --batch 4" "2 2 --batch 1 --accum 2" "2 1 --batch 1 --accum 2"; do
+    set -- $split
+    data=$1 chunk=$2 dir=books$1x$2
+    shift 2
+    run $((data * chunk)) $books "$@" --chunk-parallel $chunk --out $dir
+    result "data $data x chunk $chunk, carried states: losses" "$([ $status = 0 ] || cat err; same_losses $dir books)"
+done
+mkdir carried && cp "$(checkpoint books2x1 6)" books2x1/log.tsv carried
+run 3 --resume carried --chunk-parallel 3 --batch 2 --accum 2
+result "carried states of 2 ranks, resumed on 3" "$([ $status = 0 ] || cat err; same_losses carried books)"
+
 for ranks in 2 3 4; do
     timeout 60 mpirun -np $ranks "$test" --chunk-parallel $ranks "$dump" > out 2> err
     result "the dump in $ranks slices" "$([ $? = 0 ] || grep -v ^ok out err)"
