@@ -121,7 +121,7 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     StateOf<X> gs, gd;
     model_alloc(gpu, &gm, &c, true);
     model_copy(gpu, &gm, gm.params, m.params, false);
-    model_round(gpu, &gm, 0, gm.size);
+    model_round(gpu, &gm, gm.params, 0, gm.size);
     pass_alloc(gpu, &gp, &c, B, T, KEEP_ALL, KEEP_ALL);
     CUDA(cudaMemset(gp.acts, 0xff, gp.acts_size)); // NaN
     CUDA(cudaMemset(gp.grads, 0xff, gp.grads_size));
@@ -315,7 +315,7 @@ template <typename X> static void check_dump(Gpu& gpu, const char* path) {
     PassOf<X> gp;
     model_alloc(gpu, &gm, c, true);
     model_copy(gpu, &gm, gm.params, m.params, false);
-    model_round(gpu, &gm, 0, gm.size);
+    model_round(gpu, &gm, gm.params, 0, gm.size);
     pass_alloc(gpu, &gp, c, B, T, KEEP_ALL, KEEP_ALL);
     model_forward<X>(gpu, &gm, &gp, x, NULL, NULL);
     float loss = model_loss(gpu, &gm, &gp, y, &scored) / scored;
@@ -580,7 +580,7 @@ static void bench_kernels(Gpu& gpu) {
     for (int long_one = 0; long_one < 2; long_one++) {
         if (long_one) { T = 16384; B = 1; }
         float* carries = (float*)gpu_alloc(&gpu, sizeof(float) * cema_carries_size(&gpu, B, T, D, N));
-        double f = median_ms(gpu, 10, [&] { timestepnorm_forward<bf16>(gpu, y, mean, rstd, NULL, NULL, x, w, b, B, T,
+        double f = median_ms(gpu, 10, [&] { timestepnorm_forward<bf16>(gpu, y, mean, rstd, NULL, NULL, NULL, x, w, b, B, T,
                 D, G, 1e-5); });
         double k = median_ms(gpu, 10, [&] { timestepnorm_backward<bf16>(gpu, dx, g4, g5, NULL, NULL, NULL, dy, mean,
                 rstd, NULL, x, w, B, T, D, G); });
@@ -589,7 +589,7 @@ static void bench_kernels(Gpu& gpu) {
         printf("[%d,%d,%d] timestepnorm: forward %.3f ms, backward %.3f (with residuals %.3f), sum %.3f (target 0.25)\n", B, T, D, f, k, k2, f + k);
         f = median_ms(gpu, 10, [&] { cema_forward<bf16>(gpu, y, NULL, carries, NULL, x, alpha, delta, theta, gamma,
                                                         omega, B, T, D, N); });
-        k = median_ms(gpu, 10, [&] { cema_backward<bf16>(gpu, dx, g2, g3, g4, g1, g5, NULL, dy, carries, NULL, x,
+        k = median_ms(gpu, 10, [&] { cema_backward<bf16>(gpu, dx, g2, g3, g4, g1, g5, NULL, dy, carries, NULL, NULL, x,
                                                          alpha, delta, theta, gamma, omega, B, T, D, N); });
         printf("[%d,%d,%d] cema: forward %.3f ms, backward %.3f, sum %.3f (target 0.60)\n", B, T, D, f, k, f + k);
         fflush(stdout);
