@@ -1,7 +1,7 @@
 /*
 Compares train_megalodon.c, or built with -DGPU train_megalodon.cu, with tensors dumped from PyTorch.
 
-    ./test_megalodon                     the dumps in data/reference
+    ./test_megalodon                     the dumps in data/reference, and the masks of dropout
     ./test_megalodon FILE...             any dumps: safetensors files with weights and what was recorded of a run, named
                                          as dev/reference.py does; every known name in the file is checked
     ./test_megalodon --break NAME FILE   must fail: first flips the signs of NAME if it is a param.*, else moves its
@@ -301,6 +301,7 @@ template <typename X> void run_close(Run<X>* r) {
 template <typename X> double run_pass(Run<X>* r, const int* x, const int* y, float dloss) {
     Host* h = &r->host;
     size_t scored = 0;
+    r->s.masks = h->s.masks;
     model_forward<X>(gpu, &r->m, &r->s, x, r->past, NULL);
     double loss = model_loss(gpu, &r->m, &r->s, y, &scored);
     all_sum(&loss, 1);
@@ -321,6 +322,7 @@ template <typename X> double run_update(Run<X>* r, const Options* o, double lr, 
     double norm = model_grad_norm(gpu, &r->m);
     model_update(gpu, &r->m, o, lr, step, clip_scale(norm, o->clip));
     if (ranks.count == 1) { model_copy(gpu, &r->m, r->m.params, r->host.m.params, true); return norm; }
+    stream_after(gpu, gpu.stream, gpu.blocks);
     for (int i = 0; sizeof(X) == 4 && i < NUM_PARAMS; i++) {
         float* block = param_is_float(i) ? r->m.params : (float*)r->m.weights;
         for (int l = 0; r->m.specs[i].size && l < r->m.specs[i].slots; l++) {
@@ -367,6 +369,7 @@ void run_close(Run* r) {
 double run_pass(Run* r, const int* x, const int* y, float dloss) {
     Host* h = &r->host;
     size_t scored = 0;
+    r->s->masks = h->s.masks;
     model_forward(&h->m, r->s, x, h->past, NULL);
     double loss = model_loss(&h->m, r->s, y, &scored);
     all_sum(&loss, 1);
@@ -442,7 +445,7 @@ FOR_EITHER_TYPE void test_dump(const char* path, const char* broken) {
     safetensors_open(&d->st, path);
     d->broken = broken;
     d->used = (bool*)xcalloc(d->st.num_tensors + 1, sizeof(bool));
-    options_from_file(&o, &d->st, given, false);
+    options_from_file(&o, &d->st, given, true); // all: rates of dropout and its seed too
     config_check(&o.model);
     const Config* c = &o.model;
     const Tensor* shape = safetensors_find(&d->st, "x");
@@ -473,6 +476,8 @@ FOR_EITHER_TYPE void test_dump(const char* path, const char* broken) {
         }
     }
     run.host.past = read_state(d, c, start) ? start : NULL;
+    s->masks = masks_of(&o);
+    bool drops = o.dropout > 0 || o.hidden_dropout > 0 || o.attention_dropout > 0; // streams never do
     run_open(&run, KEEP_ALL);
 
     // Forward, then streaming: from the dump, and against the one-shot logits in chunks and token by token.
@@ -483,7 +488,8 @@ FOR_EITHER_TYPE void test_dump(const char* path, const char* broken) {
     check(d, "loss", &loss, 1, WHOLE, 1, 0, act_bound);
     double* one_shot = (double*)xcalloc(rows * vocab, sizeof(double));
     for (size_t i = 0; i < rows * vocab; i++) { one_shot[i] = s->acts.logits[i]; }
-    int skipped = ranks.chunks > 1 ? 2 : 0; // one rank alone holds the whole past, so ranks with slices do not stream
+    // One rank alone holds the whole past, so ranks with slices do not stream; and a stream never drops.
+    int skipped = ranks.chunks > 1 || drops ? 2 : 0;
     for (int first = 0; !skipped && first <= T; first += T) {
         float* got = stream_logits(&run, x, B, T, T, first);
         compare(first ? "logits, chunk by chunk" : "logits, token by token", got, one_shot, rows * vocab, 0, act_bound);
@@ -523,6 +529,7 @@ FOR_EITHER_TYPE void test_dump(const char* path, const char* broken) {
     o.clip = meta_number(&d->st, "grad_clip", 0);
     float *losses = (float*)xcalloc(steps, sizeof(float)), *norms = (float*)xcalloc(steps, sizeof(float));
     for (int i = 0; i < steps; i++) {
+        s->masks.row = (uint64_t)i * B;
         losses[i] = run_pass(&run, x, y, 1.0 / scored) / scored;
         norms[i] = run_update(&run, &o, meta_number(&d->st, "learning_rate", 0), i + 1);
     }
@@ -640,6 +647,49 @@ void test_long(void) {
     compare("cema after 10^7 timesteps", out, expected[1], PIECE * D, 0, 1e-5);
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Masks of dropout: the right share of ones is dropped, the rest grows, no mask knows of another or of its own elements
+// elsewhere (correlations, in standard deviations), and the mask of a part is that part of the whole's.
+enum { DROP_B = 4, DROP_T = 300, DROP_N = 130, DROP_ROW = DROP_T * DROP_N, DROP_SIZE = DROP_B * DROP_ROW };
+
+float* dropped_ones(Masks m, int l, int site, int B, int T, int time) { // (B,T,DROP_N)
+    Dropouts d = dropouts_at(m, T, l);
+    float* x = (float*)xcalloc((size_t)B * T * DROP_N, sizeof(float));
+    for (int i = 0; i < B * T * DROP_N; i++) { x[i] = 1; }
+    ((Dropout*)&d)[site].time = time;
+    dropout(x, x, NULL, ((Dropout*)&d)[site], (size_t)B * T, DROP_N);
+    return x;
+}
+
+void test_dropout(void) {
+    const double p = 0.25;
+    const int shifts[] = {1, 2, 3, 4, DROP_N - 1, DROP_N, DROP_ROW};
+    Masks m = {{p, p, p}, 1337, 1000}, other[5] = {m, m, m, m, m}, part = m;
+    other[0].seed++; other[1].row += DROP_B; // another run, later sequences
+    part.row += 2;
+    for (int site = 0; site < 7; site++) {
+        float *x = dropped_ones(m, 0, site, DROP_B, DROP_T, 0), *y = dropped_ones(part, 0, site, 1, 50, 100);
+        float kept = site < 6 ? 1 / (1 - p) : 1, dropped = site < 6 ? 0 : -INFINITY;
+        int count = 0, wrong = 0;
+        for (int i = 0; i < DROP_SIZE; i++) { count += x[i] == dropped; wrong += x[i] != dropped && x[i] != kept; }
+        for (int i = 0; i < 50 * DROP_N; i++) { wrong += y[i] != x[2 * DROP_ROW + 100 * DROP_N + i]; }
+        free(y);
+        double share = fabs(count - p * DROP_SIZE) / sqrt(p * (1 - p) * DROP_SIZE), worst = 0;
+        for (int k = 0; k < 12; k++) { // itself, shifted; the others; a later slice; another layer; another site
+            int shift = k < 7 ? shifts[k] : 0, time = k == 9 ? DROP_T : 0;
+            y = k < 7 ? x : dropped_ones(other[k - 7], k == 10, (site + (k == 11)) % 7, DROP_B, DROP_T, time);
+            double sum = 0;
+            for (int i = 0; i + shift < DROP_SIZE; i++) { sum += ((x[i] <= 0) - p) * ((y[i + shift] <= 0) - p); }
+            worst = fmax(worst, fabs(sum) / (p * (1 - p) * sqrt(DROP_SIZE - shift)));
+            if (k >= 7) { free(y); }
+        }
+        verdict(text_of("dropout: site %d, values and the mask of a part", site), wrong, 0, "");
+        verdict(text_of("dropout: site %d, share", site), share, 4, "");
+        verdict(text_of("dropout: site %d, correlations", site), worst, 4, "");
+        free(x);
+    }
+}
+
 int main(int argc, char** argv) {
     const char *broken = NULL, *paths[3] = {NULL, NULL, NULL};
     int first = 1, chunks = 1;
@@ -667,6 +717,7 @@ int main(int argc, char** argv) {
     }
     if (argc == first) {
         glob_t found;
+        test_dropout();
         if (glob("data/reference/*.safetensors", 0, NULL, &found)) { die("data/reference holds no dumps"); }
         for (size_t i = 0; i < found.gl_pathc; i++) { test_file(found.gl_pathv[i], NULL); }
         globfree(&found);

@@ -238,6 +238,7 @@ void shards_exchange(float* x, size_t n, int what) {
 
 #ifndef GPU_OPTIONS // train_megalodon.cu has more
 #define GPU_OPTIONS(X)
+#define ON_GPU_TOO
 #endif
 #define TRAINING_OPTIONS(X) \
     X(TEXT, train, "train_megalodon.c,test_megalodon.c,dev/*.py,dev/*.c,README.md", 0, 0, \
@@ -257,7 +258,10 @@ void shards_exchange(float* x, size_t n, int what) {
     X(REAL, beta2,           0.95, 0, 1,          "AdamW: decay of the second moment") \
     X(REAL, adam_eps,        1e-8, 0, 1,          "AdamW: added to the root of the second moment") \
     X(REAL, clip,             1.0, 0, 1e12,       "largest global norm of the gradient; 0 for no limit") \
-    X(INT,  seed,            1337, 0, INT_MAX,    "initialization, data order and sampling") \
+    X(REAL, dropout,            0, 0, 0.99,       "drop this share of the embedding and of what blocks add to x") \
+    X(REAL, hidden_dropout,     0, 0, 0.99,       "of what goes into the products inside blocks") \
+    X(REAL, attention_dropout,  0, 0, 0.99,       "of the keys of each query") \
+    X(INT,  seed,            1337, 0, INT_MAX,    "initialization, data order, dropout and sampling") \
     X(INT,  threads,            0, 0, 1024,       "OpenMP threads; 0 for its own default") \
     X(BOOL, recompute,          0, 0, 1,          "keep only the inputs of blocks for the backward pass") \
     X(INT,  val_every,        250, 0, INT_MAX,    "validate every so many steps; always after the last") \
@@ -461,15 +465,16 @@ const char* layer_name(char buffer[128], const char* prefix, const char* name, i
 // ---------------------------------------------------------------------------------------------------------------------
 // Random numbers: pure functions of (seed, stream, index), so that nothing but these has to be saved or agreed on
 
-uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t index) { // splitmix64's finalizer, three times
+ON_GPU_TOO static inline uint64_t mix_bits(uint64_t x) { // splitmix64's finalizer
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+}
+
+uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t index) {
     uint64_t x = seed;
     const uint64_t add[3] = {0x9E3779B97F4A7C15u, stream, index};
-    for (int i = 0; i < 3; i++) {
-        x += add[i] * 0x9E3779B97F4A7C15u + 0x9E3779B97F4A7C15u;
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-        x ^= x >> 31;
-    }
+    for (int i = 0; i < 3; i++) { x = mix_bits(x + add[i] * 0x9E3779B97F4A7C15u + 0x9E3779B97F4A7C15u); }
     return x;
 }
 
@@ -616,6 +621,60 @@ void embedding_backward(float* dweight, const float* dout, const int* tokens, fl
             }
         }
     }
+}
+
+// Dropout, in training passes only: an element becomes 0 with probability p, else inp/(1 - p); its gradient likewise.
+// Keys are dropped before the softmax (DropKey, appendix B.1): a query's score of any key, its own too, becomes -inf
+// with probability p; nothing is scaled. Masks are not stored: each is a pure function of seed, sequence, timestep,
+// layer, site and element, so the backward pass makes it again, however the work is split.
+typedef struct {
+    double rates[3];    // --dropout, --hidden-dropout, --attention-dropout
+    uint64_t seed, row; // row: number of the pass's first sequence, counted from the start of training
+} Masks;
+typedef struct { uint64_t key, row; int T, time; uint32_t drop; float scale, dropped; } Dropout; // of one site
+typedef struct { Dropout embed, mega, fc2, rmsnorm, gated, hidden, keys; } Dropouts; // named as the activations
+
+Masks masks_of(const Options* o) {
+    Masks m = {{o->dropout, o->hidden_dropout, o->attention_dropout}, (uint64_t)o->seed, 0};
+    return m;
+}
+
+Dropouts dropouts_at(Masks m, int T, int l) { // in layer l
+    Dropouts d;
+    for (int i = 0; i < 7; i++) { // three sites by each of the first two rates, the keys by the third
+        uint32_t drop = m.rates[i / 3] * 65536 + 0.5;
+        uint64_t key = random_bits(m.seed, ((uint64_t)3 << 56) + l, i);
+        Dropout site = {key, m.row, T, ranks.chunk * T, drop, 65536.0f / (65536 - drop), 0.0f};
+        ((Dropout*)&d)[i] = site;
+    }
+    d.keys.scale = 1; d.keys.dropped = -INFINITY;
+    return d;
+}
+
+// Element i of timestep t in batch row b is dropped if the 16 bits from i % 4 * 16 on of mix_bits(dropout_bits + i / 4)
+// are below d.drop: p is a multiple of 1/65536. For keys, i counts from the start of the chunk; else head is 0.
+ON_GPU_TOO static inline uint64_t dropout_bits(Dropout d, uint64_t b, uint64_t t, uint64_t head) {
+    return mix_bits(d.key + ((d.row + b) << 32) + d.time + t) + (head << 32);
+}
+
+void dropout_row(float* out, const float* inp, const float* add, Dropout d, int b, int t, int head, int n) {
+    uint64_t bits = dropout_bits(d, b, t, head), four;
+    uint16_t draws[256];
+    for (int i0 = 0; i0 < n; i0 += 256, bits += 64) {
+        for (int k = 0; k < 64; k++) { four = mix_bits(bits + k); memcpy(draws + 4 * k, &four, sizeof(four)); }
+        for (int i = i0; i < min_int(i0 + 256, n); i++) {
+            out[i] = (draws[i - i0] < d.drop ? d.dropped : inp[i] * d.scale) + (add ? add[i] : 0.0f);
+        }
+    }
+}
+
+// out (rows,n) = dropout(inp) + add; add may be NULL. Returns out, or with rate 0 does nothing and returns inp.
+const float* dropout(float* out, const float* inp, const float* add, Dropout d, size_t rows, int n) {
+    OMP(omp parallel for schedule(static))
+    for (size_t r = 0; r < (d.drop ? rows : 0); r++) {
+        dropout_row(out + r * n, inp + r * n, add ? add + r * n : NULL, d, r / d.T, r % d.T, 0, n);
+    }
+    return d.drop ? out : inp;
 }
 
 // Running statistics of one batch row and group: timesteps seen, mean and population variance of all their features.
@@ -1099,10 +1158,10 @@ void silu_backward(float* dinp, float* dmul, const float* dout, const float* inp
 // out (B,T,H,V/H), q (B,T,H,Z/H) | k (B,K,H,Z/H), v (B,K,H,V/H) | lse (B,T,H): log sum exp of the scores, saved
 // In a whole sequence pos = 0 and K = T. When streaming, K = c, k and v hold the current chunk from its start, and the
 // queries stand at pos, pos+1, ... in it (pos + T <= c). Queries go in blocks of ROWS: no c x c matrix is ever there,
-// and the scores right of a block's last query are not computed.
+// and the scores right of a block's last query are not computed. A query that dropout leaves no key gets 0.
 enum { ROWS = 96 };
 void attention_forward(float* out, float* lse, const float* q, const float* k, const float* v,
-                       int B, int T, int K, int pos, int c, int H, int Z, int V) {
+                       int B, int T, int K, int pos, int c, int H, int Z, int V, Dropout drop) {
     int zd = Z / H, vd = V / H, chunks = pos ? 1 : (T + c - 1) / c, blocks = (min_int(c, T) + ROWS - 1) / ROWS;
     OMP(omp parallel)
     {
@@ -1119,9 +1178,14 @@ void attention_forward(float* out, float* lse, const float* q, const float* k, c
                     for (int i = 0; i < rows; i++) { // query i of the block sees the first n keys of its chunk
                         float *s = S + (size_t)i * keys, top = -INFINITY, sum = 0;
                         int n = keys - rows + i + 1;
+                        if (drop.drop) { dropout_row(s, s, NULL, drop, b, t0 + i, h, n); }
                         for (int j = 0; j < n; j++) { top = s[j] > top ? s[j] : top; }
                         OMP(omp simd reduction(+:sum))
-                        for (int j = 0; j < n; j++) { s[j] = exp_fast(s[j] - top); sum += s[j]; }
+                        for (int j = 0; j < n; j++) {
+                            s[j] = s[j] == -INFINITY ? 0.0f : exp_fast(s[j] - top);
+                            sum += s[j];
+                        }
+                        if (sum == 0) { top = 0; sum = 1; } // all keys dropped
                         for (int j = 0; j < keys; j++) { s[j] = j < n ? s[j] / sum : 0.0f; }
                         lse[(at + i) * H + h] = top + logf(sum);
                     }
@@ -1137,7 +1201,7 @@ void attention_forward(float* out, float* lse, const float* q, const float* k, c
 //     dS = P (dP - sum_s P dP)       dq = dS k       dk = dS^T q       dv = P^T dout
 // dq, dk (B,T,H,Z/H), dv (B,T,H,V/H) are assigned.
 void attention_backward(float* dq, float* dk, float* dv, const float* dout, const float* lse, const float* q,
-                        const float* k, const float* v, int B, int T, int c, int H, int Z, int V) {
+                        const float* k, const float* v, int B, int T, int c, int H, int Z, int V, Dropout drop) {
     int zd = Z / H, vd = V / H, chunks = (T + c - 1) / c;
     OMP(omp parallel)
     {
@@ -1161,8 +1225,12 @@ void attention_backward(float* dq, float* dk, float* dv, const float* dout, cons
                             float *p = P + (size_t)i * keys, *ds = dS + (size_t)i * keys, norm = lse[(at + i) * H + h];
                             int n = keys - rows + i + 1;
                             float dot = 0;
+                            if (drop.drop) { dropout_row(p, p, NULL, drop, b, t0 + i, h, n); }
                             OMP(omp simd reduction(+:dot))
-                            for (int j = 0; j < n; j++) { p[j] = exp_fast(p[j] - norm); dot += p[j] * ds[j]; }
+                            for (int j = 0; j < n; j++) {
+                                p[j] = p[j] == -INFINITY ? 0.0f : exp_fast(p[j] - norm);
+                                dot += p[j] * ds[j];
+                            }
                             for (int j = 0; j < n; j++) { ds[j] = p[j] * (ds[j] - dot); }
                             for (int j = n; j < keys; j++) { p[j] = ds[j] = 0; }
                         }
@@ -1235,6 +1303,7 @@ typedef struct {
     Spec specs[NUM_ACTS], dspecs[NUM_ACTS];
     Acts acts, grads;
     State* before; // training where ranks hold slices of T timesteps: what comes before this one's; else NULL
+    Masks masks;
 } Pass;
 
 // Refuses what no model can be.
@@ -1366,6 +1435,7 @@ void block_forward(const Model* m, const Pass* s, int l, const State* start, Sta
     const float* x = block_input(s->specs, s->acts, l);
     Params p = params_layer(m, m->params, l);
     Acts a = acts_layer(s->specs, s->acts, l);
+    Dropouts drop = dropouts_at(s->masks, T, l);
     State in = state_layer(start, c, l), next = state_layer(end, c, l), before = state_layer(s->before, c, l);
 
     // Long memory: n = timestep_norm(x), e = cema(n), m = rms_norm(e).
@@ -1374,6 +1444,7 @@ void block_forward(const Model* m, const Pass* s, int l, const State* start, Sta
     cema_forward(a.cema, next.h, before.h, in.h, a.timenorm, p.cema_alpha, p.cema_delta, p.cema_theta, p.cema_gamma,
                  p.cema_omega, B, T, D, c->cema_ndim);
     norm_forward(a.rmsnorm, NULL, a.rmsnorm_rstd, a.cema, p.rmsnorm_w, NULL, rows, D, eps);
+    dropout(a.rmsnorm, a.rmsnorm, NULL, drop.rmsnorm, rows, D);
 
     // Short memory: attention inside the chunk. Queries and keys see the past through m; values are made from n, what
     // is new at this timestep (eq. 16): the moving average says where to look, but does not blur what is found there.
@@ -1388,25 +1459,32 @@ void block_forward(const Model* m, const Pass* s, int l, const State* start, Sta
         memcpy(next.v + ((size_t)b * keys + pos) * V, a.v + (size_t)b * T * V, sizeof(float) * T * V);
     }
     attention_forward(a.attention, a.attention_lse, a.q, next.k ? next.k : a.k, next.k ? next.v : a.v, B, T, keys, pos,
-                      c->chunk_size, H, Z, V);
+                      c->chunk_size, H, Z, V, drop.keys);
 
-    // The gate r = silu(m Wr^T + br), and the first hop: y = m Wh1^T + bh1 + (o*r) Wh2^T + x.
+    // The gate r = silu(m Wr^T + br), and the first hop: y = m Wh1^T + bh1 + (o*r) Wh2^T + x. What dropout leaves of a
+    // sum, it adds to x; without dropout the product does.
     matmul_forward(a.wr, a.rmsnorm, p.wr, p.wr_b, NULL, rows, D, V);
     silu_forward(a.gated, a.wr, a.attention, rows * V);
-    matmul_forward(a.mega, a.rmsnorm, p.wh1, p.wh1_b, x, rows, D, D);
+    dropout(a.gated, a.gated, NULL, drop.gated, rows, V);
+    matmul_forward(a.mega, a.rmsnorm, p.wh1, p.wh1_b, drop.mega.drop ? NULL : x, rows, D, D);
     matmul_forward(a.mega, a.gated, p.wh2, NULL, a.mega, rows, V, D);
+    dropout(a.mega, a.mega, x, drop.mega, rows, D);
 
     // Feed-forward, and the second hop: out = ffn(layer_norm(y)) + x. It is x that is added, not y (eq. 11).
     norm_forward(a.norm, a.norm_mean, a.norm_rstd, a.mega, p.norm_w, p.norm_b, rows, D, eps);
     matmul_forward(a.fc1, a.norm, p.fc1, NULL, NULL, rows, D, F);
     if (c->swiglu) { matmul_forward(a.fc3, a.norm, p.fc3, NULL, NULL, rows, D, F); }
     silu_forward(a.hidden, a.fc1, c->swiglu ? a.fc3 : NULL, rows * F);
-    if (!c->rescale_nffn) { matmul_forward(a.out, a.hidden, p.fc2, NULL, x, rows, F, D); return; }
-    matmul_forward(a.fc2, a.hidden, p.fc2, NULL, NULL, rows, F, D);
-    for (size_t i = 0; i < rows * D; i++) { a.out[i] = x[i] + a.fc2[i] * p.rescale[i % D]; }
+    dropout(a.hidden, a.hidden, NULL, drop.hidden, rows, F);
+    const float* add = c->rescale_nffn ? NULL : x;
+    float* ffn = c->rescale_nffn ? a.fc2 : a.out;
+    matmul_forward(ffn, a.hidden, p.fc2, NULL, drop.fc2.drop ? NULL : add, rows, F, D);
+    dropout(ffn, ffn, add, drop.fc2, rows, D);
+    for (size_t i = 0; !add && i < rows * D; i++) { a.out[i] = x[i] + a.fc2[i] * p.rescale[i % D]; }
 }
 
-// From dout to dx. dstart receives the gradient of the state before these timesteps if not NULL.
+// From dout to dx. dstart receives the gradient of the state before these timesteps if not NULL. Until CEMA's backward
+// pass d.timenorm is free to hold gradients behind dropout; d.fc1 and d.wr hold theirs where their own will stand.
 void block_backward(const Model* m, const Pass* s, int l, const State* start, State* dstart) {
     const Config* c = &m->config;
     int B = s->B, T = s->T, D = c->model_dim, H = c->num_heads, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim;
@@ -1415,6 +1493,7 @@ void block_backward(const Model* m, const Pass* s, int l, const State* start, St
     float* dx = block_input(s->dspecs, s->grads, l);
     Params p = params_layer(m, m->params, l), g = params_layer(m, m->grads, l);
     Acts a = acts_layer(s->specs, s->acts, l), d = acts_layer(s->dspecs, s->grads, l);
+    Dropouts drop = dropouts_at(s->masks, T, l);
     State in = state_layer(s->before ? s->before : start, c, l), din = state_layer(dstart, c, l);
 
     const float* dffn = d.out;
@@ -1425,23 +1504,29 @@ void block_backward(const Model* m, const Pass* s, int l, const State* start, St
         }
         dffn = d.fc2;
     }
+    dffn = dropout(d.timenorm, dffn, NULL, drop.fc2, rows, D);
     matmul_backward(d.hidden, g.fc2, NULL, dffn, a.hidden, p.fc2, NULL, rows, F, D);
-    silu_backward(d.fc1, c->swiglu ? d.fc3 : NULL, d.hidden, a.fc1, c->swiglu ? a.fc3 : NULL, rows * F);
+    const float* dhidden = dropout(d.fc1, d.hidden, NULL, drop.hidden, rows, F);
+    silu_backward(d.fc1, c->swiglu ? d.fc3 : NULL, dhidden, a.fc1, c->swiglu ? a.fc3 : NULL, rows * F);
     matmul_backward(d.norm, g.fc1, NULL, d.fc1, a.norm, p.fc1, NULL, rows, D, F);
     if (c->swiglu) { matmul_backward(d.norm, g.fc3, NULL, d.fc3, a.norm, p.fc3, d.norm, rows, D, F); }
     norm_backward(d.mega, g.norm_w, g.norm_b, d.norm, a.norm_mean, a.norm_rstd, a.mega, p.norm_w, rows, D);
 
-    matmul_backward(d.gated, g.wh2, NULL, d.mega, a.gated, p.wh2, NULL, rows, V, D);
-    matmul_backward(d.rmsnorm, g.wh1, g.wh1_b, d.mega, a.rmsnorm, p.wh1, NULL, rows, D, D);
-    silu_backward(d.wr, d.attention, d.gated, a.wr, a.attention, rows * V);
+    const float* dsum = dropout(d.timenorm, d.mega, NULL, drop.mega, rows, D);
+    matmul_backward(d.gated, g.wh2, NULL, dsum, a.gated, p.wh2, NULL, rows, V, D);
+    matmul_backward(d.rmsnorm, g.wh1, g.wh1_b, dsum, a.rmsnorm, p.wh1, NULL, rows, D, D);
+    const float* dgated = dropout(d.wr, d.gated, NULL, drop.gated, rows, V);
+    silu_backward(d.wr, d.attention, dgated, a.wr, a.attention, rows * V);
     matmul_backward(d.rmsnorm, g.wr, g.wr_b, d.wr, a.rmsnorm, p.wr, d.rmsnorm, rows, D, V);
 
-    attention_backward(d.q, d.k, d.v, d.attention, a.attention_lse, a.q, a.k, a.v, B, T, c->chunk_size, H, Z, V);
+    attention_backward(d.q, d.k, d.v, d.attention, a.attention_lse, a.q, a.k, a.v, B, T, c->chunk_size, H, Z, V,
+                       drop.keys);
     qk_backward(d.znorm, g.gamma, g.beta, d.q, d.k, a.znorm, p.gamma, m->rotations, B, T, c->chunk_size, Z, H);
     norm_backward(d.wz, NULL, NULL, d.znorm, NULL, a.znorm_rstd, a.wz, NULL, rows * H, Z / H);
     matmul_backward(d.rmsnorm, g.wz, g.wz_b, d.wz, a.rmsnorm, p.wz, d.rmsnorm, rows, D, Z);
 
-    norm_backward(d.cema, g.rmsnorm_w, NULL, d.rmsnorm, NULL, a.rmsnorm_rstd, a.cema, p.rmsnorm_w, rows, D);
+    const float* dm = dropout(d.timenorm, d.rmsnorm, NULL, drop.rmsnorm, rows, D);
+    norm_backward(d.cema, g.rmsnorm_w, NULL, dm, NULL, a.rmsnorm_rstd, a.cema, p.rmsnorm_w, rows, D);
     cema_backward(d.timenorm, g.cema_alpha, g.cema_delta, g.cema_theta, g.cema_gamma, g.cema_omega, din.h, d.cema, in.h,
                   a.timenorm, p.cema_alpha, p.cema_delta, p.cema_theta, p.cema_gamma, p.cema_omega, B, T, D,
                   c->cema_ndim, NULL);
@@ -1466,6 +1551,7 @@ void model_forward(const Model* m, const Pass* s, const int* tokens, const State
     size_t rows = (size_t)B * T;
     Acts a = s->acts;
     embedding_forward(a.embed, tokens, m->params.embed, embedding_scale(c), rows, D);
+    dropout(a.embed, a.embed, NULL, dropouts_at(s->masks, T, 0).embed, rows, D);
     for (int l = 0; l < L; l++) { block_forward(m, s, l, start, end); }
     timestepnorm_forward(a.final, a.final_mean, a.final_rstd, state_layer(end, c, L).norm,
                          state_layer(s->before, c, L).norm, state_layer(start, c, L).norm, block_input(s->specs, a, L),
@@ -1502,7 +1588,8 @@ void model_backward(const Model* m, const Pass* s, const int* tokens, const int*
         if (s->keep == KEEP_BLOCKS && l < L - 1) { block_forward(m, s, l, start, NULL); }
         block_backward(m, s, l, start, dstart);
     }
-    embedding_backward(m->grads.embed, d.embed, tokens, embedding_scale(c), rows, D);
+    const float* dembed = dropout(a.embed, d.embed, NULL, dropouts_at(s->masks, T, 0).embed, rows, D);
+    embedding_backward(m->grads.embed, dembed, tokens, embedding_scale(c), rows, D);
 }
 
 // Adds up the gradients of all ranks, each in its shard, and returns their global L2 norm. Partial sums over fixed
@@ -1564,8 +1651,9 @@ typedef struct {
     // the elements [part[0],part[1]) that are in this rank's shard.
     void (*copy)(void* self, int block, int i, int l, float* host, bool to_host, size_t part[2]);
     // Adds the gradient of dloss * (sum of losses) of a micro-step of --batch x --seq tokens; the first of a step
-    // starts a new sum. May return before the work is done.
-    void (*micro_step)(void* self, const int* tokens, const int* targets, double dloss, bool first);
+    // starts a new sum. row: number of its first sequence, counted from the start of training; for dropout. May return
+    // before the work is done.
+    void (*micro_step)(void* self, const int* tokens, const int* targets, double dloss, bool first, uint64_t row);
     double (*finish_step)(void* self, double* loss); // norm of the gradient; sum of dloss * losses over the micro-steps
     void (*update)(void* self, const Options* o, double lr, int step, double grad_scale); // AdamW; waits for its end
     // T tokens, all in one chunk, that follow those streamed since the last reset; their losses, if targets is not NULL
@@ -1595,6 +1683,7 @@ void cpu_open(void* self, const Options* o, bool training) {
     model_alloc(&r->m, c, training);
     int keep = o->recompute ? KEEP_BLOCKS : KEEP_ALL;
     if (training) { pass_alloc(&r->pass, c, o->batch, o->seq / ranks.chunks, keep, KEEP_NONE); }
+    r->pass.masks = masks_of(o);
     pass_alloc(&r->stream, c, 1, min_int(c->chunk_size, STREAM_TOKENS), KEEP_NONE, KEEP_NONE);
     state_alloc(&r->state, c, 1, true);
 }
@@ -1617,9 +1706,10 @@ void cpu_copy(void* self, int block, int i, int l, float* host, bool to_host, si
     part[0] = first; part[1] = last;
 }
 
-void cpu_micro_step(void* self, const int* tokens, const int* targets, double dloss, bool first) {
+void cpu_micro_step(void* self, const int* tokens, const int* targets, double dloss, bool first, uint64_t row) {
     Cpu* r = (Cpu*)self;
     size_t scored = 0;
+    r->pass.masks.row = row;
     if (first) { memset(r->m.grads.embed, 0, r->m.num_parameters * sizeof(float)); r->loss = 0; }
     model_forward(&r->m, &r->pass, tokens, NULL, NULL);
     r->loss += model_loss(&r->m, &r->pass, targets, &scored) * dloss;
@@ -2389,7 +2479,8 @@ void train(const Backend* b, const Options* o, const Spec* specs, int first_step
     for (int step = first_step; step < o->steps; step++) {
         double step_started = seconds(), loss = 0, val = NAN, lr = learning_rate(o, step);
         for (int micro = 0; micro < o->accum; micro++) {
-            b->micro_step(b->self, tokens + micro * rows, targets + micro * rows, dloss, micro == 0);
+            uint64_t row = (((uint64_t)step * o->accum + micro) * ranks.groups + ranks.group) * o->batch;
+            b->micro_step(b->self, tokens + micro * rows, targets + micro * rows, dloss, micro == 0, row);
         }
         int done = step + 1;
         bool last = done == o->steps;

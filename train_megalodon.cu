@@ -29,6 +29,7 @@ Conventions, where they differ from the CPU's:
   - Kernels come in a wide form (8 neighbouring elements a thread, 16-byte accesses in bf16) where all dimensions are
     multiples of 8, and one that takes any size.
 */
+#define ON_GPU_TOO __host__ __device__
 #define GPU_OPTIONS(X) X(TEXT, precision, "bf16", 0, 0, "of weights and activations: bf16 or fp32")
 #ifdef TESTING
 #include "train_megalodon.c"
@@ -65,6 +66,13 @@ static void check_cublas(cublasStatus_t s, const char* what, int line) {
 #define LAUNCH(kernel, is_wide, grid, block, ...) do { \
         auto chosen = is_wide ? kernel<X, true> : kernel<X, false>; \
         chosen<<<grid, block, 0, gpu.stream>>>(__VA_ARGS__); \
+        LAUNCHED(); \
+    } while (0)
+// The same for kernels that exist with dropout and without.
+#define LAUNCH_DROP(kernel, is_wide, site, grid, block, ...) do { \
+        auto chosen = (site).drop ? is_wide ? kernel<X, true, true> : kernel<X, false, true> \
+                                  : is_wide ? kernel<X, true, false> : kernel<X, false, false>; \
+        chosen<<<grid, block, 0, gpu.stream>>>(__VA_ARGS__, site); \
         LAUNCHED(); \
     } while (0)
 // A loop over a fixed number of registers.
@@ -195,8 +203,8 @@ static void ranks_connect(Gpu* gpu) {
     gethostname(name, sizeof(name) - 1);
     for (const char* c = name; *c; c++) { machine = (machine ^ *c) * 16777619u; }
     double* cards = (double*)xcalloc(ranks.count, sizeof(double)); // NCCL may hang if two ranks use one
-    cards[ranks.rank] = ((gpu->card.pciDomainID * 256.0 + gpu->card.pciBusID) * 32 + gpu->card.pciDeviceID) * 4294967296.0
-                        + machine;
+    int slot = (gpu->card.pciDomainID * 256 + gpu->card.pciBusID) * 32 + gpu->card.pciDeviceID;
+    cards[ranks.rank] = slot * 4294967296.0 + machine;
     all_sum(cards, ranks.count);
     for (int r = 0; r < ranks.rank; r++) {
         if (cards[r] == cards[ranks.rank]) { die("ranks %d and %d are on the same GPU", r, ranks.rank); }
@@ -327,6 +335,30 @@ template <bool WIDE, typename X> __device__ inline void store_row(X* row, const 
     } else {
         EACH(e, 8) { if (column<WIDE>(e) < columns) { row[column<WIDE>(e)] = from_float<X>(v[e]); } }
     }
+}
+
+// Which of E neighbouring elements, from i on, dropout keeps: as bits. bits: of the row, see dropout_bits. E is 1, or 8
+// and i a multiple of 4.
+template <int E> __device__ inline unsigned dropout_kept(const Dropout& d, uint64_t bits, int i) {
+    unsigned kept = 0;
+    EACH(k, (E + 3) / 4) {
+        uint64_t four = mix_bits(bits + i / 4 + k) >> (E == 1 ? i % 4 * 16 : 0);
+        EACH(e, E == 1 ? 1 : 4) { kept |= (unsigned)((four >> 16 * e & 0xffff) >= d.drop) << (4 * k + e); }
+    }
+    return kept;
+}
+// The same of a thread's part of row r, whose first column is number `first`; drop then drops the others.
+template <bool WIDE, bool DROP> __device__ inline unsigned dropout_kept_row(const Dropout& d, unsigned r,
+        int first = 0) {
+    unsigned kept = 0;
+    if (!DROP) { return 0; }
+    uint64_t bits = dropout_bits(d, r / d.T, r % d.T, 0);
+    if (WIDE) { return dropout_kept<8>(d, bits, first + 8 * threadIdx.x); }
+    EACH(e, 8) { kept |= dropout_kept<1>(d, bits, first + column<WIDE>(e)) << e; }
+    return kept;
+}
+template <bool DROP, int E> __device__ inline void drop(float (&v)[E], unsigned kept, const Dropout& d) {
+    if (DROP) { EACH(e, E) { v[e] = kept >> e & 1 ? v[e] * d.scale : d.dropped; } }
 }
 
 // Sums each of N numbers over the threads of a row; all of them get the results. Calls take turns with two buffers,
@@ -526,26 +558,30 @@ template <typename X> static void matmul_backward_weight(Gpu& gpu, float* dweigh
 // ---------------------------------------------------------------------------------------------------------------------
 // Layers
 
+// Where a launcher takes a Dropout, its output is what dropout leaves; without it, all.
+static const Dropout no_dropout = {0, 0, 1, 0, 0, 1, 0};
+
 // out (rows,D) = scale * weight (vocab,D)[tokens]
-template <typename X, bool WIDE> __global__ void embedding_forward_kernel(X* out, const int* tokens, const X* weight,
-        float scale, size_t rows, int D) {
+template <typename X, bool WIDE, bool DROP> __global__ void embedding_forward_kernel(X* out, const int* tokens,
+        const X* weight, float scale, size_t rows, int D, Dropout d) {
     for (size_t r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
         float v[8];
         load_row<WIDE>(v, weight + (size_t)tokens[r] * D, D);
         EACH(e, 8) { v[e] *= scale; }
+        drop<DROP>(v, dropout_kept_row<WIDE, DROP>(d, r), d);
         store_row<WIDE>(out + r * D, v, D);
     }
 }
 template <typename X> static void embedding_forward(Gpu& gpu, X* out, const int* tokens, const X* weight, float scale,
-        size_t rows, int D) {
+        size_t rows, int D, Dropout drop) {
     RowGrid r = row_grid(&gpu, rows, D, 1);
-    LAUNCH(embedding_forward_kernel, wide(D), r.grid, r.block, out, tokens, weight, scale, rows, D);
+    LAUNCH_DROP(embedding_forward_kernel, wide(D), drop, r.grid, r.block, out, tokens, weight, scale, rows, D);
 }
 
 // Rows of dout that hold the same token are added by one block, in the order of their positions. order (rows):
 // positions sorted by token; begin (runs+1): where each distinct token's run starts in it.
-template <typename X, bool WIDE> __global__ void embedding_backward_kernel(float* dweight, const X* dout,
-        const int* tokens, const int* order, const int* begin, float scale, int D) {
+template <typename X, bool WIDE, bool DROP> __global__ void embedding_backward_kernel(float* dweight, const X* dout,
+        const int* tokens, const int* order, const int* begin, float scale, int D, Dropout d) {
     int first = begin[blockIdx.x], last = begin[blockIdx.x + 1];
     float sum[8] = {0}, v[4][8];
     float* to = dweight + (size_t)tokens[order[first]] * D;
@@ -554,7 +590,10 @@ template <typename X, bool WIDE> __global__ void embedding_backward_kernel(float
             bool in = i + k < last;
             load_row<WIDE>(v[k], dout + (size_t)order[in ? i + k : first] * D, in ? D : 0);
         }
-        EACH(k, 4) { EACH(e, 8) { sum[e] += v[k][e]; } }
+        EACH(k, 4) {
+            drop<DROP>(v[k], dropout_kept_row<WIDE, DROP>(d, order[i + k < last ? i + k : first]), d);
+            EACH(e, 8) { sum[e] += v[k][e]; }
+        }
     }
     load_row<WIDE>(v[0], to, D);
     EACH(e, 8) { v[0][e] += scale * sum[e]; }
@@ -562,9 +601,38 @@ template <typename X, bool WIDE> __global__ void embedding_backward_kernel(float
 }
 // Adds to dweight always: there may be the output layer's gradient already.
 template <typename X> static void embedding_backward(Gpu& gpu, float* dweight, const X* dout, const int* tokens,
-        const int* order, const int* begin, int runs, float scale, int D) {
+        const int* order, const int* begin, int runs, float scale, int D, Dropout drop) {
     RowGrid r = row_grid(&gpu, runs, D, 1);
-    LAUNCH(embedding_backward_kernel, wide(D), runs, r.block.x, dweight, dout, tokens, order, begin, scale, D);
+    LAUNCH_DROP(embedding_backward_kernel, wide(D), drop, runs, r.block.x, dweight, dout, tokens, order, begin, scale,
+                D);
+}
+
+// out (rows,D) = dropout(inp) + add, for sums that a product would else have added to x itself; add may be NULL. sum
+// (D): column sums of out, or NULL.
+template <typename X, bool WIDE> __global__ void dropout_kernel(X* out, float* partials, const X* inp, const X* add,
+        size_t rows, int D, Dropout d) {
+    float sum[8] = {0}, x[8], y[8] = {0};
+    for (size_t r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
+        load_row<WIDE>(x, inp + r * D, D);
+        if (add) { load_row<WIDE>(y, add + r * D, D); }
+        drop<true>(x, dropout_kept_row<WIDE, true>(d, r), d);
+        EACH(e, 8) {
+            x[e] += y[e];
+            sum[e] += x[e];
+        }
+        store_row<WIDE>(out + r * D, x, D);
+    }
+    if (partials) { store_partial<WIDE>(partials, 1, D, 0, sum, D); }
+}
+// Returns out, or with rate 0 does nothing and returns inp.
+template <typename X> static const X* dropout(Gpu& gpu, X* out, float* sum, const X* inp, const X* add, Dropout drop,
+        size_t rows, int D) {
+    RowGrid r = row_grid(&gpu, rows, D, 1);
+    if (!drop.drop) { return inp; }
+    float* partials = sum ? (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * D) : NULL;
+    LAUNCH(dropout_kernel, wide(D), r.grid, r.block, out, partials, inp, add, rows, D, drop);
+    if (sum) { reduce_columns(gpu, r.parts, {{sum}, 1, D}); }
+    return out;
 }
 
 // Timestep norm as a scan over time, see timestepnorm_forward of the CPU. Segments of 32 timesteps are reduced to their
@@ -777,7 +845,8 @@ static NormGrid norm_grid(int B, int T, int D, int G) {
 }
 
 template <typename X> static void timestepnorm_forward(Gpu& gpu, X* out, float* mean, float* rstd, NormState* end,
-        NormState* before, const NormState* start, const X* inp, const float* w, const float* b, int B, int T, int D, int G, float eps) {
+        NormState* before, const NormState* start, const X* inp, const float* w, const float* b, int B, int T, int D,
+        int G, float eps) {
     NormGrid r = norm_grid(B, T, D, G);
     float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
     auto pass = r.fixed == 4 ? timestepnorm_forward_kernel<X, 8, 4, false> : r.fixed == 8
@@ -1042,448 +1111,457 @@ template <typename X, typename F = void (*)()> static void timestepnorm_backward
 }
 
 // CEMA. With c = p g and s = h/p: s_t = q s_{t-1} + x_t, y_t = Re(sum_k c s_t) + omega x_t; p and g stay out of the
-// scan. A feature's N oscillators are shared by LANES neighbouring threads, MODES each, in registers; a warp has
-// 32/LANES neighbouring features of one batch row, and a block CEMA_WARPS warps that have nothing to do with each
-// other. Time is cut into segments only if that leaves too few warps (a warp for each of the card's schedulers is
-// enough, since the MODES recurrences of a thread are independent; else two): then the end states of the segments are
-// computed first, from zero, and handed on by q^length. Inputs come through shared memory, in STAGES pieces of AHEAD
-// timesteps that are copied while the warp computes. The loop over timesteps is unrolled by UNROLL only: longer code
-// would not stay in the instruction cache, which one warp a scheduler cannot hide.
-enum { MODES = 8, AHEAD = 16, STAGES = 4, UNROLL = 4, CEMA_WARPS = 4, FEW = 16 / MODES, ALL = CEMA_MAX_NDIM / MODES };
-static int cema_lanes(int N) { return N <= FEW * MODES ? FEW : ALL; }
+// scan. Two forms: one that follows the CPU's loops, for any size and type, and one for tensor cores, for bf16. Either
+// runs through time from end to end; what is parallel is batch rows, features, and modes or blocks of timesteps.
+enum { CEMA_LANES = 16, AHEAD = 8, SPAN = 16, UNIT = 16 * SPAN, CHANNELS = 8, POWERS = SPAN + 4,
+       MANY = CEMA_MAX_NDIM / CEMA_LANES };
+struct CemaCoef { float2 q, c; float p; };
 
-// coef (5,K,D), K = N rounded up to whole threads: p, q, c = p g (zero for k >= N). In double, rounded once.
-enum { COEF_P, COEF_Q_RE, COEF_Q_IM, COEF_C_RE, COEF_C_IM, NUM_COEF };
+template <typename C> __device__ inline C mul_add(C a, C b, C c) { // of complex numbers: a b + c
+    return {fma(a.x, b.x, fma(-a.y, b.y, c.x)), fma(a.x, b.y, fma(a.y, b.x, c.y))};
+}
 __device__ inline double sigmoid_double(double x) { return 1 / (1 + exp(-x)); }
-__global__ void cema_coefficients_kernel(float* coef, const float* alpha, const float* delta, const float* theta,
-        const float* gamma, int D, int N, int K) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x, d = i % D, k = i / D;
-    if (k >= K) { return; }
-    double v[NUM_COEF] = {0};
+
+// coef (D,K), K = N rounded up to whole threads, zero for k >= N, and where asked for powers (D,POWERS,K) of the
+// rounded q: q^0 .. q^16, q^32, q^64, q^128. In double, rounded once.
+__global__ void cema_coefficients_kernel(CemaCoef* coef, float2* powers, const float* alpha, const float* delta,
+        const float* theta, const float* gamma, int D, int N, int K) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x, d = i / K, k = i % K;
+    if (d >= D) { return; }
+    CemaCoef m = {};
     if (k < N) {
         size_t at = (size_t)d * N + k;
-        double p = sigmoid_double(alpha[at]), radius = 1 - p * sigmoid_double(delta[at]), sine, cosine;
-        sincospi(2.0 / N * (k + 1) * sigmoid_double(theta[d]), &sine, &cosine);
-        v[COEF_P] = p;
-        v[COEF_Q_RE] = radius * cosine;
-        v[COEF_Q_IM] = radius * sine;
-        v[COEF_C_RE] = p * gamma[2 * at] / sqrt((double)N);
-        v[COEF_C_IM] = p * gamma[2 * at + 1] / sqrt((double)N);
+        double p = sigmoid_double(alpha[at]), radius = 1 - p * sigmoid_double(delta[at]), scale = p / sqrt((double)N);
+        double2 turn;
+        sincospi(2.0 / N * (k + 1) * sigmoid_double(theta[d]), &turn.y, &turn.x);
+        m.p = p;
+        m.q = make_float2(radius * turn.x, radius * turn.y);
+        m.c = make_float2(scale * gamma[2 * at], scale * gamma[2 * at + 1]);
     }
-    for (int j = 0; j < NUM_COEF; j++) { coef[((size_t)j * K + k) * D + d] = v[j]; }
+    coef[i] = m;
+    double2 q = {m.q.x, m.q.y}, power = {1, 0};
+    for (int n = 0; powers && n < POWERS; n++) {
+        powers[((size_t)d * POWERS + n) * K + k] = make_float2(power.x, power.y);
+        power = mul_add(power, n < SPAN ? q : power, double2{0, 0});
+    }
+}
+__device__ inline float2 cema_start(const float* start, size_t bd, int k, int N, float p) { // s_0
+    return start && k < N ? make_float2(start[2 * (bd * N + k)] / p, start[2 * (bd * N + k) + 1] / p) : float2{0, 0};
+}
+__device__ inline float sum_lanes(float v) {
+    EACH(o, 4) { v += __shfl_xor_sync(~0u, v, 1 << o); }
+    return v;
 }
 
-// Segments of one launch: `count` of `length` timesteps (the last one may be shorter).
-struct CemaGrid { int lanes, K, count, length; dim3 grid; };
-static CemaGrid cema_grid(Gpu* gpu, int B, int T, int D, int N) {
-    CemaGrid r;
-    r.lanes = cema_lanes(N);
-    r.K = r.lanes * MODES;
-    int tiles = ceil_div(D, 32 / r.lanes), schedulers = 4 * gpu->card.multiProcessorCount;
-    r.count = (size_t)B * tiles * 10 >= (size_t)schedulers * 9 ? 1 : ceil_div(2 * schedulers, (size_t)B * tiles);
-    r.length = ceil_div(ceil_div(T, r.count), AHEAD) * AHEAD;
-    if (r.length < 64) { r.length = 64; }
-    r.count = ceil_div(T, r.length);
-    r.grid = dim3(ceil_div(tiles, CEMA_WARPS), B, r.count);
-    return r;
-}
-
-static const float* cema_coefficients(Gpu& gpu, const CemaGrid& r, const float* alpha, const float* delta,
-        const float* theta, const float* gamma, int D, int N) {
-    float* coef = (float*)gpu_scratch(&gpu, COEFFICIENTS, sizeof(float) * NUM_COEF * r.K * D);
-    cema_coefficients_kernel<<<ceil_div((size_t)r.K * D, 128), 128, 0, gpu.stream>>>(coef, alpha, delta, theta, gamma,
-            D, N, r.K);
-    LAUNCHED();
-    return coef;
-}
-
-// Where a thread of CEMA's kernels stands.
+// The form for any size: CEMA_LANES threads share a feature of a batch row and have M modes each.
 struct CemaPlace {
-    int d, k0, b, segment, t0, t1;
-    bool active, beyond; // a feature of this thread, none of the whole warp
-    size_t at, state;  // at: element (b,0,d) | state: of (segment,b,k0,d) among carries (segments,B,K,D)
-    __device__ CemaPlace(int lanes, int length, int T, int D, int skip) {
-        d = (blockIdx.x * CEMA_WARPS + threadIdx.y) * (32 / lanes) + threadIdx.x / lanes;
+    int d, lane;
+    bool active;
+    size_t bd, at; // of (b,d) | of (b,0,d) among (B,T,D)
+    __device__ CemaPlace(int T, int D) {
+        d = (blockIdx.x * blockDim.x + threadIdx.x) / CEMA_LANES;
+        lane = threadIdx.x % CEMA_LANES;
         active = d < D;
-        beyond = (blockIdx.x * CEMA_WARPS + threadIdx.y) * (32 / lanes) >= D;
         if (!active) { d = D - 1; }
-        k0 = threadIdx.x % lanes * MODES;
-        b = blockIdx.y;
-        segment = blockIdx.z + skip;
-        t0 = segment * length;
-        t1 = min(t0 + length, T);
-        at = (size_t)b * T * D + d;
-        state = (((size_t)segment * gridDim.y + b) * lanes * MODES + k0) * D + d;
+        bd = (size_t)blockIdx.y * D + d;
+        at = (size_t)blockIdx.y * T * D + d;
     }
 };
-// Sums over the LANES threads of a feature two numbers (of two timesteps); an even thread gets the first, an odd one
-// the second.
-template <int LANES> __device__ inline float pair_sum(float first, float second) {
-    bool odd = threadIdx.x & 1;
-    float s = (odd ? second : first) + __shfl_xor_sync(~0u, odd ? first : second, 1);
-#pragma unroll
-    for (int o = 2; o < LANES; o *= 2) { s += __shfl_xor_sync(~0u, s, o); }
-    return s;
-}
-
-// AHEAD timesteps of the block's features in shared memory.
-template <typename X, int LANES> struct CemaStage {
-    enum { TILE = 32 / LANES, ROW = TILE * (int)sizeof(X), CHUNK = ROW < 16 ? ROW : 16, PER_ROW = ROW / CHUNK,
-           FEATURES = CHUNK / (int)sizeof(X), PIECES = AHEAD * PER_ROW, ROUNDS = (PIECES + 31) / 32 };
-    typedef std::conditional_t<CHUNK == 16, uint4, uint2> Chunk;
-    alignas(16) X x[AHEAD][TILE];
-
-    // Starts to copy those of the timesteps t.. that lie in [t0,t1) from a tensor whose feature 0 of timestep 0 is at
-    // `from`.
-    __device__ void fetch(const X* from, int t, int t0, int t1, int D) {
-        int d0 = (blockIdx.x * CEMA_WARPS + threadIdx.y) * TILE;
-        EACH(k, ROUNDS) {
-            int i = k * 32 + threadIdx.x, row = i / PER_ROW, d = i % PER_ROW * FEATURES;
-            if (i >= PIECES || t + row < t0 || t + row >= t1) { continue; }
-            const X* src = from + (size_t)(t + row) * D + d0 + d;
-            if (D % TILE == 0) {
-                unsigned to = __cvta_generic_to_shared(&x[row][d]);
-                asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(src),
-                             "n"((int)CHUNK) : "memory");
-            } else { EACH(e, FEATURES) { if (d0 + d + e < D) { x[row][d + e] = src[e]; } } }
+template <typename X, int M> __global__ void cema_forward_kernel(X* out, float* end, const float* start, const X* inp,
+        const CemaCoef* coef, const float* omega, int T, int D, int N) {
+    CemaPlace f(T, D);
+    CemaCoef m[M];
+    float2 s[M];
+    EACH(j, M) {
+        m[j] = coef[(size_t)f.d * CEMA_LANES * M + j * CEMA_LANES + f.lane];
+        s[j] = cema_start(start, f.bd, j * CEMA_LANES + f.lane, N, m[j].p);
+    }
+    for (int t0 = 0; t0 < T; t0 += AHEAD) {
+        float x[AHEAD];
+        EACH(i, AHEAD) { x[i] = t0 + i < T ? to_float(inp[f.at + (size_t)(t0 + i) * D]) : 0; }
+        EACH(i, AHEAD) {
+            float y = 0;
+            if (t0 + i >= T) { break; }
+            EACH(j, M) {
+                s[j] = mul_add(m[j].q, s[j], float2{x[i], 0});
+                y += m[j].c.x * s[j].x - m[j].c.y * s[j].y;
+            }
+            y = sum_lanes(y) + omega[f.d] * x[i];
+            if (f.active && f.lane == 0) { out[f.at + (size_t)(t0 + i) * D] = from_float<X>(y); }
         }
     }
-    // Writes all of it to timesteps t.. of a tensor.
-    __device__ void put(X* to, int t, int D) const {
-        int d0 = (blockIdx.x * CEMA_WARPS + threadIdx.y) * TILE;
-        EACH(k, ROUNDS) {
-            int i = k * 32 + threadIdx.x, row = i / PER_ROW, d = i % PER_ROW * FEATURES;
-            if (i >= PIECES) { continue; }
-            X* at = to + (size_t)(t + row) * D + d0 + d;
-            if (D % TILE == 0) { *(Chunk*)at = *(const Chunk*)&x[row][d]; }
-            else { EACH(e, FEATURES) { if (d0 + d + e < D) { at[e] = x[row][d + e]; } } }
+    EACH(j, M) {
+        int k = j * CEMA_LANES + f.lane;
+        if (end && f.active && k < N) { ((float2*)end)[f.bd * N + k] = {m[j].p * s[j].x, m[j].p * s[j].y}; }
+    }
+}
+
+// The CPU's reverse sweep. after (B,D,N,2): a after the last timestep, NULL for zero. sums (B,D,K,4): Q and R; first
+// (B,D,K): a at the first timestep; domega (B,D).
+template <typename X, int M> __global__ void cema_backward_kernel(X* dinp, float4* sums, float2* first, float* domega,
+        const X* dout, const float* start, const float* after, const X* inp, const CemaCoef* coef, const float* omega,
+        int T, int D, int N) {
+    CemaPlace f(T, D);
+    CemaCoef m[M];
+    float2 a[M] = {}, b[M] = {}, Q[M] = {}, R[M] = {}; // b is a'
+    float dw = 0;
+    EACH(j, M) {
+        int k = j * CEMA_LANES + f.lane;
+        m[j] = coef[(size_t)f.d * CEMA_LANES * M + k];
+        if (after && k < N) { a[j] = ((const float2*)after)[f.bd * N + k]; }
+    }
+    for (int t0 = T - 1; t0 >= 0; t0 -= AHEAD) {
+        float x[AHEAD], dy[AHEAD];
+        EACH(i, AHEAD) {
+            x[i] = t0 >= i ? to_float(inp[f.at + (size_t)(t0 - i) * D]) : 0;
+            dy[i] = t0 >= i ? to_float(dout[f.at + (size_t)(t0 - i) * D]) : 0;
         }
+        EACH(i, AHEAD) {
+            float dx = 0;
+            if (t0 < i) { break; }
+            EACH(j, M) {
+                float2 q = {m[j].q.x, -m[j].q.y};
+                a[j] = mul_add(q, a[j], float2{dy[i], 0});
+                Q[j] = {fmaf(x[i], a[j].x, Q[j].x), fmaf(x[i], a[j].y, Q[j].y)};
+                R[j] = {fmaf(x[i], b[j].x, R[j].x), fmaf(x[i], b[j].y, R[j].y)};
+                b[j] = mul_add(q, b[j], a[j]);
+                dx += m[j].c.x * a[j].x + m[j].c.y * a[j].y;
+            }
+            dw = fmaf(x[i], dy[i], dw);
+            dx = sum_lanes(dx) + omega[f.d] * dy[i];
+            if (f.active && f.lane == 0) { dinp[f.at + (size_t)(t0 - i) * D] = from_float<X>(dx); }
+        }
+    }
+    if (!f.active) { return; }
+    if (f.lane == 0) { domega[f.bd] = dw; }
+    EACH(j, M) {
+        int k = j * CEMA_LANES + f.lane;
+        float2 s = cema_start(start, f.bd, k, N, m[j].p), r = mul_add(float2{s.x, -s.y}, b[j], R[j]);
+        sums[f.bd * CEMA_LANES * M + k] = make_float4(Q[j].x, Q[j].y, r.x, r.y);
+        first[f.bd * CEMA_LANES * M + k] = a[j];
+    }
+}
+
+// The form for tensor cores, for N <= 16. Time is cut into blocks of SPAN timesteps, j = 0, 1, ...: block j begins with
+// state s_j, and in it
+//     y_t = sum_{i<=t} k[t-i] x_i + Re(sum c q^(t+1) s_j)       k[i] = Re(sum c q^i), k[0] with omega
+//     s_{j+1} = q^SPAN s_j + e_j                                e_j = sum_t q^(SPAN-1-t) x_t
+// For each feature these are products of 16 blocks (rows; a UNIT of time) with matrices of coefficients, which stay in
+// registers of the feature's warp. x is exact in bf16; coefficients and states are split in two bf16, which leaves y a
+// relative error of 1e-5 before it is rounded.
+//
+// Of a product, lane 4g+i has rows g and g+8, and columns 8n+2i and 8n+2i+1 of each tile n. Row g is block 2g, row g+8
+// block 2g+1; columns are timesteps, or real and imaginary part of mode 4n+i. So a thread has of one product just what
+// it needs of the next one's left factor.
+__device__ inline uint32_t pack(float a, float b) {
+    __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+    return *(uint32_t*)&v;
+}
+__device__ inline void split(uint32_t& high, uint32_t& low, float a, float b) {
+    high = pack(a, b);
+    low = pack(a - __uint_as_float(high << 16), b - __uint_as_float(high & 0xffff0000u));
+}
+struct Factor { // 16 x 8 of a right factor: rows 2i, 2i+1 | 2i+8, 2i+9 of column g
+    uint32_t high[2], low[2];
+    template <typename F> __device__ void set(int i, F value) {
+        EACH(j, 2) { split(high[j], low[j], value(2 * i + 8 * j), value(2 * i + 8 * j + 1)); }
     }
 };
-__device__ inline void stage_done() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ inline void stage_wait() { // for the oldest of STAGES - 1
-    asm volatile("cp.async.wait_group %0;" ::"n"((int)STAGES - 2) : "memory");
-    __syncwarp();
+struct Tile { float v[4]; }; // 16 x 8 of a product
+__device__ inline Tile mma(const uint32_t (&a)[4], const uint32_t (&b)[2], Tile c) { // a b + c
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c.v[0]), "+f"(c.v[1]), "+f"(c.v[2]), "+f"(c.v[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    return c;
+}
+__device__ inline Tile mma(const uint32_t (&a)[4], const Factor& b, Tile c = {}) {
+    return mma(a, b.low, mma(a, b.high, c));
 }
 
-// With ENDS, only the segments' end states from zero, to carries; else the output, from carries (NULL for zero) on. end
-// (B,D,N,2) receives h after the last timestep if not NULL.
-template <typename X, int LANES,
-        bool ENDS> __global__ void __launch_bounds__(32 * CEMA_WARPS) cema_forward_kernel(X* out, float* end,
-                float2* carries, const X* inp, const float* coef, const float* omega, int length, int T, int D, int N) {
-    enum { K = LANES * MODES };
-    __shared__ CemaStage<X, LANES> memory[CEMA_WARPS][STAGES + 1]; // for each warp; they go their own ways
-    CemaStage<X, LANES> *stages = memory[threadIdx.y], &result = stages[STAGES];
-    CemaPlace p(LANES, length, T, D, 0);
-    if (p.beyond) { return; }
-    float q_re[MODES], q_im[MODES], c_re[MODES], c_im[MODES], s_re[MODES], s_im[MODES], y[UNROLL];
-    const X* from = inp + (size_t)p.b * T * D;
-    int f = threadIdx.x / LANES, pieces = (p.t1 - p.t0 + AHEAD - 1) / AHEAD;
-    EACH(j, STAGES - 1) { stages[j].fetch(from, p.t0 + j * AHEAD, p.t0, p.t1, D); stage_done(); }
-    EACH(k, MODES) {
-        size_t i = (size_t)(p.k0 + k) * D + p.d;
-        q_re[k] = coef[COEF_Q_RE * (size_t)K * D + i];
-        q_im[k] = coef[COEF_Q_IM * (size_t)K * D + i];
-        c_re[k] = coef[COEF_C_RE * (size_t)K * D + i];
-        c_im[k] = coef[COEF_C_IM * (size_t)K * D + i];
-        float2 s = make_float2(0, 0);
-        if (!ENDS && carries) { s = carries[p.state + (size_t)k * D]; }
-        s_re[k] = s.x;
-        s_im[k] = s.y;
+// A unit of time of CHANNELS features in shared memory, transposed. The gaps keep a warp's accesses on different banks.
+template <typename E> struct CemaUnit {
+    enum { PAIR = 2 * SPAN + 8, PITCH = UNIT / (2 * SPAN) * PAIR + 16 / sizeof(E) };
+    alignas(16) E x[CHANNELS][PITCH];
+    static __device__ int place(int t) { return t / (2 * SPAN) * PAIR + t % (2 * SPAN); }
+    // Timesteps 2i, 2i+1 (or j/2 * 8 later) of block 2g or 2g+1, which are those of register j of a left factor.
+    __device__ E* at(int j) {
+        int g = threadIdx.x % 32 / 4, i = threadIdx.x % 4;
+        return &x[threadIdx.x / 32][g * PAIR + j % 2 * SPAN + j / 2 * 8 + 2 * i];
     }
-    float w = p.k0 == 0 ? omega[p.d] : 0; // one thread adds omega x
-    auto step = [&](float x) {
-        float y0 = w * x, y1 = 0;
-        EACH(k, MODES) {
-            float re = fmaf(q_re[k], s_re[k], fmaf(-q_im[k], s_im[k], x));
-            s_im[k] = fmaf(q_re[k], s_im[k], q_im[k] * s_re[k]);
-            s_re[k] = re;
-            if (ENDS) { continue; }
-            y0 = fmaf(c_re[k], s_re[k], y0);
-            y1 = fmaf(-c_im[k], s_im[k], y1);
-        }
-        return y0 + y1;
-    };
-    for (int j = 0; j < pieces; j++) {
-        int t = p.t0 + j * AHEAD;
-        CemaStage<X, LANES>& now = stages[j % STAGES];
-        stage_wait(); // and all threads are done with the stage that is filled next
-        if (j + STAGES - 1 < pieces) {
-            stages[(j + STAGES - 1) % STAGES].fetch(from, t + (STAGES - 1) * AHEAD, p.t0, p.t1, D);
-        }
-        stage_done();
-        if (t + AHEAD > p.t1) { // the last timesteps
-            for (int i = 0; t + i < p.t1; i++) {
-                float sum = step(to_float(now.x[i][f]));
-                sum = ENDS ? 0 : pair_sum<LANES>(sum, sum);
-                if (!ENDS && p.active && threadIdx.x % LANES == 0) {
-                    out[p.at + (size_t)(t + i) * D] = from_float<X>(sum);
-                }
+    // A row of all features, zeros past the end.
+    static __device__ uint4 load_row(const bf16* from, int t, int T, int D) {
+        return t < T ? *(const uint4*)(from + (size_t)t * D) : make_uint4(0, 0, 0, 0);
+    }
+    __device__ void put(int t, uint4 row) {
+        const uint32_t w[4] = {row.x, row.y, row.z, row.w};
+        EACH(c, CHANNELS) { x[c][place(t)] = __ushort_as_bfloat16(w[c / 2] >> c % 2 * 16); }
+    }
+    __device__ void write(bf16* to, int t) const {
+        float row[CHANNELS];
+        EACH(c, CHANNELS) { row[c] = x[c][place(t)]; }
+        store8(to, row);
+    }
+    __device__ void load(uint32_t (&a)[4]) {
+        EACH(j, 4) { a[j] = *(uint32_t*)at(j); }
+    }
+    __device__ void load_transposed(uint32_t (&a)[4]) { // rows are timesteps, columns blocks
+        int l = threadIdx.x % 32;
+        unsigned from = __cvta_generic_to_shared(&x[threadIdx.x / 32][l % 8 * PAIR + l / 16 * SPAN + l / 8 % 2 * 8]);
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(from) : "memory");
+    }
+};
+
+// What a thread knows of its feature.
+struct CemaBlocks {
+    int d, g, i;   // feature | lane 4g+i; its modes are 4m+i, m < 4
+    size_t bd, at; // of (b,d) | of the block's features at (b,0) among (B,T,D)
+    const CemaCoef* coef;
+    const float2* powers;
+    Factor e[4], k[2], c[2][2]; // of x to e; of x to y; of s to y
+    float2 q[4][4];             // q^16, q^32, q^64, q^128
+
+    __device__ CemaBlocks(const CemaCoef* coefs, const float2* all_powers, const float* omega, int T, int D) {
+        __shared__ float taps[CHANNELS][2 * SPAN + 1];
+        float *tap = taps[threadIdx.x / 32] + SPAN, sums[3] = {0};
+        d = blockIdx.x * CHANNELS + threadIdx.x / 32;
+        g = threadIdx.x % 32 / 4;
+        i = threadIdx.x % 4;
+        bd = (size_t)blockIdx.y * D + d;
+        at = (size_t)blockIdx.y * T * D + blockIdx.x * CHANNELS;
+        coef = coefs + (size_t)d * CEMA_LANES;
+        powers = all_powers + (size_t)d * POWERS * CEMA_LANES;
+        EACH(m, 4) {
+            float2 c0 = coef[4 * m + i].c;
+            sums[2] += c0.x;
+            EACH(n, 2) {
+                float2 v = mul_add(c0, powers[(8 * n + g + 1) * CEMA_LANES + 4 * m + i], float2{0, 0});
+                split(c[m / 2][n].high[m % 2], c[m / 2][n].low[m % 2], v.x, -v.y);
+                sums[n] += v.x;
             }
-            break;
+            e[m].set(i, [&](int t) { return component(SPAN - 1 - t, m); });
+            EACH(j, 4) { q[m][j] = powers[(SPAN + j) * CEMA_LANES + 4 * m + i]; }
         }
-        X x[UNROLL];
-        EACH(i, UNROLL) { x[i] = now.x[i][f]; }
-#pragma unroll 1
-        for (int i0 = 0; i0 < AHEAD; i0 += UNROLL) {
-            float given[UNROLL];
-            EACH(i, UNROLL) {
-                given[i] = to_float(x[i]);
-                x[i] = now.x[(i0 + UNROLL + i) % AHEAD][f]; // the next ones, while these are worked on
-            }
-            EACH(i, UNROLL) { y[i] = step(given[i]); }
-            if (ENDS) { continue; }
-#pragma unroll
-            for (int i = 0; i < UNROLL; i += 2) {
-                float sum = pair_sum<LANES>(y[i], y[i + 1]);
-                if (threadIdx.x % LANES < 2) { result.x[i0 + i + (threadIdx.x & 1)][f] = from_float<X>(sum); }
-            }
+        EACH(n, 3) { EACH(o, 2) { sums[n] += __shfl_xor_sync(~0u, sums[n], 1 << o); } }
+        if (i < 2) {
+            tap[g + 8 * i - SPAN] = 0;
+            tap[g + 8 * i + 1] = i ? sums[1] : sums[0];
         }
-        if (ENDS) { continue; }
+        if (threadIdx.x % 32 == 0) { tap[0] = sums[2] + omega[d]; }
         __syncwarp();
-        result.put(out + (size_t)p.b * T * D, t, D);
+        EACH(n, 2) { k[n].set(i, [&](int t) { return tap[8 * n + g - t]; }); }
     }
-    if (!p.active) { return; }
-    EACH(k, MODES) {
-        if (ENDS) { carries[p.state + (size_t)k * D] = make_float2(s_re[k], s_im[k]); }
-        else if (end && p.t1 == T && p.k0 + k < N) {
-            float scale = coef[COEF_P * (size_t)K * D + (size_t)(p.k0 + k) * D + p.d];
-            float* h = end + 2 * (((size_t)p.b * D + p.d) * N + p.k0 + k);
-            h[0] = scale * s_re[k];
-            h[1] = scale * s_im[k];
-        }
+    __device__ float component(int n, int m) const { // of q^n in column g of e[m]
+        float2 v = powers[n * CEMA_LANES + 4 * m + g / 2];
+        return g & 1 ? v.y : v.x;
     }
-}
-
-__device__ inline double2 complex_mul(double2 a, double2 b) { return {a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x}; }
-// From the rounded q by squaring in double: through logarithms it would lose its phase.
-__device__ inline double2 complex_power(double2 q, int n) {
-    double2 power = {1, 0};
-    for (; n; n /= 2) {
-        if (n & 1) { power = complex_mul(power, q); }
-        q = complex_mul(q, q);
-    }
-    return power;
-}
-__device__ inline double2 cema_q(const float* coef, int k, int d, int D, int K) {
-    return {coef[((size_t)COEF_Q_RE * K + k) * D + d], coef[((size_t)COEF_Q_IM * K + k) * D + d]};
-}
-
-// End states of segments become what each segment starts from: s_in(j+1) = q^length s_in(j) + end(j), s_in(0) = h_0/p;
-// with `back`, for adjoints, the other way round with ~q; then start (B,D,N,2) is the adjoint after the last timestep.
-__global__ void cema_carries_kernel(float2* carries, const float* start, const float* coef, int count, int length,
-        bool back, int T, int B, int D, int N, int K) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, step = (size_t)B * K * D;
-    if (i >= step) { return; }
-    int d = i % D, k = i / D % K, b = i / D / K;
-    double2 q = cema_q(coef, k, d, D, K), s = {0, 0};
-    if (back) { q.y = -q.y; }
-    double2 power = complex_power(q, length), last_power = complex_power(q, T - (count - 1) * length);
-    if (start && k < N) {
-        const float* h = start + 2 * (((size_t)b * D + d) * N + k);
-        double p = back ? 1 : coef[((size_t)COEF_P * K + k) * D + d];
-        s = {h[0] / p, h[1] / p};
-    }
-    for (int j = 0; j < count; j++) {
-        float2 *at = carries + (back ? count - 1 - j : j) * step + i, end = *at;
-        *at = make_float2(s.x, s.y);
-        s = complex_mul(back && j == 0 ? last_power : power, s);
-        s.x += end.x;
-        s.y += end.y;
-    }
-}
-
-// The states at the start of each segment, for the backward pass: floats a layer keeps.
-static size_t cema_carries_size(Gpu* gpu, int B, int T, int D, int N) {
-    CemaGrid r = cema_grid(gpu, B, T, D, N);
-    return (size_t)2 * r.count * B * r.K * D;
-}
-
-// carries: cema_carries_size floats, saved for the backward pass; used only where there are several segments or a
-// start.
-template <typename X> static void cema_forward(Gpu& gpu, X* out, float* end, float* carries, const float* start,
-        const X* inp, const float* alpha, const float* delta, const float* theta, const float* gamma,
-                const float* omega, int B, int T, int D, int N) {
-    CemaGrid r = cema_grid(&gpu, B, T, D, N);
-    const float* coef = cema_coefficients(gpu, r, alpha, delta, theta, gamma, D, N);
-    float2* c = r.count > 1 || start ? (float2*)carries : NULL;
-    size_t states = (size_t)B * r.K * D;
-    auto ends = r.lanes == FEW ? cema_forward_kernel<X, FEW, true> : cema_forward_kernel<X, ALL, true>;
-    auto scan = r.lanes == FEW ? cema_forward_kernel<X, FEW, false> : cema_forward_kernel<X, ALL, false>;
-    if (c && r.count > 1) {
-        dim3 grid = r.grid;
-        grid.z--; // nobody asks where the last one ends
-        ends<<<grid, dim3(32, CEMA_WARPS), 0, gpu.stream>>>(out, NULL, c, inp, coef, omega, r.length, T, D, N);
-    }
-    if (c) {
-        if (r.count == 1) { CUDA(cudaMemsetAsync(c, 0, states * sizeof(float2), gpu.stream)); }
-        cema_carries_kernel<<<ceil_div(states, 128), 128, 0, gpu.stream>>>(c, start, coef, r.count, r.length, false, T,
-                B, D, N, r.K);
-    }
-    scan<<<r.grid, dim3(32, CEMA_WARPS), 0, gpu.stream>>>(out, end, c, inp, coef, omega, r.length, T, D, N);
-    LAUNCHED();
-}
-
-// The CPU's reverse sweep, with a' started at zero in every segment and a carried on from the later ones: then
-// R = sum over segments of (sum_t x_t a'_t + ~s_in a'_0). With ENDS, only a at the first timestep of each segment, from
-// zero, to adjoints. Else dinp, and sums (segments,B,K,D,4): Q and R; first (segments,B,K,D): a at the first timestep;
-// domega by (segment, b). a'_{t-1} = ~q a'_t + a_t.
-template <typename X, int LANES,
-        bool ENDS> __global__ void __launch_bounds__(32 * CEMA_WARPS) cema_backward_kernel(X* dinp, float4* sums,
-                float2* first, float* domega, float2* adjoints, const float2* carries, const X* dout, const X* inp,
-                        const float* coef, const float* omega, int length, int T, int D) {
-    enum { K = LANES * MODES };
-    CemaPlace p(LANES, length, T, D, ENDS); // nobody asks for the first segment's a
-    // b is a'
-    float q_re[MODES], q_im[MODES], c_re[MODES], c_im[MODES], a_re[MODES], a_im[MODES], b_re[MODES], b_im[MODES];
-    float Q_re[MODES], Q_im[MODES], R_re[MODES], R_im[MODES], dw = 0;
-    __shared__ CemaStage<X, LANES> memory[CEMA_WARPS][2 * STAGES + 1];
-    CemaStage<X, LANES> *stages_x = memory[threadIdx.y], *stages_dy = stages_x + STAGES, &result = stages_dy[STAGES];
-    if (p.beyond) { return; }
-    const X *from_x = inp + (size_t)p.b * T * D, *from_dy = dout + (size_t)p.b * T * D;
-    int f = threadIdx.x / LANES, pieces = (p.t1 - p.t0 + AHEAD - 1) / AHEAD;
-    auto fetch = [&](int j) { // piece j, counted from the end
-        int t = p.t1 - (j + 1) * AHEAD;
-        if (j < pieces) {
-            stages_dy[j % STAGES].fetch(from_dy, t, p.t0, p.t1, D);
-            if (!ENDS) { stages_x[j % STAGES].fetch(from_x, t, p.t0, p.t1, D); }
-        }
-        stage_done();
-    };
-    EACH(j, STAGES - 1) { fetch(j); }
-    EACH(k, MODES) {
-        size_t i = (size_t)(p.k0 + k) * D + p.d;
-        q_re[k] = coef[COEF_Q_RE * (size_t)K * D + i];
-        q_im[k] = coef[COEF_Q_IM * (size_t)K * D + i];
-        c_re[k] = coef[COEF_C_RE * (size_t)K * D + i];
-        c_im[k] = coef[COEF_C_IM * (size_t)K * D + i];
-        float2 a = make_float2(0, 0);
-        if (!ENDS && adjoints) { a = adjoints[p.state + (size_t)k * D]; }
-        a_re[k] = a.x;
-        a_im[k] = a.y;
-        b_re[k] = b_im[k] = Q_re[k] = Q_im[k] = R_re[k] = R_im[k] = 0;
-    }
-    float w = p.k0 == 0 ? omega[p.d] : 0;
-    auto step = [&](float x, float dy) {
-        float dx0 = w * dy, dx1 = 0;
-        dw = fmaf(x, dy, dw);
-        EACH(k, MODES) {
-            float re = fmaf(q_re[k], a_re[k], fmaf(q_im[k], a_im[k], dy));
-            a_im[k] = fmaf(q_re[k], a_im[k], -q_im[k] * a_re[k]);
-            a_re[k] = re;
-            if (ENDS) { continue; }
-            Q_re[k] = fmaf(x, a_re[k], Q_re[k]);
-            Q_im[k] = fmaf(x, a_im[k], Q_im[k]);
-            R_re[k] = fmaf(x, b_re[k], R_re[k]);
-            R_im[k] = fmaf(x, b_im[k], R_im[k]);
-            float re1 = fmaf(q_re[k], b_re[k], fmaf(q_im[k], b_im[k], a_re[k]));
-            b_im[k] = fmaf(q_re[k], b_im[k], fmaf(-q_im[k], b_re[k], a_im[k]));
-            b_re[k] = re1;
-            dx0 = fmaf(c_re[k], a_re[k], dx0);
-            dx1 = fmaf(c_im[k], a_im[k], dx1);
-        }
-        return dx0 + dx1;
-    };
-    for (int j = 0; j < pieces; j++) {
-        int t = p.t1 - (j + 1) * AHEAD, s = j % STAGES;
-        stage_wait(); // and all threads are done with the stage that is filled next
-        fetch(j + STAGES - 1);
-        if (t < p.t0) { // the first timesteps
-            for (int i = AHEAD - 1; t + i >= p.t0; i--) {
-                float sum = step(ENDS ? 0 : to_float(stages_x[s].x[i][f]), to_float(stages_dy[s].x[i][f]));
-                sum = ENDS ? 0 : pair_sum<LANES>(sum, sum);
-                if (!ENDS && p.active && threadIdx.x % LANES == 0) {
-                    dinp[p.at + (size_t)(t + i) * D] = from_float<X>(sum);
-                }
-            }
-            break;
-        }
-        X x[UNROLL], dy[UNROLL];
-        auto read = [&](int i0) {
-            EACH(i, UNROLL) {
-                dy[i] = stages_dy[s].x[i0 + i][f];
-                if (!ENDS) { x[i] = stages_x[s].x[i0 + i][f]; }
-            }
+    // From e_j to s_j. h is the state before the unit and becomes the one after it, in the threads of the first block.
+    // BACK: from the last block to the first.
+    template <bool BACK> __device__ Tile scan(Tile e, float2& h, int m) const {
+        enum { FIRST = BACK ? 2 : 0, SECOND = 2 - FIRST };
+        int turn = BACK ? 7 - g : g, lane = threadIdx.x % 32;
+        auto before = [&](float2 s, int n) {
+            int from = (BACK ? lane + 4 * n : lane - 4 * n) & 31;
+            return make_float2(__shfl_sync(~0u, s.x, from), __shfl_sync(~0u, s.y, from));
         };
-        read(AHEAD - UNROLL);
-#pragma unroll 1
-        for (int i0 = AHEAD - UNROLL; i0 >= 0; i0 -= UNROLL) {
-            float given_x[UNROLL], given_dy[UNROLL], dx[UNROLL];
-            EACH(i, UNROLL) { given_dy[i] = to_float(dy[i]); given_x[i] = ENDS ? 0 : to_float(x[i]); }
-            read((i0 + AHEAD - UNROLL) % AHEAD); // the next ones, while these are worked on
-#pragma unroll
-            for (int i = UNROLL - 1; i >= 0; i--) { dx[i] = step(given_x[i], given_dy[i]); }
-            if (ENDS) { continue; }
-#pragma unroll
-            for (int i = 0; i < UNROLL; i += 2) {
-                float sum = pair_sum<LANES>(dx[i], dx[i + 1]);
-                if (threadIdx.x % LANES < 2) { result.x[i0 + i + (threadIdx.x & 1)][f] = from_float<X>(sum); }
+        float2 first = {e.v[FIRST], e.v[FIRST + 1]}, s = mul_add(q[m][0], first, float2{e.v[SECOND], e.v[SECOND + 1]});
+        if (turn == 0) { s = mul_add(q[m][1], h, s); }
+        EACH(n, 3) {
+            float2 other = before(s, 1 << n);
+            if (turn >= 1 << n) { s = mul_add(q[m][n + 1], other, s); }
+        }
+        s = before(s, 1);
+        float2 start = turn ? s : h;
+        h = s;
+        s = mul_add(q[m][0], start, first);
+        return BACK ? Tile{s.x, s.y, start.x, start.y} : Tile{start.x, start.y, s.x, s.y};
+    }
+    __device__ void output(CemaUnit<float>& to, const uint32_t (&x)[4], const Tile (&s)[4]) const {
+        Tile y[2] = {mma(x, k[0]), mma(x, k[1])};
+        EACH(m, 2) {
+            uint32_t high[4], low[4];
+            EACH(j, 4) { split(high[j], low[j], s[2 * m + j / 2].v[j % 2 * 2], s[2 * m + j / 2].v[j % 2 * 2 + 1]); }
+            EACH(n, 2) { y[n] = mma(low, c[m][n].high, mma(high, c[m][n], y[n])); }
+        }
+        EACH(j, 4) { *(float2*)to.at(j) = {y[j / 2].v[j % 2 * 2], y[j / 2].v[j % 2 * 2 + 1]}; }
+    }
+};
+
+// carries (units,B,D,16): the states before each unit.
+__global__ void __launch_bounds__(32 * CHANNELS, 2) cema_forward_blocks_kernel(bf16* out, float* end, float2* carries,
+        const float* start, const bf16* inp, const CemaCoef* coef, const float2* powers, const float* omega, int T,
+        int D, int N) {
+    __shared__ CemaUnit<bf16> given;
+    __shared__ CemaUnit<float> made;
+    CemaBlocks f(coef, powers, omega, T, D);
+    float2 h[4];
+    EACH(m, 4) { int k = 4 * m + f.i; h[m] = cema_start(start, f.bd, k, N, f.coef[k].p); }
+    uint4 next = given.load_row(inp + f.at, threadIdx.x, T, D);
+    for (int t0 = 0; t0 < T; t0 += UNIT, carries += (size_t)gridDim.y * D * CEMA_LANES) {
+        uint32_t x[4];
+        Tile s[4];
+        given.put(threadIdx.x, next);
+        next = given.load_row(inp + f.at, t0 + UNIT + threadIdx.x, T, D);
+        __syncthreads();
+        given.load(x);
+        EACH(m, 4) {
+            if (f.g == 0) { carries[f.bd * CEMA_LANES + 4 * m + f.i] = h[m]; }
+            s[m] = f.scan<false>(mma(x, f.e[m]), h[m], m);
+        }
+        f.output(made, x, s);
+        int left = T - t0, block = left / SPAN; // the end lies in this block
+        EACH(m, 4) {
+            int k = 4 * m + f.i;
+            if (!end || left > UNIT || k >= N || f.g != block / 2 % 8) { continue; }
+            int j = block % 2;
+            float2 last = left == UNIT ? h[m] : float2{j ? s[m].v[2] : s[m].v[0], j ? s[m].v[3] : s[m].v[1]};
+            for (int t = block * SPAN; t < left; t++) {
+                last = mul_add(f.coef[k].q, last, float2{to_float(given.x[threadIdx.x / 32][given.place(t)]), 0});
             }
+            ((float2*)end)[f.bd * N + k] = {f.coef[k].p * last.x, f.coef[k].p * last.y};
         }
-        if (ENDS) { continue; }
-        __syncwarp();
-        result.put(dinp + (size_t)p.b * T * D, t, D);
+        __syncthreads();
+        int t = t0 + threadIdx.x;
+        if (t < T) { made.write(out + f.at + (size_t)t * D, threadIdx.x); }
     }
-    if (!p.active) { return; }
-    if (!ENDS && p.k0 == 0) { domega[((size_t)p.segment * gridDim.y + p.b) * D + p.d] = dw; }
-    EACH(k, MODES) {
-        size_t i = p.state + (size_t)k * D;
-        if (ENDS) { adjoints[i] = make_float2(a_re[k], a_im[k]); continue; }
-        if (carries) {
-            float2 s = carries[i];
-            R_re[k] += s.x * b_re[k] + s.y * b_im[k];
-            R_im[k] += s.x * b_im[k] - s.y * b_re[k];
+}
+
+// With dy reversed in time, dx is what y is for x. So blocks of dy are put down reversed, and give z_j = sum_t q^t dy_t
+// in place of e_j; the scan from the last block to the first gives f_j, the conjugate of the adjoint a where block j
+// ends. The sums are conjugates of a polynomial in q, P = sum_{t<=u} x_t dy_u q^(u-t), and of its derivative:
+//     ~Q = P  = sum_i l_i q^i + q sum_j s_j z_j
+//     ~R = P' = sum_i i l_i q^(i-1) + sum_j (s_j z_j + q (s_j z'_j + (SPAN q^(SPAN-1) s_j + e'_j) f_j))
+// where l_i = sum of x_t dy_{t+i} inside blocks (from one more product, 16 x 16), and ' is d/dq. But s_j also has what
+// came from s_0, which Q must not: P has q s_0 ~a_0 too much. And if there is an adjoint after the last block (then T
+// is a multiple of UNIT), q s_end ~after too little.
+__global__ void __launch_bounds__(32 * CHANNELS) cema_backward_blocks_kernel(bf16* dinp, float4* sums, float2* first,
+        float* domega, const float2* carries, const float* after, const bf16* dout, const bf16* inp,
+        const CemaCoef* coef, const float2* powers, const float* omega, int T, int D, int N) {
+    __shared__ CemaUnit<bf16> given_x, given_dy;
+    __shared__ float2 ends[CHANNELS][CEMA_LANES]; // the states after the last block
+    __shared__ CemaUnit<float> made;
+    CemaBlocks f(coef, powers, omega, T, D);
+    Factor derivative[4]; // of x to e'
+    Tile lag[2] = {};
+    float2 sz[4] = {}, sf[4] = {}, rest[4] = {}, a[4] = {}, next_s[4];
+    uint4 next_x, next_dy;
+    const int time = threadIdx.x, reversed = time ^ (SPAN - 1);
+    auto fetch = [&](int t0) {
+        next_x = given_x.load_row(inp + f.at, t0 + time, T, D);
+        next_dy = given_x.load_row(dout + f.at, t0 + time, T, D);
+        EACH(m, 4) {
+            next_s[m] = carries[((size_t)(t0 / UNIT) * gridDim.y * D + f.bd) * CEMA_LANES + 4 * m + f.i];
         }
-        sums[i] = make_float4(Q_re[k], Q_im[k], R_re[k], R_im[k]);
-        first[i] = make_float2(a_re[k], a_im[k]);
+    };
+    auto add = [](float2& sum, Tile u, Tile v) {
+        EACH(j, 2) { sum = mul_add(float2{u.v[2 * j], u.v[2 * j + 1]}, float2{v.v[2 * j], v.v[2 * j + 1]}, sum); }
+    };
+    auto later = [&](int k) { // conjugate
+        float2 v = after && k < N ? ((const float2*)after)[f.bd * N + k] : float2{0, 0};
+        return make_float2(v.x, -v.y);
+    };
+    EACH(m, 4) {
+        a[m] = later(4 * m + f.i);
+        derivative[m].set(f.i, [&](int t) { return (SPAN - 1 - t) * f.component(max(SPAN - 2 - t, 0), m); });
     }
+    int t0 = (T - 1) / UNIT * UNIT;
+    for (fetch(t0); t0 >= 0; t0 -= UNIT) {
+        uint32_t x[4], dy[4];
+        float2 s0[4] = {next_s[0], next_s[1], next_s[2], next_s[3]};
+        Tile z[4];
+        given_x.put(time, next_x);
+        given_dy.put(reversed, next_dy);
+        if (t0 >= UNIT) { fetch(t0 - UNIT); }
+        __syncthreads();
+        given_x.load_transposed(x);
+        given_dy.load_transposed(dy);
+        EACH(n, 2) { lag[n] = mma(dy, {x[n], x[n + 2]}, lag[n]); }
+        given_x.load(x);
+        given_dy.load(dy);
+        EACH(m, 4) {
+            Tile s = f.scan<false>(mma(x, f.e[m]), s0[m], m);
+            if (f.g == 0 && t0 + UNIT >= T) { ends[threadIdx.x / 32][4 * m + f.i] = s0[m]; }
+            z[m] = mma(dy, f.e[m]);
+            add(sz[m], s, z[m]);
+            add(rest[m], s, mma(dy, derivative[m]));
+            z[m] = f.scan<true>(z[m], a[m], m); // f
+            add(sf[m], s, z[m]);
+            add(rest[m], mma(x, derivative[m]), z[m]);
+        }
+        f.output(made, dy, z);
+        __syncthreads();
+        if (t0 + time < T) { made.write(dinp + f.at + (size_t)(t0 + time) * D, reversed); }
+    }
+
+    // The rest is among the threads of a warp: lane k becomes mode k.
+    __shared__ float2 totals[CHANNELS][CEMA_LANES][4];
+    __shared__ float lags[CHANNELS][SPAN][SPAN + 1];
+    int w = threadIdx.x / 32, lane = threadIdx.x % 32;
+    EACH(m, 4) {
+        float2 all[4] = {sz[m], sf[m], rest[m], a[m]};
+        EACH(j, 4) {
+            EACH(o, 3) {
+                if (j == 3) { continue; }
+                all[j].x += __shfl_xor_sync(~0u, all[j].x, 4 << o);
+                all[j].y += __shfl_xor_sync(~0u, all[j].y, 4 << o);
+            }
+            if (f.g == 7) { totals[w][4 * m + f.i][j] = all[j]; }
+        }
+    }
+    EACH(n, 2) { EACH(j, 4) { lags[w][f.g + j / 2 * 8][8 * n + 2 * f.i + j % 2] = lag[n].v[j]; } }
+    __syncwarp();
+    float l = 0; // of lane i: l_i. Row 15-u, column t: x_t dy_u
+    for (int t = 0; t < SPAN - lane; t++) { l += lags[w][SPAN - 1 - lane - t][t]; }
+    size_t k = lane % CEMA_LANES, at = f.bd * CEMA_LANES + k;
+    float2 q = f.coef[k].q, top = f.powers[(SPAN - 1) * CEMA_LANES + k], P = {0, 0}, dP = {0, 0}, *total = totals[w][k];
+    for (int n = SPAN - 1; n >= 0; n--) {
+        dP = mul_add(q, dP, P);
+        P = mul_add(q, P, float2{__shfl_sync(~0u, l, n), 0});
+    }
+    float2 s0 = carries[at], u = mul_add(float2{SPAN * top.x, SPAN * top.y}, total[1], total[2]);
+    P = mul_add(q, mul_add(ends[w][k], later(k), mul_add(float2{-s0.x, -s0.y}, total[3], total[0])), P);
+    u = mul_add(q, u, total[0]);
+    if (lane == 0) { domega[f.bd] = l; }
+    if (lane >= CEMA_LANES) { return; }
+    sums[at] = make_float4(P.x, -P.y, dP.x + u.x, -dP.y - u.y);
+    first[at] = {total[3].x, -total[3].y};
 }
 
 // From the sums to gradients of parameters, as at the end of the CPU's cema_backward. Threads x are the modes of a
 // feature.
 __global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega,
-        float* dstart, const float4* sums, const float2* first, const float* dw, const float* start, const float* coef,
-                const float* alpha, const float* delta, const float* theta, const float* gamma, int count,
-                        bool accumulate, int B, int D, int N, int K) {
+        float* dstart, const float4* sums, const float2* first, const float* dw, const float* start,
+        const CemaCoef* coef, const float* alpha, const float* delta, const float* theta, const float* gamma,
+        bool accumulate, int B, int D, int N, int K) {
     __shared__ double turns[256];
     int k = threadIdx.x, d = blockIdx.x * blockDim.y + threadIdx.y;
     double dangle = 0, s_theta = d < D ? sigmoid_double(theta[d]) : 0;
     if (d < D && k < N) {
-        size_t i = (size_t)d * N + k, step = (size_t)B * K * D;
-        double q_re = coef[((size_t)COEF_Q_RE * K + k) * D + d], q_im = coef[((size_t)COEF_Q_IM * K + k) * D + d];
-        double p = sigmoid_double(alpha[i]), g_re = gamma[2 * i] / sqrt((double)N), g_im = gamma[2 * i
-                + 1] / sqrt((double)N);
-        double dp = 0, dq_re = 0, dq_im = 0, dg_re = 0, dg_im = 0;
+        size_t i = (size_t)d * N + k;
+        CemaCoef m = coef[(size_t)d * K + k];
+        double p = sigmoid_double(alpha[i]), root = sqrt((double)N), dp = 0;
+        double2 q = {m.q.x, m.q.y}, g = {gamma[2 * i] / root, gamma[2 * i + 1] / root}, dq = {0, 0}, dg = {0, 0};
         for (int b = 0; b < B; b++) {
-            double Q_re = 0, Q_im = 0, R_re = 0, R_im = 0;
-            size_t at = ((size_t)b * K + k) * D + d;
-            for (int j = 0; j < count; j++) {
-                float4 s = sums[j * step + at];
-                Q_re += s.x; Q_im += s.y; R_re += s.z; R_im += s.w;
-            }
-            dp += g_re * Q_re + g_im * Q_im;
-            dq_re += p * (g_re * R_re + g_im * R_im);
-            dq_im += p * (g_re * R_im - g_im * R_re);
-            dg_re += p * Q_re;
-            dg_im += p * Q_im;
-            if (start) {
-                size_t at_h = 2 * (((size_t)b * D + d) * N + k);
-                float2 a = first[at];
-                double qa_re = q_re * a.x + q_im * a.y, qa_im = q_re * a.y - q_im * a.x;
-                dg_re += start[at_h] * qa_re + start[at_h + 1] * qa_im;
-                dg_im += start[at_h] * qa_im - start[at_h + 1] * qa_re;
-                if (dstart) {
-                    dstart[at_h] += g_re * qa_re + g_im * qa_im;
-                    dstart[at_h + 1] += g_re * qa_im - g_im * qa_re;
-                }
-            }
+            size_t bd = (size_t)b * D + d, at_h = 2 * (bd * N + k);
+            float4 s = sums[bd * K + k];
+            float2 a = first[bd * K + k];
+            dp += g.x * s.x + g.y * s.y;
+            dq = mul_add(double2{p * g.x, -p * g.y}, double2{s.z, s.w}, dq);
+            dg = {dg.x + p * s.x, dg.y + p * s.y};
+            if (!start) { continue; }
+            double2 qa = mul_add(double2{q.x, -q.y}, double2{a.x, a.y}, double2{0, 0});
+            dg = mul_add(double2{start[at_h], -start[at_h + 1]}, qa, dg);
+            if (!dstart) { continue; }
+            qa = mul_add(double2{g.x, -g.y}, qa, double2{dstart[at_h], dstart[at_h + 1]});
+            dstart[at_h] = qa.x;
+            dstart[at_h + 1] = qa.y;
         }
         double s_delta = sigmoid_double(delta[i]), sine, cosine;
         sincospi(2.0 / N * (k + 1) * s_theta, &sine, &cosine);
-        double dradius = cosine * dq_re + sine * dq_im;
-        dangle = (k + 1) * (q_re * dq_im - q_im * dq_re);
-        dgamma[2 * i] = (accumulate ? dgamma[2 * i] : 0) + dg_re / sqrt((double)N);
-        dgamma[2 * i + 1] = (accumulate ? dgamma[2 * i + 1] : 0) + dg_im / sqrt((double)N);
+        double dradius = cosine * dq.x + sine * dq.y;
+        dangle = (k + 1) * (q.x * dq.y - q.y * dq.x);
+        dgamma[2 * i] = (accumulate ? dgamma[2 * i] : 0) + dg.x / root;
+        dgamma[2 * i + 1] = (accumulate ? dgamma[2 * i + 1] : 0) + dg.y / root;
         dalpha[i] = (accumulate ? dalpha[i] : 0) + p * (1 - p) * (dp - s_delta * dradius);
         ddelta[i] = (accumulate ? ddelta[i] : 0) - p * s_delta * (1 - s_delta) * dradius;
     }
@@ -1492,124 +1570,154 @@ __global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dthet
     if (k || d >= D) { return; }
     double dturn = 0, w = 0;
     for (int j = 0; j < N; j++) { dturn += turns[threadIdx.y * K + j]; }
-    for (int j = 0; j < count * B; j++) { w += dw[(size_t)j * D + d]; }
+    for (int b = 0; b < B; b++) { w += dw[(size_t)b * D + d]; }
     dtheta[d] = (accumulate ? dtheta[d] : 0) + 2 * M_PI / N * s_theta * (1 - s_theta) * dturn;
     domega[d] = (accumulate ? domega[d] : 0) + w;
 }
 
+// How a launch goes about it.
+struct Cema {
+    int K;
+    bool blocks; // on tensor cores
+    CemaCoef* coef;
+    float2* powers;
+    dim3 grid;
+};
+static int cema_width(int N) { return CEMA_LANES * (N <= CEMA_LANES ? 1 : MANY); }
+static Cema cema_prepare(Gpu& gpu, bool is_bf16, const float* alpha, const float* delta, const float* theta,
+        const float* gamma, int B, int T, int D, int N) {
+    Cema r;
+    bool whole = ranks.chunks == 1 || T % UNIT == 0; // what slices hand on enters and leaves between units
+    r.K = cema_width(N);
+    r.blocks = is_bf16 && N <= CEMA_LANES && D % CHANNELS == 0 && T >= 4 * SPAN && whole;
+    size_t size = (size_t)D * r.K;
+    r.coef = (CemaCoef*)gpu_scratch(&gpu, COEFFICIENTS, size * (sizeof(CemaCoef) + POWERS * sizeof(float2)));
+    r.powers = r.blocks ? (float2*)(r.coef + size) : NULL;
+    r.grid = dim3(ceil_div(D, CHANNELS), B);
+    cema_coefficients_kernel<<<ceil_div(size, 128), 128, 0, gpu.stream>>>(r.coef, r.powers, alpha, delta, theta, gamma,
+            D, N, r.K);
+    LAUNCHED();
+    return r;
+}
+
+// Floats that a layer keeps for the backward pass: the states before each unit of time.
+static size_t cema_carries_size(Gpu*, int B, int T, int D, int) {
+    return ceil_div(T, UNIT) * B * D * CEMA_LANES * 2;
+}
+
+template <typename X> static void cema_forward(Gpu& gpu, X* out, float* end, float* carries, const float* start,
+        const X* inp, const float* alpha, const float* delta, const float* theta, const float* gamma,
+        const float* omega, int B, int T, int D, int N) {
+    Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, alpha, delta, theta, gamma, B, T, D, N);
+    if (r.blocks) {
+        cema_forward_blocks_kernel<<<r.grid, 32 * CHANNELS, 0, gpu.stream>>>((bf16*)out, end, (float2*)carries, start,
+                (const bf16*)inp, r.coef, r.powers, omega, T, D, N);
+    } else {
+        auto kernel = N <= CEMA_LANES ? cema_forward_kernel<X, 1> : cema_forward_kernel<X, MANY>;
+        kernel<<<r.grid, CEMA_LANES * CHANNELS, 0, gpu.stream>>>(out, end, start, inp, r.coef, omega, T, D, N);
+    }
+    LAUNCHED();
+}
+
 template <typename X> static void cema_backward(Gpu& gpu, X* dinp, float* dalpha, float* ddelta, float* dtheta,
         float* dgamma, float* domega, float* dstart, const X* dout, const float* carries, const float* start,
-                const float* after, const X* inp, const float* alpha, const float* delta, const float* theta, const float* gamma,
-                        const float* omega, int B, int T, int D, int N) {
-    CemaGrid r = cema_grid(&gpu, B, T, D, N);
-    const float* coef = cema_coefficients(gpu, r, alpha, delta, theta, gamma, D, N);
-    size_t states = (size_t)B * r.K * D, all = states * r.count;
-    float4* sums = (float4*)gpu_scratch(&gpu, CARRIES, all * (sizeof(float4) + 2 * sizeof(float2))
-                                        + sizeof(float) * r.count * B * D);
-    float2 *first = (float2*)(sums + all), *a = first + all;
-    float* dw = (float*)(a + all);
-    const float2* c = r.count > 1 || start ? (const float2*)carries : NULL;
-    auto ends = r.lanes == FEW ? cema_backward_kernel<X, FEW, true> : cema_backward_kernel<X, ALL, true>;
-    auto sweep = r.lanes == FEW ? cema_backward_kernel<X, FEW, false> : cema_backward_kernel<X, ALL, false>;
-    if (r.count > 1) {
-        dim3 grid = r.grid;
-        grid.z--;
-        ends<<<grid, dim3(32, CEMA_WARPS), 0, gpu.stream>>>(dinp, sums, first, dw, a, c, dout, inp, coef, omega,
-                                                            r.length, T, D);
-    } else if (after) { CUDA(cudaMemsetAsync(a, 0, states * sizeof(float2), gpu.stream)); }
-    if (r.count > 1 || after) {
-        cema_carries_kernel<<<ceil_div(states, 128), 128, 0, gpu.stream>>>(a, after, coef, r.count, r.length, true, T,
-                B, D, N, r.K);
+        const float* after, const X* inp, const float* alpha, const float* delta, const float* theta,
+        const float* gamma, const float* omega, int B, int T, int D, int N) {
+    Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, alpha, delta, theta, gamma, B, T, D, N);
+    size_t states = (size_t)B * D * r.K;
+    float4* sums = (float4*)gpu_scratch(&gpu, CARRIES, states * (sizeof(float4) + sizeof(float2))
+                                        + sizeof(float) * B * D);
+    float2* first = (float2*)(sums + states);
+    float* dw = (float*)(first + states);
+    if (r.blocks) {
+        cema_backward_blocks_kernel<<<r.grid, 32 * CHANNELS, 0, gpu.stream>>>((bf16*)dinp, sums, first, dw,
+                (const float2*)carries, after, (const bf16*)dout, (const bf16*)inp, r.coef, r.powers, omega, T, D, N);
+    } else {
+        auto kernel = N <= CEMA_LANES ? cema_backward_kernel<X, 1> : cema_backward_kernel<X, MANY>;
+        kernel<<<r.grid, CEMA_LANES * CHANNELS, 0, gpu.stream>>>(dinp, sums, first, dw, dout, start, after, inp, r.coef,
+                omega, T, D, N);
     }
-    sweep<<<r.grid, dim3(32, CEMA_WARPS), 0, gpu.stream>>>(dinp, sums, first, dw, r.count > 1 || after ? a : NULL, c, dout, inp,
-                                                           coef, omega, r.length, T, D);
     cema_gradients_kernel<<<ceil_div(D, 256 / r.K), dim3(r.K, 256 / r.K), 0, gpu.stream>>>(dalpha, ddelta, dtheta,
-            dgamma, domega,
-        dstart, sums, first, dw, ranks.chunk ? NULL : start, coef, alpha, delta, theta, gamma, r.count, gpu.accumulate,
-        B, D, N, r.K);
+            dgamma, domega, dstart, sums, first, dw, ranks.chunk ? NULL : start, r.coef, alpha, delta, theta, gamma,
+            gpu.accumulate, B, D, N, r.K);
     LAUNCHED();
 }
 
 // Where ranks hold slices of T timesteps: first what a slice alone makes of zero, for the others to know. A thread runs
-// SLICE_MODES oscillators of a feature over a segment of time; these are put together to h at the slice's end or, back in
-// time, to a at its first timestep.
+// SLICE_MODES oscillators of a feature over a segment of time; these are put together to h at the slice's end or, back
+// in time, to a at its first timestep.
 enum { SLICE_MODES = 8 };
-template <typename X> __global__ void cema_slice_kernel(float2* sums, const X* inp, const float* coef, bool back,
+template <typename X> __global__ void cema_slice_kernel(float2* sums, const X* inp, const CemaCoef* coef, bool back,
         int length, int T, int D, int K) {
     int d = blockIdx.x * 32 + threadIdx.x, k0 = threadIdx.y * SLICE_MODES, t0 = blockIdx.z * length;
     int n = min(length, T - t0);
-    float q_re[SLICE_MODES], q_im[SLICE_MODES], re[SLICE_MODES] = {0}, im[SLICE_MODES] = {0};
+    float2 q[SLICE_MODES], s[SLICE_MODES] = {};
     if (d >= D) { return; }
-    EACH(k, SLICE_MODES) {
-        q_re[k] = coef[((size_t)COEF_Q_RE * K + k0 + k) * D + d];
-        q_im[k] = coef[((size_t)COEF_Q_IM * K + k0 + k) * D + d];
-    }
+    EACH(k, SLICE_MODES) { q[k] = coef[(size_t)d * K + k0 + k].q; }
     const X* x = inp + ((size_t)blockIdx.y * T + t0) * D + d;
-    for (int i0 = 0; i0 < n; i0 += 8) {
-        float v[8];
-        EACH(i, 8) { v[i] = i0 + i < n ? to_float(x[(size_t)(back ? n - 1 - i0 - i : i0 + i) * D]) : 0; }
-        EACH(i, 8) {
+    for (int i0 = 0; i0 < n; i0 += AHEAD) {
+        float v[AHEAD];
+        EACH(i, AHEAD) { v[i] = i0 + i < n ? to_float(x[(size_t)(back ? n - 1 - i0 - i : i0 + i) * D]) : 0; }
+        EACH(i, AHEAD) {
             if (i0 + i >= n) { break; }
-            EACH(k, SLICE_MODES) {
-                float t = fmaf(q_re[k], re[k], fmaf(-q_im[k], im[k], v[i]));
-                im[k] = fmaf(q_re[k], im[k], q_im[k] * re[k]);
-                re[k] = t;
-            }
+            EACH(k, SLICE_MODES) { s[k] = mul_add(q[k], s[k], float2{v[i], 0}); }
         }
     }
-    EACH(k, SLICE_MODES) {
-        sums[(((size_t)blockIdx.z * gridDim.y + blockIdx.y) * K + k0 + k) * D + d] = make_float2(re[k], im[k]);
-    }
+    EACH(k, SLICE_MODES) { sums[(((size_t)blockIdx.z * gridDim.y + blockIdx.y) * K + k0 + k) * D + d] = s[k]; }
 }
-__global__ void cema_slice_end_kernel(float2* end, const float2* sums, const float* coef, bool back, int count,
+// From the rounded q by squaring in double: through logarithms it would lose its phase.
+__device__ inline double2 complex_power(double2 q, int n) {
+    double2 power = {1, 0};
+    for (; n; n /= 2) {
+        if (n & 1) { power = mul_add(power, q, double2{0, 0}); }
+        q = mul_add(q, q, double2{0, 0});
+    }
+    return power;
+}
+__global__ void cema_slice_end_kernel(float2* end, const float2* sums, const CemaCoef* coef, bool back, int count,
         int length, int T, int B, int D, int N, int K) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, step = (size_t)B * K * D;
     int d = i % D, k = i / D % K, b = i / D / K;
     if (i >= step || k >= N) { return; }
-    double2 q = cema_q(coef, k, d, D, K), s = {0, 0};
+    CemaCoef m = coef[(size_t)d * K + k];
+    double2 q = {m.q.x, m.q.y}, s = {0, 0};
     double2 power = complex_power(q, length), last_power = complex_power(q, T - (count - 1) * length);
-    double p = back ? 1 : coef[((size_t)COEF_P * K + k) * D + d];
+#pragma unroll 8
     for (int j = 0; j < count; j++) {
         int segment = back ? count - 1 - j : j;
         float2 sum = sums[segment * step + i];
-        s = complex_mul(segment == count - 1 ? last_power : power, s);
-        s.x += sum.x;
-        s.y += sum.y;
+        s = mul_add(segment == count - 1 ? last_power : power, s, double2{sum.x, sum.y});
     }
+    double p = back ? 1 : m.p;
     end[((size_t)b * D + d) * N + k] = make_float2(p * s.x, back ? -s.y : p * s.y);
 }
 // Then, from those of all slices, what enters this one; see the CPU's cema_carry.
-__global__ void cema_slice_carry_kernel(float2* state, const float2* start, const float2* all, const float* coef,
+__global__ void cema_slice_carry_kernel(float2* state, const float2* start, const float2* all, const CemaCoef* coef,
         bool back, int chunk, int chunks, int T, size_t size, int D, int N, int K) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= size) { return; }
-    double2 q = cema_q(coef, i % N, i / N % D, D, K), s = {0, 0};
-    if (back) { q.y = -q.y; }
-    double2 power = complex_power(q, T);
-    if (start) { s = {start[i].x, start[i].y}; }
+    float2 q = coef[i / N % D * K + i % N].q, s0 = start ? start[i] : float2{0, 0};
+    double2 power = complex_power({q.x, back ? -q.y : q.y}, T), s = {s0.x, s0.y};
     for (int r = back ? chunks - 1 : 0; r != chunk; r += back ? -1 : 1) {
         float2 e = all[r * size + i];
-        s = complex_mul(power, s);
-        s.x += e.x;
-        s.y += e.y;
+        s = mul_add(power, s, double2{e.x, e.y});
     }
     state[i] = make_float2(s.x, s.y);
 }
 // Begins the exchange. cema_slice_carry ends it; between them, work that does not need its result finds time.
 template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, const float* alpha, const float* delta,
         const float* theta, const float* gamma, int B, int T, int D, int N) {
-    CemaGrid r = cema_grid(&gpu, B, T, D, N);
-    const float* coef = cema_coefficients(gpu, r, alpha, delta, theta, gamma, D, N);
+    Cema r = cema_prepare(gpu, false, alpha, delta, theta, gamma, B, T, D, N);
     int tiles = ceil_div(D, 32), warps = tiles * (r.K / SLICE_MODES) * B;
-    int count = ceil_div(64 * gpu.card.multiProcessorCount, warps), length = ceil_div(T, count);
+    int count = ceil_div(32 * gpu.card.multiProcessorCount, warps), length = ceil_div(T, count);
     length = length < 64 ? 64 : length;
     count = ceil_div(T, length);
     size_t states = (size_t)B * r.K * D, size = (size_t)B * D * N;
     float2* sums = (float2*)gpu_scratch(&gpu, SLICE_SUMS, sizeof(float2) * states * count);
-    float2 *all = (float2*)gpu_scratch(&gpu, SLICES, sizeof(float2) * size * (ranks.chunks + 2));
-    cema_slice_kernel<X><<<dim3(tiles, B, count), dim3(32, r.K / SLICE_MODES), 0, gpu.stream>>>(sums, inp, coef, back,
+    float2* all = (float2*)gpu_scratch(&gpu, SLICES, sizeof(float2) * size * (ranks.chunks + 2));
+    cema_slice_kernel<X><<<dim3(tiles, B, count), dim3(32, r.K / SLICE_MODES), 0, gpu.stream>>>(sums, inp, r.coef, back,
             length, T, D, r.K);
-    cema_slice_end_kernel<<<ceil_div(states, 128), 128, 0, gpu.stream>>>(all + size * ranks.chunks, sums, coef, back,
+    cema_slice_end_kernel<<<ceil_div(states, 128), 128, 0, gpu.stream>>>(all + size * ranks.chunks, sums, r.coef, back,
             count, length, T, B, D, N, r.K);
     LAUNCHED();
     slices_gather(gpu, all, all + size * ranks.chunks, sizeof(float2) * size);
@@ -1621,14 +1729,14 @@ static float* cema_slice_carry(Gpu& gpu, float* state, const float* start, bool 
     if (!state) { state = (float*)(all + size * (ranks.chunks + 1)); }
     slices_wait(gpu);
     cema_slice_carry_kernel<<<ceil_div(size, 128), 128, 0, gpu.stream>>>((float2*)state, (const float2*)start, all,
-            (const float*)gpu.scratch[COEFFICIENTS], back, ranks.chunk, ranks.chunks, T, size, D, N, cema_lanes(N) * MODES);
+            (const CemaCoef*)gpu.scratch[COEFFICIENTS], back, ranks.chunk, ranks.chunks, T, size, D, N, cema_width(N));
     LAUNCHED();
     return state;
 }
 
 // Layer norm, or with mean and b NULL RMS norm, of rows; see the CPU's. Rows of out lie ldo apart.
-template <typename X, bool WIDE> __global__ void norm_forward_kernel(X* out, int ldo, float* mean, float* rstd,
-        const X* inp, const float* w, const float* b, size_t rows, int D, float eps) {
+template <typename X, bool WIDE, bool DROP> __global__ void norm_forward_kernel(X* out, int ldo, float* mean,
+        float* rstd, const X* inp, const float* w, const float* b, size_t rows, int D, float eps, Dropout d) {
     float scale[8], shift[8] = {0}, x[8], s[2], share = 1.0f / D;
     int turn = 0;
     load_row<WIDE>(scale, w, D);
@@ -1651,6 +1759,7 @@ template <typename X, bool WIDE> __global__ void norm_forward_kernel(X* out, int
         row_sum(s, turn);
         float off = mean ? s[0] * share : 0, m = near + off, k = rsqrtf(fmaxf(s[1] * share - off * off, 0) + eps);
         EACH(e, 8) { x[e] = (x[e] - m) * k * (scale[e] + 1) + shift[e]; }
+        drop<DROP>(x, dropout_kept_row<WIDE, DROP>(d, r), d);
         store_row<WIDE>(out + r * ldo, x, r < rows ? D : 0);
         if (threadIdx.x == 0 && r < rows) {
             rstd[r] = k;
@@ -1659,16 +1768,17 @@ template <typename X, bool WIDE> __global__ void norm_forward_kernel(X* out, int
     }
 }
 template <typename X> static void norm_forward(Gpu& gpu, X* out, int ldo, float* mean, float* rstd, const X* inp,
-        const float* w, const float* b, size_t rows, int D, float eps) {
+        const float* w, const float* b, size_t rows, int D, float eps, Dropout drop = no_dropout) {
     RowGrid r = row_grid(&gpu, rows, D, 1, 8);
-    LAUNCH(norm_forward_kernel, wide(D, ldo), r.grid, r.block, out, ldo, mean, rstd, inp, w, b, rows, D, eps);
+    LAUNCH_DROP(norm_forward_kernel, wide(D, ldo), drop, r.grid, r.block, out, ldo, mean, rstd, inp, w, b, rows, D,
+                eps);
 }
 
 // again receives the forward pass's output if not NULL; its rows and those of dout lie ld apart. dinp_sum: column sums
 // of dinp, the gradient of wh1's bias. db, dinp_sum and b are NULL where mean is.
-template <typename X, bool WIDE> __global__ void norm_backward_kernel(X* dinp, float* partials, X* again,
+template <typename X, bool WIDE, bool DROP> __global__ void norm_backward_kernel(X* dinp, float* partials, X* again,
         const X* dout, int ld, const float* mean, const float* rstd, const X* inp, const float* w, const float* b,
-                size_t rows, int D) {
+                size_t rows, int D, Dropout d) {
     float scale[8], shift[8] = {0}, dw[8] = {0}, db[8] = {0}, dx[8] = {0}, x[8], dy[8], s[2], share = 1.0f / D;
     int turn = 0, sums = mean ? 3 : 1;
     load_row<WIDE>(scale, w, D);
@@ -1686,6 +1796,8 @@ template <typename X, bool WIDE> __global__ void norm_backward_kernel(X* dinp, f
         next_x.get(x);
         next_dy.get(dy);
         fetch(r + step);
+        unsigned kept = dropout_kept_row<WIDE, DROP>(d, r);
+        drop<DROP>(dy, kept, d);
         s[0] = s[1] = 0;
         EACH(e, 8) {
             x[e] = (x[e] - m) * k;
@@ -1703,6 +1815,7 @@ template <typename X, bool WIDE> __global__ void norm_backward_kernel(X* dinp, f
             x[e] = x[e] * (scale[e] + 1) + shift[e];
         }
         store_row<WIDE>(dinp + r * D, dy, columns);
+        drop<DROP>(x, kept, d);
         if (again) { store_row<WIDE>(again + r * ld, x, columns); }
     }
     store_partial<WIDE>(partials, sums, D, 0, dw, D);
@@ -1712,11 +1825,11 @@ template <typename X, bool WIDE> __global__ void norm_backward_kernel(X* dinp, f
 }
 template <typename X> static void norm_backward(Gpu& gpu, X* dinp, float* dw, float* db, float* dinp_sum, X* again,
         const X* dout, int ld, const float* mean, const float* rstd, const X* inp, const float* w, const float* b,
-                size_t rows, int D) {
+                size_t rows, int D, Dropout drop = no_dropout) {
     RowGrid r = row_grid(&gpu, rows, D, 1, 2);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * 3 * D);
-    LAUNCH(norm_backward_kernel, wide(D, ld), r.grid, r.block, dinp, partials, again, dout, ld, mean, rstd, inp, w, b,
-           rows, D);
+    LAUNCH_DROP(norm_backward_kernel, wide(D, ld), drop, r.grid, r.block, dinp, partials, again, dout, ld, mean, rstd,
+                inp, w, b, rows, D);
     reduce_columns(gpu, r.parts, {{dw, db, dinp_sum}, mean ? 3 : 1, D});
 }
 
@@ -1839,8 +1952,8 @@ template <typename X> __device__ inline float sigmoid_of(float x) { return __fdi
 
 // out = silu(inp) * attention, where inp (B,T,V) has rows ldi apart. Values (attention NULL stands for ones): out
 // (B,H,K,V/H), from timestep at_k on. Gate: out (B,T,V), rows ldo apart, and attention (B,H,T,V/H).
-template <typename X, bool WIDE> __global__ void gate_forward_kernel(X* out, int ldo, const X* attention, const X* inp,
-        int ldi, unsigned rows, int T, int K, int at_k, int vd) {
+template <typename X, bool WIDE, bool DROP> __global__ void gate_forward_kernel(X* out, int ldo, const X* attention,
+        const X* inp, int ldi, unsigned rows, int T, int K, int at_k, int vd, Dropout d) {
     RowPiece<X, WIDE> next_x, next_o;
     unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
     auto fetch = [&](unsigned r) {
@@ -1854,19 +1967,21 @@ template <typename X, bool WIDE> __global__ void gate_forward_kernel(X* out, int
         next_o.get(o);
         fetch(r + step);
         EACH(e, 8) { x[e] *= sigmoid_of<X>(x[e]) * (attention ? o[e] : 1); }
+        drop<DROP>(x, dropout_kept_row<WIDE, DROP>(d, r, blockIdx.y * vd), d);
         store_row<WIDE>(out + (attention ? (size_t)r * ldo + blockIdx.y * vd : head_major(r, T, K, at_k, vd)), x, vd);
     }
 }
 template <typename X> static void value_forward(Gpu& gpu, X* v, const X* inp, int B, int T, int K, int at_k, int V,
         int H) {
     RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H, 8);
-    LAUNCH(gate_forward_kernel, wide(V / H), r.grid, r.block, v, V, (const X*)NULL, inp, V, B * T, T, K, at_k, V / H);
+    LAUNCH_DROP(gate_forward_kernel, wide(V / H), no_dropout, r.grid, r.block, v, V, (const X*)NULL, inp, V, B * T, T,
+                K, at_k, V / H);
 }
 template <typename X> static void gate_forward(Gpu& gpu, X* gated, int ldg, const X* attention, const X* inp, int ldi,
-        int B, int T, int V, int H) {
+        int B, int T, int V, int H, Dropout drop = no_dropout) {
     RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H, 8);
-    LAUNCH(gate_forward_kernel, wide(V / H, ldg, ldi), r.grid, r.block, gated, ldg, attention, inp, ldi, B * T, T, T,
-           0, V / H);
+    LAUNCH_DROP(gate_forward_kernel, wide(V / H, ldg, ldi), drop, r.grid, r.block, gated, ldg, attention, inp, ldi,
+                B * T, T, T, 0, V / H);
 }
 
 // dinp = dv silu'(inp); dinp_sum (V): the gradient of wv's bias.
@@ -1904,9 +2019,9 @@ template <typename X> static void value_backward(Gpu& gpu, X* dinp, float* dinp_
 
 // Also leaves again, the forward pass's output, if not NULL; dot (B,H,T) = sum of dattention * attention over a head,
 // which the backward pass of the softmax needs; dinp_sum (V): the gradient of wr's bias.
-template <typename X, bool WIDE> __global__ void gate_backward_kernel(X* dattention, X* dinp, float* partials,
-        float* dot, X* again, const X* dgated, int ldg, const X* attention, const X* inp, int ldi, unsigned rows,
-                int T, int V, int vd) {
+template <typename X, bool WIDE, bool DROP> __global__ void gate_backward_kernel(X* dattention, X* dinp,
+        float* partials, float* dot, X* again, const X* dgated, int ldg, const X* attention, const X* inp, int ldi,
+                unsigned rows, int T, int V, int vd, Dropout dropped) {
     float sum[8] = {0}, x[8], o[8], d[8], y[8], s[1];
     int turn = 0;
     for (unsigned r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
@@ -1917,6 +2032,8 @@ template <typename X, bool WIDE> __global__ void gate_backward_kernel(X* dattent
         load_row<WIDE>(x, inp + at_i, columns);
         load_row<WIDE>(o, attention + at, columns);
         load_row<WIDE>(d, dgated + at_g, columns);
+        unsigned kept = dropout_kept_row<WIDE, DROP>(dropped, r, blockIdx.y * vd);
+        drop<DROP>(d, kept, dropped);
         s[0] = 0;
         EACH(e, 8) {
             float g = sigmoid_of<X>(x[e]), silu = x[e] * g;
@@ -1929,23 +2046,25 @@ template <typename X, bool WIDE> __global__ void gate_backward_kernel(X* dattent
         row_sum(s, turn);
         store_row<WIDE>(dattention + at, d, columns);
         store_row<WIDE>(dinp + at_i, x, columns);
+        drop<DROP>(y, kept, dropped);
         if (again) { store_row<WIDE>(again + at_g, y, columns); }
         if (threadIdx.x == 0 && columns) { dot[at / vd] = s[0]; }
     }
     store_partial<WIDE>(partials, 1, V, 0, sum, vd, blockIdx.y * vd);
 }
 template <typename X> static void gate_backward(Gpu& gpu, X* dattention, X* dinp, float* dinp_sum, float* dot,
-        X* again, const X* dgated, int ldg, const X* attention, const X* inp, int ldi, int B, int T, int V, int H) {
+        X* again, const X* dgated, int ldg, const X* attention, const X* inp, int ldi, int B, int T, int V, int H,
+                Dropout drop = no_dropout) {
     RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * V);
-    LAUNCH(gate_backward_kernel, wide(V / H, ldg, ldi), r.grid, r.block, dattention, dinp, partials, dot, again,
-           dgated, ldg, attention, inp, ldi, B * T, T, V, V / H);
+    LAUNCH_DROP(gate_backward_kernel, wide(V / H, ldg, ldi), drop, r.grid, r.block, dattention, dinp, partials, dot,
+                again, dgated, ldg, attention, inp, ldi, B * T, T, V, V / H);
     reduce_columns(gpu, r.parts, {{dinp_sum}, 1, V});
 }
 
 // out (rows,F) = silu(inp) * mul; mul NULL stands for ones. Rows of inp and mul, and of their gradients, lie ld apart.
-template <typename X, bool WIDE> __global__ void silu_forward_kernel(X* out, const X* inp, const X* mul, int ld,
-        unsigned rows, int F) {
+template <typename X, bool WIDE, bool DROP> __global__ void silu_forward_kernel(X* out, const X* inp, const X* mul,
+        int ld, unsigned rows, int F, Dropout d) {
     enum { E = WIDE ? 8 : 1 };
     int f = (blockIdx.x * blockDim.x + threadIdx.x) * E;
     if (f >= F) { return; }
@@ -1956,6 +2075,7 @@ template <typename X, bool WIDE> __global__ void silu_forward_kernel(X* out, con
         if (mul) { b.load(mul + (size_t)r * ld + f); b.get(y); }
         a.get(x);
         EACH(e, E) { x[e] *= sigmoid_of<X>(x[e]) * (mul ? y[e] : 1); }
+        drop<DROP>(x, DROP ? dropout_kept<E>(d, dropout_bits(d, r / d.T, r % d.T, 0), f) : 0, d);
         X* to = out + (size_t)r * F + f;
         if (WIDE) { store8(to, x); } else { *to = from_float<X>(x[0]); }
     }
@@ -1963,13 +2083,14 @@ template <typename X, bool WIDE> __global__ void silu_forward_kernel(X* out, con
 static dim3 flat_grid(size_t rows, int columns) { return dim3(ceil_div(columns, 256), min_size(rows, 65535)); }
 
 template <typename X> static void silu_forward(Gpu& gpu, X* out, const X* inp, const X* mul, int ld, size_t rows,
-        int F) {
-    LAUNCH(silu_forward_kernel, wide(F, ld), flat_grid(rows, wide(F, ld) ? F / 8 : F), 256, out, inp, mul, ld, rows, F);
+        int F, Dropout drop = no_dropout) {
+    LAUNCH_DROP(silu_forward_kernel, wide(F, ld), drop, flat_grid(rows, wide(F, ld) ? F / 8 : F), 256, out, inp, mul,
+                ld, rows, F);
 }
 
 // again receives the forward pass's output if not NULL; it may be where dout is.
-template <typename X, bool WIDE> __global__ void silu_backward_kernel(X* dinp, X* dmul, X* again, const X* dout,
-        const X* inp, const X* mul, int ld, unsigned rows, int F) {
+template <typename X, bool WIDE, bool DROP> __global__ void silu_backward_kernel(X* dinp, X* dmul, X* again,
+        const X* dout, const X* inp, const X* mul, int ld, unsigned rows, int F, Dropout dropped) {
     enum { E = WIDE ? 8 : 1 };
     int f = (blockIdx.x * blockDim.x + threadIdx.x) * E;
     if (f >= F) { return; }
@@ -1982,12 +2103,15 @@ template <typename X, bool WIDE> __global__ void silu_backward_kernel(X* dinp, X
         if (mul) { b.load(mul + at); b.get(y); }
         a.get(x);
         c.get(d);
+        unsigned kept = DROP ? dropout_kept<E>(dropped, dropout_bits(dropped, r / dropped.T, r % dropped.T, 0), f) : 0;
+        drop<DROP>(d, kept, dropped);
         EACH(e, E) {
             float s = sigmoid_of<X>(x[e]), silu = x[e] * s, m = mul ? y[e] : 1;
             o[e] = silu * m;
             x[e] = d[e] * m * (s * (1 + x[e] * (1 - s)));
             y[e] = d[e] * silu;
         }
+        drop<DROP>(o, kept, dropped);
         if (WIDE) {
             store8(dinp + at, x);
             if (mul) { store8(dmul + at, y); }
@@ -2000,9 +2124,9 @@ template <typename X, bool WIDE> __global__ void silu_backward_kernel(X* dinp, X
     }
 }
 template <typename X> static void silu_backward(Gpu& gpu, X* dinp, X* dmul, X* again, const X* dout, const X* inp,
-        const X* mul, int ld, size_t rows, int F) {
-    LAUNCH(silu_backward_kernel, wide(F, ld), flat_grid(rows, wide(F, ld) ? F / 8 : F), 256, dinp, dmul, again, dout,
-           inp, mul, ld, rows, F);
+        const X* mul, int ld, size_t rows, int F, Dropout drop = no_dropout) {
+    LAUNCH_DROP(silu_backward_kernel, wide(F, ld), drop, flat_grid(rows, wide(F, ld) ? F / 8 : F), 256, dinp, dmul,
+                again, dout, inp, mul, ld, rows, F);
 }
 
 // out (rows,D) = inp * w + add (may be out); and dinp = dout * w with dw the column sums of dout * inp. With
@@ -2039,21 +2163,34 @@ template <typename X> static void rescale_backward(Gpu& gpu, X* dinp, float* dw,
 // once, one product makes the scores against the keys up to the block's last one (those right of it are never
 // computed), a kernel turns them into probabilities in place, and a second product makes the output: a block's scores
 // stay in the L2 cache. S (pairs, rows, ld): scores of queries first.. of each pair against keys 0..; query i sees keys
-// up to `seen` + i. lse: of query i of a pair at pair * stride + first + i.
+// up to `seen` + i. lse: of query i of a pair at pair * stride + first + i; at: where that stands in (B,H,T).
 enum { BLOCK = 512, SCORES_BYTES = 1 << 27 };
-template <typename X, bool WIDE> __global__ void __launch_bounds__(256) softmax_forward_kernel(X* S, int ld,
-        size_t step, float* lse, size_t stride, int rows, int keys, int seen) {
+__device__ inline uint64_t dropout_bits_of_query(const Dropout& d, size_t at, int H) {
+    unsigned head = (unsigned)at / d.T;
+    return dropout_bits(d, head / H, (unsigned)at % d.T, head % H);
+}
+template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(256) softmax_forward_kernel(X* S, int ld,
+        size_t step, float* lse, size_t stride, int rows, int keys, int seen, size_t at, int H, Dropout d) {
     enum { E = WIDE ? 8 : 1, KEPT = 8 }; // a warp has a row, a thread keeps KEPT pieces of it in registers
     int i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32, n = seen + i + 1;
     if (i >= rows) { return; }
     X* s = S + blockIdx.y * step + (size_t)i * ld;
     Piece<X, E> kept[KEPT];
     float x[E], top = -INFINITY, sum = 0;
+    uint64_t bits = DROP ? dropout_bits_of_query(d, at + blockIdx.y * stride + i, H) : 0;
+    auto fetch = [&](Piece<X, E>& piece, int j) { // dropped scores become -infinity
+        piece.load(s + j);
+        if (!DROP) { return; }
+        X* to = (X*)&piece;
+        piece.get(x);
+        drop<DROP>(x, dropout_kept<E>(d, bits, j), d);
+        if (WIDE) { store8(to, x); } else { *to = from_float<X>(x[0]); }
+    };
     for (int j0 = lane * E, m = 0; j0 < n; j0 += 32 * E * KEPT, m++) { // running maximum and sum, piece by piece
         EACH(k, KEPT) {
             int j = j0 + k * 32 * E;
             if (j >= n) { break; }
-            kept[k].load(s + j);
+            fetch(kept[k], j);
         }
         float before = top;
         EACH(k, KEPT) {
@@ -2067,7 +2204,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256) softmax_
             int j = j0 + k * 32 * E;
             if (j >= n) { break; }
             kept[k].get(x);
-            EACH(e, E) { sum += j + e < n ? exp_of<X>(x[e] - top) : 0; }
+            EACH(e, E) { sum += j + e < n && !(DROP && x[e] == -INFINITY) ? exp_of<X>(x[e] - top) : 0; }
         }
     }
     float all = top;
@@ -2076,6 +2213,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256) softmax_
     sum *= top == -INFINITY ? 0 : exp_of<X>(top - all);
 #pragma unroll
     for (int o = 16; o; o /= 2) { sum += __shfl_xor_sync(~0u, sum, o); }
+    if (DROP && all == -INFINITY) { all = 0; sum = 1; } // no key is left: then all probabilities are 0
     float share = 1 / sum;
     bool whole = n <= 32 * E * KEPT; // is all of the row in registers?
     for (int j0 = lane * E; j0 < keys; j0 += 32 * E * KEPT) {
@@ -2083,7 +2221,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256) softmax_
             int j = j0 + k * 32 * E;
             if (j >= keys) { break; }
             if (j < n) {
-                if (!whole) { kept[k].load(s + j); }
+                if (!whole) { fetch(kept[k], j); }
                 kept[k].get(x);
             }
             EACH(e, E) { x[e] = j + e < n ? exp_of<X>(x[e] - all) * share : 0; }
@@ -2095,18 +2233,23 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256) softmax_
 
 // In place: S becomes P = exp(S - lse) and dP becomes dS = P (dP - dot). Columns up to the end of the row's block. In
 // bf16 dot is the sum of dout * out, which is more exact than that of the rounded P dP.
-template <typename X, bool WIDE> __global__ void __launch_bounds__(256) softmax_backward_kernel(X* S, X* dP, int ld,
-        size_t step, const float* lse, const float* dot, size_t stride, int rows) {
+template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(256) softmax_backward_kernel(X* S, X* dP,
+        int ld, size_t step, const float* lse, const float* dot, size_t stride, int rows, size_t at_q, int H,
+                Dropout dropped) {
     enum { E = WIDE ? 8 : 1 };
     int i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (i >= rows) { return; }
     size_t at = blockIdx.y * step + (size_t)i * ld;
     int keys = min((i / BLOCK + 1) * BLOCK, rows);
     float norm = lse[blockIdx.y * stride + i], d = dot[blockIdx.y * stride + i];
+    uint64_t bits = DROP ? dropout_bits_of_query(dropped, at_q + blockIdx.y * stride + i, H) : 0;
     // sum_s P dP of the numbers that it is taken from: a lone key gives 0
     if (std::is_same<X, float>::value || i == 0) {
         d = 0;
-        for (int j = lane; j <= i; j += 32) { d += exp_of<X>(to_float(S[at + j]) - norm) * to_float(dP[at + j]); }
+        for (int j = lane; j <= i; j += 32) {
+            if (DROP && !dropout_kept<1>(dropped, bits, j)) { continue; }
+            d += exp_of<X>(to_float(S[at + j]) - norm) * to_float(dP[at + j]);
+        }
 #pragma unroll
         for (int o = 16; o; o /= 2) { d += __shfl_xor_sync(~0u, d, o); }
     }
@@ -2118,6 +2261,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256) softmax_
         b.load(dP + at + j);
         a.get(x);
         b.get(y);
+        drop<DROP>(x, DROP ? dropout_kept<E>(dropped, bits, j) : 0, dropped);
         EACH(e, E) {
             x[e] = j + e <= i ? exp_of<X>(x[e] - norm) : 0;
             y[e] = j + e <= i ? x[e] * (y[e] - d) : 0;
@@ -2147,7 +2291,7 @@ template <typename X> static int pairs_at_once(int pairs, size_t elements) {
 
 // out (B,H,T,V/H), q (B,H,T,Z/H), k (B,H,K,Z/H), v (B,H,K,V/H), lse (B,H,T)
 template <typename X> static void attention_forward(Gpu& gpu, X* out, float* lse, const X* q, const X* k, const X* v,
-        int B, int T, int K, int pos, int c, int H, int Z, int V) {
+        int B, int T, int K, int pos, int c, int H, int Z, int V, Dropout drop = no_dropout) {
     int zd = Z / H, vd = V / H;
     Spans a = attention_spans(B, T, K, c, H);
     for (int n = 0, first = 0; n < a.count; n++, first += c) {
@@ -2162,8 +2306,8 @@ template <typename X> static void attention_forward(Gpu& gpu, X* out, float* lse
                 size_t at_q = p * a.step_q + first + i, at_k = p * a.step_k + first, step = (size_t)m * ld;
                 gemm<X, X>(gpu, S, ld, q + at_q * zd, zd, false, k + at_k * zd, zd, true, m, keys, zd, NULL, 0, NULL,
                            batch, a.step_q * zd, a.step_k * zd, step);
-                LAUNCH(softmax_forward_kernel, wide(keys), dim3(ceil_div(m, 8), batch), 256, S, ld, step, lse + at_q,
-                       a.step_q, m, keys, pos + i);
+                LAUNCH_DROP(softmax_forward_kernel, wide(keys), drop, dim3(ceil_div(m, 8), batch), 256, S, ld, step,
+                            lse + at_q, a.step_q, m, keys, pos + i, at_q, H);
                 gemm<X, X>(gpu, out + at_q * vd, vd, S, ld, false, v + at_k * vd, vd, false, m, vd, keys, NULL, 0, NULL,
                            batch, step, a.step_k * vd, a.step_q * vd);
             }
@@ -2174,7 +2318,8 @@ template <typename X> static void attention_forward(Gpu& gpu, X* out, float* lse
 // Scores and dP = dout v^T by blocks of rows, then dq by rows, dk and dv by columns: so every sum is one product, in
 // fp32. dot (B,H,T): row sums of dout * out.
 template <typename X> static void attention_backward(Gpu& gpu, X* dq, X* dk, X* dv, const X* dout, const float* dot,
-        const float* lse, const X* q, const X* k, const X* v, int B, int T, int c, int H, int Z, int V) {
+        const float* lse, const X* q, const X* k, const X* v, int B, int T, int c, int H, int Z, int V,
+                Dropout drop = no_dropout) {
     int zd = Z / H, vd = V / H;
     Spans a = attention_spans(B, T, T, c, H);
     for (int n = 0, first = 0; n < a.count; n++, first += c) {
@@ -2195,8 +2340,8 @@ template <typename X> static void attention_backward(Gpu& gpu, X* dq, X* dk, X* 
                            NULL, 0, NULL,
                            batch, step_v, step_v, step);
             }
-            LAUNCH(softmax_backward_kernel, wide(rows), dim3(ceil_div(rows, 8), batch), 256, S, dS, ld, step, lse + at,
-                   dot + at, a.step_q, rows);
+            LAUNCH_DROP(softmax_backward_kernel, wide(rows), drop, dim3(ceil_div(rows, 8), batch), 256, S, dS, ld, step,
+                        lse + at, dot + at, a.step_q, rows, at, H);
             for (int i = 0; i < rows; i += BLOCK) {
                 int m = min_int(BLOCK, rows - i);
                 // queries from i on, keys of this block
@@ -2316,8 +2461,8 @@ static bool param_is_float(int i) {
            || i == P_beta || i == P_norm_w || i == P_norm_b || i == P_rescale || i == P_final_w || i == P_final_b;
 }
 
-// A block of parameters is a row of units: what is read in fp32, the embedding, each layer, the rest. Of each unit every
-// rank has an equal share, and of masters and moments no more (ZeRO-1). On one rank, all is one unit.
+// A block of parameters is a row of units: what is read in fp32, the embedding, each layer, the rest. Of each unit
+// every rank has an equal share, and of masters and moments no more (ZeRO-1). On one rank, all is one unit.
 template <typename X> struct ModelOf {
     Config config;
     Spec specs[NUM_PARAMS];
@@ -2464,8 +2609,8 @@ template <typename X> static void model_copy(Gpu& gpu, const ModelOf<X>* m, floa
     }
 }
 
-// The Backend's copy. Where a rank has shares only, the block of the gradients, free between steps, is where tensors are
-// taken apart and put together.
+// The Backend's copy. Where a rank has shares only, the block of the gradients, free between steps, is where tensors
+// are taken apart and put together.
 template <typename X> static void model_part_copy(Gpu& gpu, ModelOf<X>* m, int block, int i, int l, float* host,
         bool to_host, size_t part[2]) {
     const ParamPlace* p = &m->places[i];
@@ -2538,6 +2683,7 @@ template <typename X> struct PassOf {
     int *host, *tokens, *targets, *order, *begin;
     int runs;
     cudaEvent_t copied;
+    Masks masks;
 };
 
 // Lays out activations (or their gradients) and returns their size in bytes. everything: also what only tests look at.
@@ -2715,6 +2861,7 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
     ParamsOf<X> p = params_layer<ParamsOf<X>>(m->places, m->weights, l);
     Params w = params_layer<Params>(m->places, m->params, l); // in fp32
     ActsOf<X> a = acts_layer<X>(s->places, s->acts, l);
+    Dropouts drop = dropouts_at(s->masks, T, l);
     StateOf<X> in = state_layer(again && s->before ? s->before : start, c, l), next = state_layer(end, c, l);
     StateOf<X> before = state_layer(again ? NULL : s->before, c, l);
 
@@ -2732,26 +2879,30 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
     cema_forward(gpu, a.cema, next.h, s->carries + l * s->carries_step, in.h, a.timenorm, w.cema_alpha, w.cema_delta,
                  w.cema_theta,
                  w.cema_gamma, w.cema_omega, B, T, D, N);
-    norm_forward<X>(gpu, a.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema, w.rmsnorm_w, NULL, rows, D, eps);
+    norm_forward<X>(gpu, a.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema, w.rmsnorm_w, NULL, rows, D, eps, drop.rmsnorm);
 
     // Short memory: attention inside the chunk, to the cache where there is one. z and the gate's r come from one
     // product.
     matmul_forward<X>(gpu, a.wz, ZR, a.rmsnorm, MU, p.wz, p.wz_b, NULL, 0, rows, D, ZR);
     qk_forward<X>(gpu, a.q, k, a.znorm, a.znorm_rstd, a.wz, ZR, w.gamma, w.beta, m->rotations, B, T, keys, pos, at_k,
                   c->chunk_size, Z, H, eps);
-    attention_forward(gpu, a.attention, a.attention_lse, a.q, k, v, B, T, keys, at_k, c->chunk_size, H, Z, V);
+    attention_forward(gpu, a.attention, a.attention_lse, a.q, k, v, B, T, keys, at_k, c->chunk_size, H, Z, V,
+                      drop.keys);
 
     // The gate, and the first hop: y = [m | o*r] [Wh1 | Wh2]^T + bh1 + x.
-    gate_forward(gpu, a.gated, MU, a.attention, a.wr, ZR, B, T, V, H);
-    matmul_forward<X>(gpu, a.mega, D, a.rmsnorm, MU, p.wh1, p.wh1_b, x, D, rows, MU, D);
+    gate_forward(gpu, a.gated, MU, a.attention, a.wr, ZR, B, T, V, H, drop.gated);
+    matmul_forward<X>(gpu, a.mega, D, a.rmsnorm, MU, p.wh1, p.wh1_b, drop.mega.drop ? NULL : x, D, rows, MU, D);
+    dropout<X>(gpu, a.mega, NULL, a.mega, x, drop.mega, rows, D);
 
     // Feed-forward, and the second hop: out = ffn(layer_norm(y)) + x.
     norm_forward<X>(gpu, a.norm, D, a.norm_mean, a.norm_rstd, a.mega, w.norm_w, w.norm_b, rows, D, eps);
     matmul_forward<X>(gpu, a.fc1, FF, a.norm, D, p.fc1, NULL, NULL, 0, rows, D, FF);
-    silu_forward(gpu, a.hidden, a.fc1, a.fc3, FF, rows, F);
-    if (!c->rescale_nffn) { matmul_forward<X>(gpu, a.out, D, a.hidden, F, p.fc2, NULL, x, D, rows, F, D); return; }
-    matmul_forward<X>(gpu, a.fc2, D, a.hidden, F, p.fc2, NULL, NULL, 0, rows, F, D);
-    rescale_forward(gpu, a.out, a.fc2, x, w.rescale, rows, D);
+    silu_forward(gpu, a.hidden, a.fc1, a.fc3, FF, rows, F, drop.hidden);
+    const X* add = c->rescale_nffn ? NULL : x;
+    X* ffn = c->rescale_nffn ? a.fc2 : a.out;
+    matmul_forward<X>(gpu, ffn, D, a.hidden, F, p.fc2, NULL, drop.fc2.drop ? NULL : add, D, rows, F, D);
+    dropout<X>(gpu, ffn, NULL, ffn, add, drop.fc2, rows, D);
+    if (c->rescale_nffn) { rescale_forward(gpu, a.out, a.fc2, x, w.rescale, rows, D); }
 }
 
 // From dout to dx. What block_forward did not keep is made again by the backward kernels that read its inputs anyway;
@@ -2767,6 +2918,7 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
     ParamsOf<X> p = params_layer<ParamsOf<X>>(m->places, m->weights, l);
     Params w = params_layer<Params>(m->places, m->params, l), g = params_layer<Params>(m->places, m->grads, l);
     ActsOf<X> a = acts_layer<X>(s->places, s->acts, l), d = acts_layer<X>(s->dplaces, s->grads, l);
+    Dropouts drop = dropouts_at(s->masks, T, l);
     StateOf<X> in = state_layer(s->before ? s->before : start, c, l), din = state_layer(dstart, c, l);
 
     bool again = s->keep == KEEP_CHEAPLY;
@@ -2777,18 +2929,21 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
         rescale_backward(gpu, d.fc2, g.rescale, d.out, a.fc2, w.rescale, rows, D);
         dffn = d.fc2;
     }
+    dffn = dropout<X>(gpu, d.timenorm, NULL, dffn, NULL, drop.fc2, rows, D);
     matmul_backward(gpu, d.hidden, F, dffn, D, p.fc2, rows, F, D, false);
-    silu_backward(gpu, d.fc1, d.fc3, hidden, d.hidden, a.fc1, a.fc3, FF, rows, F);
+    silu_backward(gpu, d.fc1, d.fc3, hidden, d.hidden, a.fc1, a.fc3, FF, rows, F, drop.hidden);
     matmul_backward_weight(gpu, g.fc2, dffn, D, a.hidden, F, rows, F, D);
     matmul_backward(gpu, d.norm, D, d.fc1, FF, p.fc1, rows, D, FF, false);
-    norm_backward<X>(gpu, d.mega, g.norm_w, g.norm_b, g.wh1_b, norm, d.norm, D, a.norm_mean, a.norm_rstd, a.mega,
+    norm_backward<X>(gpu, d.mega, g.norm_w, g.norm_b, drop.mega.drop ? NULL : g.wh1_b, norm, d.norm, D, a.norm_mean,
+                     a.norm_rstd, a.mega,
                      w.norm_w, w.norm_b,
                      rows, D);
     matmul_backward_weight(gpu, g.fc1, d.fc1, FF, a.norm, D, rows, D, FF);
 
-    matmul_backward(gpu, d.rmsnorm, MU, d.mega, D, p.wh1, rows, MU, D, false); // dm | d(o*r)
+    const X* dsum = dropout<X>(gpu, d.timenorm, g.wh1_b, d.mega, NULL, drop.mega, rows, D);
+    matmul_backward(gpu, d.rmsnorm, MU, dsum, D, p.wh1, rows, MU, D, false); // dm | d(o*r)
     gate_backward(gpu, d.attention, d.wr, g.wr_b, d.attention_lse, gated, d.gated, MU, a.attention, a.wr, ZR, B, T, V,
-                  H);
+                  H, drop.gated);
     if (again) {
         qk_forward<X>(gpu, a.q, a.k, NULL, NULL, a.wz, ZR, w.gamma, w.beta, m->rotations, B, T, T, 0, 0, C, Z, H, eps);
         value_forward(gpu, a.v, a.wv, B, T, T, 0, V, H);
@@ -2796,17 +2951,17 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
                            G);
     }
     attention_backward(gpu, d.q, d.k, d.v, d.attention, d.attention_lse, a.attention_lse, a.q, a.k, a.v, B, T, C, H, Z,
-                       V);
+                       V, drop.keys);
     qk_backward(gpu, d.wz, g.gamma, g.beta, g.wz_b, d.znorm, d.q, d.k, a.wz, ZR, w.gamma, m->rotations, B, T, C, Z, H,
                 eps);
     matmul_backward(gpu, d.rmsnorm, MU, d.wz, ZR, p.wz, rows, D, ZR, true);
     norm_backward<X>(gpu, d.cema, g.rmsnorm_w, NULL, NULL, rmsnorm, d.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema,
                      w.rmsnorm_w, NULL,
-                     rows, D);
+                     rows, D, drop.rmsnorm);
     if (s->before) {
         cema_slice(gpu, d.cema, true, w.cema_alpha, w.cema_delta, w.cema_theta, w.cema_gamma, B, T, D, N);
     }
-    matmul_backward_weight(gpu, g.wh1, d.mega, D, a.rmsnorm, MU, rows, MU, D);
+    matmul_backward_weight(gpu, g.wh1, dsum, D, a.rmsnorm, MU, rows, MU, D);
     matmul_backward_weight(gpu, g.wz, d.wz, ZR, a.rmsnorm, MU, rows, D, ZR);
 
     value_backward(gpu, d.wv, g.wv_b, d.v, a.wv, B, T, V, H);
@@ -2843,7 +2998,7 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
     CUDA(cudaEventSynchronize(s->copied));
     memcpy(s->host, tokens, rows * sizeof(int));
     pass_upload(gpu, s, s->tokens, rows);
-    embedding_forward(gpu, a.embed, s->tokens, p.embed, embedding_scale(c), rows, D);
+    embedding_forward(gpu, a.embed, s->tokens, p.embed, embedding_scale(c), rows, D, dropouts_at(s->masks, T, 0).embed);
     for (int l = 0; l < L; l++) { block_forward(gpu, m, s, l, start, end); }
     timestepnorm_forward(gpu, a.final, a.final_mean, a.final_rstd, state_layer(end, c, L).norm,
                          state_layer(s->before, c, L).norm, state_layer(start, c, L).norm,
@@ -2901,7 +3056,8 @@ template <typename X> static void unit_reduce(Gpu& gpu, const ModelOf<X>* m, int
     Share s = model_share(m, u);
     if (!s.size) { return; }
     stream_after(gpu, gpu.blocks, gpu.stream);
-    NCCL(ncclReduceScatter(m->grads + s.begin, m->grads + s.at, s.size, ncclFloat, ncclSum, gpu.background, gpu.blocks));
+    NCCL(ncclReduceScatter(m->grads + s.begin, m->grads + s.at, s.size, ncclFloat, ncclSum, gpu.background,
+                           gpu.blocks));
 }
 
 // Adds to the gradients, or with gpu.accumulate off assigns them, from dlogits, which model_loss has left in logits.
@@ -2946,7 +3102,8 @@ template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, 
     if (!c->share_emb && !gpu.accumulate) {
         CUDA(cudaMemsetAsync(g.embed, 0, (size_t)vocab * D * sizeof(float), gpu.stream));
     }
-    embedding_backward(gpu, g.embed, d.embed, s->tokens, s->order, s->begin, s->runs, embedding_scale(c), D);
+    embedding_backward(gpu, g.embed, d.embed, s->tokens, s->order, s->begin, s->runs, embedding_scale(c), D,
+                       dropouts_at(s->masks, T, 0).embed);
     if (gpu.reduce) {
         for (int u = 0; u < 2; u++) { unit_reduce(gpu, m, u); }
         stream_after(gpu, gpu.stream, gpu.blocks);
@@ -2996,7 +3153,7 @@ template <typename X> static void model_update(Gpu& gpu, ModelOf<X>* m, const Op
         double grad_scale) {
     float keep = 1.0 - lr * o->weight_decay, size = lr / (1.0 - pow(o->beta1, step)),
             correction = 1.0 / sqrt(1.0 - pow(o->beta2, step));
-    for (int u = 0; u < m->units; u++) { // while one is updated, the one before it goes to all ranks
+    for (int u = 0; u < m->units; u++) { // while one is updated, those before it go to all ranks
         Share s = model_share(m, u);
         bool floats = m->shards > 1 && u == 0;
         auto launch = [&](auto* to) {
@@ -3084,6 +3241,7 @@ template <typename X> static void gpu_open(void* self, const Options* o, bool tr
     model_alloc(r->gpu, &r->m, c, training);
     if (training) {
         pass_alloc(r->gpu, &r->pass, c, o->batch, o->seq / ranks.chunks, what_to_keep<X>(r->gpu, o), KEEP_NONE);
+        r->pass.masks = masks_of(o);
         r->sums = (double*)gpu_alloc(&r->gpu, o->accum * sizeof(double));
         r->losses = (double*)xcalloc(o->accum, sizeof(double));
     }
@@ -3110,8 +3268,9 @@ template <typename X> static void gpu_copy(void* self, int block, int i, int l, 
 }
 
 template <typename X> static void gpu_micro_step(void* self, const int* tokens, const int* targets, double dloss,
-        bool first) {
+        bool first, uint64_t row) {
     GpuBackend<X>* r = of<X>(self);
+    r->pass.masks.row = row;
     r->micro = first ? 0 : r->micro + 1;
     r->gpu.accumulate = !first;
     r->gpu.reduce = ranks.count > 1 && r->micro == r->accum - 1;

@@ -174,9 +174,40 @@ def rotate(x, turn):  # x (B,T,H,d)
     x = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(x * turn).flatten(-2)
 
-def inner_attention(q, k, v, turn, c, cache=None):
+class Dropout:
+    """The masks of train_megalodon.c: pure functions of seed, row (the first sequence's number in training), timestep,
+    layer, site and element. Rates are quantised to 1/65536."""
+    SITES = "embed", "mega", "fc2", "rmsnorm", "gated", "hidden", "keys"
+
+    def __init__(self, dropout=0, hidden_dropout=0, attention_dropout=0, seed=1337):
+        self.drop = [round(float(rate) * 65536) for rate in (dropout, hidden_dropout, attention_dropout)]
+        self.seed, self.row = int(seed), 0
+
+    @staticmethod
+    def mix(x):  # splitmix64's finalizer; uint64 arrays wrap around
+        x = (x ^ (x >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
+        return x ^ (x >> numpy.uint64(31))
+
+    def kept(self, l, site, B, T, heads, n):
+        """which of n elements stay: booleans (B,T,heads,n)"""
+        whole = lambda x: numpy.array([x & (1 << 64) - 1], dtype=numpy.uint64)
+        site, golden, key = self.SITES.index(site), 0x9E3779B97F4A7C15, whole(self.seed)
+        for add in golden, (3 << 56) + l, site: key = self.mix(key + whole(add * golden + golden))
+        b, t, h, i = numpy.ogrid[self.row:self.row + B, :T, :heads, :n]
+        b, t, h, i = (x.astype(numpy.uint64) for x in (b, t, h, i))
+        bits = self.mix(self.mix(key + (b << numpy.uint64(32)) + t) + (h << numpy.uint64(32)) + i // numpy.uint64(4))
+        bits = bits >> i % numpy.uint64(4) * numpy.uint64(16) & numpy.uint64(0xffff)
+        return torch.from_numpy(bits >= self.drop[site // 3])
+
+    def __call__(self, l, site, x):  # x (B,T,n)
+        p = self.drop[self.SITES.index(site) // 3] / 65536
+        return x * self.kept(l, site, x.shape[0], x.shape[1], 1, x.shape[2])[:, :, 0] / (1 - p) if p else x
+
+def inner_attention(q, k, v, turn, c, cache=None, kept=None):
     """eq. 9: o = softmax(q k^T, causal) v within each chunk of c timesteps; q, k (B,T,H,Z/H), v (B,T,H,V/H)
-    cache: rotated keys, and values, of the chunk that the first timestep continues."""
+    cache: rotated keys, and values, of the chunk that the first timestep continues. kept (B,T,H,c): keys that dropout
+    leaves each query; where it leaves none, o is 0."""
     B, T, H, _ = q.shape
     q, k, past = rotate(q, turn), rotate(k, turn), 0
     if cache:
@@ -189,13 +220,16 @@ def inner_attention(q, k, v, turn, c, cache=None):
     pad = lambda a, front: F.pad(a, (0, 0, 0, 0, front, tail)) if front or tail else a
     chunks = lambda a, front=0: pad(a, front).reshape(-1, n, H, a.shape[-1]).transpose(1, 2)
     scores = chunks(q, past) @ chunks(k).transpose(2, 3) + torch.full((n, n), -math.inf, dtype=q.dtype).triu(1)
-    o = torch.softmax(scores, -1) @ chunks(v)
+    if kept is None: p = torch.softmax(scores, -1)
+    else: p = torch.softmax(scores.masked_fill(~chunks(kept[..., :n]), -1e9), -1) * chunks(kept[..., :n])
+    o = p @ chunks(v)
     return o.transpose(1, 2).reshape(B, past + T + tail, -1)[:, past:past + T], cache
 
 class Megalodon:
-    """p: parameters by their released names. record: a dict that takes the activations, by their modules' names."""
+    """p: parameters by their released names. record: a dict that takes the activations, by their modules' names.
+    dropout: a Dropout, in training."""
     def __init__(self, config, params):
-        self.c, self.p, self.record = config, params, None
+        self.c, self.p, self.record, self.dropout = config, params, None, None
 
     def note(self, name, x):
         if self.record is not None:
@@ -217,29 +251,33 @@ class Megalodon:
         note = lambda name, a: self.note(f"layers.{l}.{name}", a)
         linear = lambda name, a: F.linear(a, w(name + ".weight"), w(name + ".bias"))
         heads = lambda a: a.reshape(*a.shape[:-1], c.num_heads, -1)
+        drop = lambda site, a: self.dropout(l, site, a) if self.dropout else a
 
         n = self.norm(f"{mega}.timenorm", x, state, new)
         coefficients = [w("mega.cema." + key) for key in ("alpha", "delta", "theta", "gamma", "omega")]
         e, new[f"{mega}.cema.h"] = cema(n, *coefficients, state and state[f"{mega}.cema.h"])
         e = note("mega.cema", e)
-        m = note("mega.rmsnorm", rms_norm(e, c.norm_eps) * (w("mega.rmsnorm.weight") + 1))  # not in the paper's eqs.
+        m = rms_norm(e, c.norm_eps) * (w("mega.rmsnorm.weight") + 1)  # not in the paper's eqs.
+        m = note("mega.rmsnorm", drop("rmsnorm", m))
         z = note("mega.znorm", rms_norm(heads(note("mega.wz", linear("mega.wz", m))), c.norm_eps))  # eq. 6
         gamma, beta = heads(w("mega.gamma") + 1) / math.sqrt(z.shape[-1]), heads(w("mega.beta"))
         q, k = torch.addcmul(beta[0], z, gamma[0]), torch.addcmul(beta[1], z, gamma[1])  # eq. 7, 8
         v = F.silu(note("mega.wv", linear("mega.wv", n)))  # eq. 16: of n, not m
         r = F.silu(note("mega.wr", linear("mega.wr", m)))  # eq. 18
         keys = f"{mega}.inner_attention.k", f"{mega}.inner_attention.v"
-        o, cache = inner_attention(q, k, heads(v), turn, c.chunk_size, state and [state[key] for key in keys])
+        kept = self.dropout and self.dropout.kept(l, "keys", *x.shape[:2], c.num_heads, c.chunk_size)
+        o, cache = inner_attention(q, k, heads(v), turn, c.chunk_size, state and [state[key] for key in keys], kept)
         new.update(zip(keys, cache))
         o = note("mega.inner_attention", o)
         # eq. 20 without its silu, and the first line of eq. 11
-        y = note("mega", linear("mega.wh1", m) + F.linear(o * r, w("mega.wh2.weight")) + x)
+        y = linear("mega.wh1", m) + F.linear(drop("gated", o * r), w("mega.wh2.weight"))
+        y = note("mega", drop("mega", y) + x)
 
         u = F.layer_norm(y, y.shape[-1:], w("nffn.norm.weight") + 1, w("nffn.norm.bias"), c.norm_eps)
         u = note("nffn.norm", u)
         f = F.silu(note("nffn.fc1", F.linear(u, w("nffn.fc1.weight"))))
         if c.swiglu: f = f * F.linear(u, w("nffn.fc3.weight"))
-        f = F.linear(f, w("nffn.fc2.weight"))
+        f = drop("fc2", F.linear(drop("hidden", f), w("nffn.fc2.weight")))
         if c.rescale_nffn: f = w("nffn.alpha") * f
         return self.note(f"layers.{l}", f + x)  # eq. 11, two-hop residual: x, not y
 
@@ -247,7 +285,8 @@ class Megalodon:
         """tokens (B,T) -> logits (B,T,vocab), new state. Without a state nothing is carried, neither in nor out."""
         c, new = self.c, {}
         start = state["layers.0.mega.inner_attention.k"].shape[1] if state else 0
-        x = self.note("embed", F.embedding(tokens, self.p["embed.weight"]))
+        x = F.embedding(tokens, self.p["embed.weight"])
+        x = self.note("embed", self.dropout(0, "embed", x) if self.dropout else x)
         turn = rotations(start, x.shape[1], c.chunk_size, c.z_dim // c.num_heads, c.rope_base, x.dtype)
         if c.scale_emb: x = x * math.sqrt(c.model_dim)
         for l in range(c.num_layers): x = self.block(l, x, turn, state, new)
@@ -324,6 +363,8 @@ def compute(given, meta, dtype, stream):
     x, y, model, state, out = given["x"].long(), given["y"].long(), Megalodon(c, part("param.")), part("state."), {}
     state = {**model.fresh_state(len(x)), **state} if state else None
     model.record = {}
+    dropout = {name[5:]: meta[name] for name in meta if name.endswith("dropout") or name == "flag.seed"}
+    model.dropout = Dropout(**dropout) if dropout else None
     out["logits"], _ = model(x, state)
     out["losses"], loss = cross_entropy(out["logits"], y)
     out["loss"] = loss.view(1)
@@ -343,7 +384,10 @@ def compute(given, meta, dtype, stream):
     if "train_steps" in meta:
         lr, decay, beta1, beta2, eps, clip = (float(meta[name]) for name in TRAINING)
         optimizer = adamw(model, lr, decay, (beta1, beta2), eps)
-        steps = [train_step(model, optimizer, x, y, clip, state) for _ in range(int(meta["train_steps"]))]
+        steps = []
+        for step in range(int(meta["train_steps"])):
+            if dropout: model.dropout.row = step * len(x)
+            steps.append(train_step(model, optimizer, x, y, clip, state))
         out["train_losses"], out["train_gnorms"] = torch.tensor(steps, dtype=torch.float64).T
         out.update({"final." + name: t for name, t in model.p.items()})
     return {name: t.detach() for name, t in out.items()}
@@ -370,14 +414,19 @@ DUMPS = {  # B, T, training steps, whether a state is carried in, config
     # to be cut into 2, 3 or 4 slices of whole chunks; a state carried in; trains
     "slices": (3, 24, 4, True, dict(SMALL, model_dim=24, z_dim=8, value_dim=20, ffn_hidden_dim=16, chunk_size=2,
                                     norm_num_groups=3, cema_ndim=6, vocab_size=32)),
+    # all dropouts, of odd sizes, several chunks, two heads; some queries lose all keys; trains
+    "dropout": (2, 23, 3, False, dict(SMALL, model_dim=30, num_heads=2, value_dim=26, ffn_hidden_dim=27, chunk_size=9,
+                                      norm_num_groups=3, cema_ndim=4, rescale_nffn=1, scale_emb=1)),
 }
+DROPOUT = {"flag.dropout": "0.2", "flag.hidden_dropout": "0.1", "flag.attention_dropout": "0.3", "flag.seed": "5"}
 
 def dump(args):
     os.makedirs(args.out, exist_ok=True)
     # Seeds from 6: with some, a training step meets a gradient so near zero that rounding alone moves `final` by 3e-4.
     for seed, (name, (B, T, steps, carried, fields)) in enumerate(DUMPS.items(), 6):
         c, given = Config(**fields), {}
-        meta = {"format": "megalodon-dump", **c.strings(), **(dict(TRAINING, train_steps=str(steps)) if steps else {})}
+        meta = {"format": "megalodon-dump", **c.strings(), **(dict(TRAINING, train_steps=str(steps)) if steps else {}),
+                **(DROPOUT if name == "dropout" else {})}
         for key, w in init_parameters(c, seed).items():  # nothing stays at zero, or the same throughout
             given["param." + key] = w * (1 + 0.1 * torch.randn(w.shape)) + (w == 0) * 0.2 * torch.randn(w.shape)
         tokens = torch.randint(c.vocab_size, (B, T + 1), dtype=torch.int32)
@@ -392,7 +441,8 @@ def dump(args):
             given["state." + key] = t
         # Computed in float64, stored in float32: who compares sees his own rounding and no one else's. Training too:
         # Adam divides by the gradient's size, so a gradient that is all rounding would become a step of lr either way.
-        out = compute(given, meta, torch.float64, T if T > c.chunk_size and not carried else 0)
+        out = compute(given, meta, torch.float64,
+                      T if T > c.chunk_size and not carried and name != "dropout" else 0)
         write(os.path.join(args.out, name + ".safetensors"), {**given, **{k: t.float() for k, t in out.items()}}, meta)
 
 BOUNDS = dict(dact=2e-5, grad=2e-5, dstate=2e-5, train_losses=2e-6, train_gnorms=2e-6, final=1e-3)  # any other: 1e-5

@@ -77,6 +77,7 @@ refuses '--threads "65536": expected a whole number from 0' --threads 65536
 refuses '--generate "0": expected a whole number from 1' --generate 0
 refuses '--top-p "1.5": expected a number from 0 to 1' --top-p 1.5
 refuses '--beta1 1' --beta1 1
+refuses '--dropout "1": expected a number from 0 to 0.99' --dropout 1
 refuses '--preset big: expected one of tiny' --preset big
 refuses '--schedule step: expected cosine, linear or constant' --schedule step
 refuses 'model_dim 128 must be divisible by norm_num_groups 3' --norm-num-groups 3
@@ -213,7 +214,8 @@ done
 works "a flag before the preset" "model_dim 64 " --model-dim 64 --dry-run --preset mega200M
 
 # Straight through 20 steps, and killed after the checkpoint of step 10; each in its own folder, as files record names
-arguments="$model --steps 20 --checkpoint-every 10 --batch 64 --seq 64 --threads 2 --train ../text.txt --out run"
+drop="--dropout 0.2 --hidden-dropout 0.1 --attention-dropout 0.3"
+arguments="$model $drop --steps 20 --checkpoint-every 10 --batch 64 --seq 64 --threads 2 --train ../text.txt --out run"
 mkdir straight killed
 (cd straight && "$program" $arguments > out)
 (cd killed && exec "$program" $arguments > out) &
@@ -234,6 +236,26 @@ run $small $model --train text.txt --steps 1 --out "$strange"
 works "--resume of a folder with a strange name" "eval: tokens" --resume "$strange" --eval text.txt
 refuses 'holds checkpoints: --resume' --out "$strange" $small $model --train text.txt --steps 1
 same "1 thread and 2 threads: same losses" steps1 steps2
+drops() { # NAME ARGUMENTS: a run with dropout
+    name=$1
+    shift
+    run $model $drop --seq 32 --train text.txt --steps 10 --out "$name" "$@"
+    steps "$name" > "$name.steps"
+}
+drops drop1 --batch 4 --threads 1
+drops drop2 --batch 4 --threads 2
+drops recomputed --batch 4 --recompute 1
+drops accumulated --batch 2 --accum 2
+result "dropout changes the loss" "$(cmp -s steps1 drop1.steps && echo "it does not")"
+same "dropout: 1 thread and 2 threads: same losses" drop1.steps drop2.steps
+same "dropout: --recompute: same losses" drop1.steps recomputed.steps
+result "dropout: masks do not depend on how a step is split" "$(paste drop1.steps accumulated.steps |
+    awk 'NR > 1 && ($3 - $8)^2 > 1e-10 { print $1, $3, $8 }')"
+for rate in 0 0.5; do
+    run $model --dropout $rate --train text.txt $small --steps 2 --lr 0
+    grep "val loss" out > val$rate
+done
+same "dropout: none in validation" val0 val0.5
 works "--load trains on from weights" "step 3/3" --load $tiny --train text.txt --steps 3 $small
 
 for n in 1 2; do run --load $tiny --generate 50 --prompt 12 --temperature 0; cp out greedy$n; done

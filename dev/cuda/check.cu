@@ -65,6 +65,7 @@ static void compare_params(const char* what, const Model* m, Params got, Params 
         }
     }
 }
+static const Masks no_masks = {{0, 0, 0}, 0, 0}, some_masks = {{0.2, 0.1, 0.3}, 1, 1234567};
 static double largest(const float* x, size_t n) {
     double m = 0;
     for (size_t i = 0; i < n; i++) { m = fabs(x[i]) > m ? fabs(x[i]) : m; }
@@ -78,7 +79,8 @@ static float round_bf16(float x) {
     return x;
 }
 
-template <typename X> static void check_model(Gpu& gpu, const char* what, Config c, int B, int T, bool past) {
+template <typename X> static void check_model(Gpu& gpu, const char* what, Config c, int B, int T, bool past,
+        Masks masks = no_masks) {
     const bool fp32 = std::is_same<X, float>::value;
     double act_bound = fp32 ? 1e-5 : 3e-2, grad_bound = fp32 ? 2e-5 : 2e-3;
     int failed = num_failed, checked = num_checked;
@@ -96,6 +98,8 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     }
     pass_alloc(&s, &c, B, T, KEEP_ALL, KEEP_ALL);
     pass_alloc(&copy, &c, B, T, KEEP_ALL, KEEP_ALL);
+    s.masks = masks;
+    bool drops = masks.rates[0] > 0;
     state_alloc(&start, &c, B, false);
     state_alloc(&dstart, &c, B, false);
     state_alloc(&gdstart, &c, B, false);
@@ -123,6 +127,7 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     model_copy(gpu, &gm, gm.params, m.params, false);
     model_round(gpu, &gm, gm.params, 0, gm.size);
     pass_alloc(gpu, &gp, &c, B, T, KEEP_ALL, KEEP_ALL);
+    gp.masks = masks;
     CUDA(cudaMemset(gp.acts, 0xff, gp.acts_size)); // NaN
     CUDA(cudaMemset(gp.grads, 0xff, gp.grads_size));
     for (size_t i = 0; i < m.num_parameters; i++) { got.params.embed[i] = NAN; }
@@ -141,7 +146,7 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     // Streaming, in pieces and one by one.
     float *one_shot = (float*)xcalloc(rows * c.vocab_size, sizeof(float));
     memcpy(one_shot, s.acts.logits, rows * c.vocab_size * sizeof(float));
-    for (int piece = 1; piece <= T && T <= 400; piece = piece == 1 && T > 1 ? T : T + 1) {
+    for (int piece = 1; piece <= T && T <= 400 && !drops; piece = piece == 1 && T > 1 ? T : T + 1) {
         PassOf<X> pass;
         StateOf<X> state;
         pass_alloc(gpu, &pass, &c, B, c.chunk_size, KEEP_NONE, KEEP_NONE);
@@ -202,6 +207,7 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     }
     for (int keep = KEEP_BLOCKS; keep <= KEEP_CHEAPLY; keep += KEEP_CHEAPLY - KEEP_BLOCKS) {
         pass_alloc(gpu, &plain, &c, B, T, keep, KEEP_NONE);
+        plain.masks = masks;
         CUDA(cudaMemset(plain.acts, 0xff, plain.acts_size));
         CUDA(cudaMemset(plain.grads, 0xff, plain.grads_size));
         float* again = (float*)xcalloc(m.num_parameters, sizeof(float));
@@ -251,8 +257,8 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     model_copy(gpu, &gm, gm.params, got.params, true);
     compare("updated", got.params.embed, m.params.embed, m.num_parameters, 0, 1e-6, false);
     memset(got.params.embed, 0, bytes);
-    printf("%s, %s, (B,T) = (%d,%d)%s: %d checked, %d failed\n", what, fp32 ? "fp32" : "bf16", B, T,
-           past ? ", past" : "", num_checked - checked, num_failed - failed);
+    printf("%s, %s, (B,T) = (%d,%d)%s%s: %d checked, %d failed\n", what, fp32 ? "fp32" : "bf16", B, T,
+           past ? ", past" : "", drops ? ", dropout" : "", num_checked - checked, num_failed - failed);
     fflush(stdout);
     model_free(gpu, &gm);
     pass_free(gpu, &gp);
@@ -268,6 +274,96 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     free(one_shot);
     free(x);
     free(y);
+}
+
+template <typename X> static X from_host(float x);
+template <> float from_host<float>(float x) { return x; }
+template <> bf16 from_host<bf16>(float x) { return __float2bfloat16_rn(x); }
+static float to_host(float x) { return x; }
+static float to_host(bf16 x) { return __bfloat162float(x); }
+
+// CEMA alone, at sizes of its tensor-core form. Of outputs, what rounding them to bf16 does not explain must be small.
+template <typename X> static void check_cema(Gpu& gpu, int B, int T, int D, int N, bool past) {
+    const bool fp32 = std::is_same<X, float>::value;
+    int failed = num_failed, checked = num_checked;
+    size_t n = (size_t)B * T * D, modes = (size_t)D * N, states = (size_t)B * modes * 2;
+    auto randoms = [](size_t n, uint64_t seed, float mean, float scale) {
+        float* v = (float*)xcalloc(n, sizeof(float));
+        for (size_t i = 0; i < n; i++) { v[i] = mean + scale * random_normal(21, seed, i, INFINITY); }
+        return v;
+    };
+    auto to_gpu = [&](const float* v, size_t n) {
+        float* p = (float*)gpu_alloc(&gpu, n * sizeof(float));
+        CUDA(cudaMemcpy(p, v, n * sizeof(float), cudaMemcpyHostToDevice));
+        return p;
+    };
+    auto values = [&](float* v) { // as X; v becomes what they are
+        X *raw = (X*)xcalloc(n, sizeof(X)), *p = (X*)gpu_alloc(&gpu, n * sizeof(X));
+        for (size_t i = 0; i < n; i++) { raw[i] = from_host<X>(v[i]); v[i] = to_host(raw[i]); }
+        CUDA(cudaMemcpy(p, raw, n * sizeof(X), cudaMemcpyHostToDevice));
+        free(raw);
+        return p;
+    };
+    auto fetch = [](const auto* p, size_t n) {
+        auto* raw = (std::remove_const_t<std::remove_pointer_t<decltype(p)>>*)xcalloc(n, sizeof(*p));
+        float* v = (float*)xcalloc(n, sizeof(float));
+        CUDA(cudaMemcpy(raw, p, n * sizeof(*p), cudaMemcpyDeviceToHost));
+        for (size_t i = 0; i < n; i++) { v[i] = to_host(raw[i]); }
+        free(raw);
+        return v;
+    };
+    // slow decay is what is hard: p sigmoid(delta) is anything from 1e-4 to 0.9
+    const size_t sizes[] = {modes, modes, (size_t)D, 2 * modes, (size_t)D};
+    const float means[] = {0, -3, 0, 0, 0};
+    float *w[5], *gw[5], *dw[5], *gdw[5];
+    for (int i = 0; i < 5; i++) {
+        w[i] = randoms(sizes[i], i, means[i], i == 1 ? 2 : 1);
+        gw[i] = to_gpu(w[i], sizes[i]);
+        dw[i] = randoms(sizes[i], 0, 0, 0);
+        gdw[i] = to_gpu(w[i], sizes[i]); // to be overwritten
+    }
+    float *x = randoms(n, 5, 0, 1), *dy = randoms(n, 6, 0, 1), *y = randoms(n, 0, 0, 0), *dx = randoms(n, 0, 0, 0);
+    float *start = past ? randoms(states, 7, 0, 0.3) : NULL, *end = randoms(states, 0, 0, 0),
+            *dstart = randoms(states, 0, 0, 0);
+    X *gx = values(x), *gdy = values(dy), *gy = values(y), *gdx = values(dx);
+    float *gstart = past ? to_gpu(start, states) : NULL, *gend = to_gpu(dstart, states),
+            *gdstart = to_gpu(dstart, states);
+    float* carries = (float*)gpu_alloc(&gpu, sizeof(float) * cema_carries_size(&gpu, B, T, D, N));
+    CUDA(cudaMemset(gy, 0xff, n * sizeof(X)));
+    CUDA(cudaMemset(gdx, 0xff, n * sizeof(X)));
+    gpu.accumulate = false;
+    cema_forward(y, end, NULL, start, x, w[0], w[1], w[2], w[3], w[4], B, T, D, N);
+    cema_backward(dx, dw[0], dw[1], dw[2], dw[3], dw[4], dstart, dy, start, x, w[0], w[1], w[2], w[3], w[4], B, T, D,
+                  N, NULL);
+    cema_forward<X>(gpu, gy, gend, carries, gstart, gx, gw[0], gw[1], gw[2], gw[3], gw[4], B, T, D, N);
+    cema_backward<X>(gpu, gdx, gdw[0], gdw[1], gdw[2], gdw[3], gdw[4], gdstart, gdy, carries, gstart, gx, gw[0], gw[1],
+                     gw[2], gw[3], gw[4], B, T, D, N);
+    auto judge = [&](const char* name, float* got, float* expected, size_t n, bool rounded, double bound) {
+        for (size_t i = 0; rounded && i < n; i++) { // to at most half a unit in the last of 8 bits
+            float slack = fabsf(expected[i]) / 256, e = got[i] - expected[i];
+            got[i] = expected[i] + (fabsf(e) <= slack ? 0 : e - copysignf(slack, e));
+        }
+        compare(name, got, expected, n, 0, bound, false);
+        free(got);
+        free(expected);
+    };
+    const char* names[] = {"cema dalpha", "cema ddelta", "cema dtheta", "cema dgamma", "cema domega"};
+    judge("cema", fetch(gy, n), y, n, !fp32, fp32 ? 1e-5 : 1e-4);
+    judge("cema end", fetch(gend, states), end, states, false, fp32 ? 1e-5 : 1e-4);
+    judge("cema dx", fetch(gdx, n), dx, n, !fp32, fp32 ? 2e-5 : 1e-4);
+    for (int i = 0; i < 5; i++) {
+        judge(names[i], fetch(gdw[i], sizes[i]), dw[i], sizes[i], false, fp32 ? 2e-5 : 1e-4);
+        cudaFree(gw[i]);
+        cudaFree(gdw[i]);
+        free(w[i]);
+    }
+    if (past) { judge("cema dstart", fetch(gdstart, states), dstart, states, false, fp32 ? 2e-5 : 1e-4); }
+    else { free(dstart); }
+    printf("cema, %s, (B,T,D,N) = (%d,%d,%d,%d)%s: %d checked, %d failed\n", fp32 ? "fp32" : "bf16", B, T, D, N,
+           past ? ", past" : "", num_checked - checked, num_failed - failed);
+    for (void* p : {(void*)gx, (void*)gdy, (void*)gy, (void*)gdx, (void*)gstart, (void*)gend, (void*)gdstart,
+                    (void*)carries}) { cudaFree(p); }
+    for (float* p : {x, dy, start}) { free(p); }
 }
 
 // A dump: act, logits, losses, dact, grad, stream_logits, and the training steps.
@@ -470,7 +566,7 @@ template <typename X> static void model_noise(Gpu& gpu, ModelOf<X>* m) {
                                                        scale, i * 1000 + l);
         }
     }
-    model_round(gpu, m, 0, m->size);
+    model_round(gpu, m, m->params, 0, m->size);
 }
 
 template <typename X> static double bench_model(Gpu& gpu, const char* preset, int layers, int B, int T, int keep,
@@ -695,6 +791,11 @@ int main(int argc, char** argv) {
     const Config heads = {2, 64, 4, 32, 48, 40, 16, 2, 20, 53, 10000, 1e-5, 1, 0, 0, 0};
     const Config wider = {1, 1024, 2, 128, 512, 264, 1024, 1, 16, 64, 10000, 1e-5, 1, 1, 1, 0};
     for (int past = 0; argc == 1 && past < 2; past++) {
+        check_cema<bf16>(gpu, 2, 64, 16, 16, past);
+        check_cema<bf16>(gpu, 1, 777, 8, 5, past);
+        check_cema<bf16>(gpu, 2, 4096, 24, 16, past);
+        check_cema<bf16>(gpu, 3, 33, 15, 16, past);
+        check_cema<float>(gpu, 2, 333, 21, 33, past);
         check_model<float>(gpu, "even", even, 2, 300, past);
         check_model<float>(gpu, "odd", odd, 3, 20, past);
         check_model<float>(gpu, "heads", heads, 2, 64, past);
@@ -702,10 +803,16 @@ int main(int argc, char** argv) {
         check_model<bf16>(gpu, "even", even, 2, 300, past);
         check_model<bf16>(gpu, "odd", odd, 3, 20, past);
         check_model<bf16>(gpu, "heads", heads, 2, 64, past);
+        check_model<float>(gpu, "even", even, 2, 300, past, some_masks);
+        check_model<float>(gpu, "odd", odd, 3, 20, past, some_masks);
+        check_model<bf16>(gpu, "even", even, 2, 300, past, some_masks);
+        check_model<bf16>(gpu, "odd", odd, 3, 20, past, some_masks);
     }
     if (argc == 1) {
         check_model<float>(gpu, "wider", wider, 1, 2048, false);
         check_model<bf16>(gpu, "wider", wider, 1, 2048, false);
+        check_model<float>(gpu, "wider", wider, 1, 2048, false, some_masks);
+        check_model<bf16>(gpu, "wider", wider, 1, 2048, false, some_masks);
     }
     printf("%d checked, %d failed\n", num_checked, num_failed);
     gpu_close(&gpu);
