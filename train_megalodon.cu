@@ -218,7 +218,7 @@ static void ranks_connect(Gpu* gpu) {
     for (size_t i = 0; i < sizeof(id); i++) { ((unsigned char*)&id)[i] = bytes[i]; }
     NCCL(ncclCommInitRank(&gpu->world, ranks.count, id, ranks.rank));
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER; // what runs beside matrix products takes few multiprocessors
-    config.maxCTAs = 8;
+    config.maxCTAs = 16;
     NCCL(ncclCommSplit(gpu->world, 0, ranks.rank, &gpu->background, &config));
     config.maxCTAs = 2;
     NCCL(ncclCommSplit(gpu->world, ranks.group, ranks.chunk, &gpu->group, &config));
@@ -1704,9 +1704,12 @@ __global__ void cema_slice_carry_kernel(float2* state, const float2* start, cons
     }
     state[i] = make_float2(s.x, s.y);
 }
-// Begins the exchange. cema_slice_carry ends it; between them, work that does not need its result finds time.
+// Begins the exchange, all in its stream, beside the products that follow in gpu.stream; cema_slice_carry ends it.
 template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, const float* alpha, const float* delta,
         const float* theta, const float* gamma, int B, int T, int D, int N) {
+    cudaStream_t stream = gpu.stream;
+    stream_after(gpu, gpu.states, stream);
+    gpu.stream = gpu.states;
     Cema r = cema_prepare(gpu, false, alpha, delta, theta, gamma, B, T, D, N);
     int tiles = ceil_div(D, 32), warps = tiles * (r.K / SLICE_MODES) * B;
     int count = ceil_div(32 * gpu.card.multiProcessorCount, warps), length = ceil_div(T, count);
@@ -1721,6 +1724,7 @@ template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, 
             count, length, T, B, D, N, r.K);
     LAUNCHED();
     slices_gather(gpu, all, all + size * ranks.chunks, sizeof(float2) * size);
+    gpu.stream = stream;
 }
 // state (B,D,N,2): h before this slice, start being that before the first; or a after it. NULL: in scratch memory.
 static float* cema_slice_carry(Gpu& gpu, float* state, const float* start, bool back, int B, int T, int D, int N) {
@@ -2476,6 +2480,7 @@ template <typename X> struct ModelOf {
     X* weights;                    // params rounded to X; for X = float not sharded the same memory
     float* rotations;              // (c,Z/H/2,2)
     double* sums;                  // partial sums of the gradient's norm
+    cudaEvent_t* gathered;         // if sharded, by unit: the weights of all ranks have come
 };
 
 // A unit in a block, and this rank's share: where in the block, where among its shares.
@@ -2563,6 +2568,10 @@ template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Con
     size_t bytes = sizeof(float) * c->chunk_size * (c->z_dim / c->num_heads);
     m->rotations = (float*)gpu_alloc(&gpu, bytes);
     if (gpu.dry) { return; }
+    if (m->shards > 1) { m->gathered = (cudaEvent_t*)xcalloc(m->units, sizeof(cudaEvent_t)); }
+    for (int u = 0; m->gathered && u < m->units; u++) {
+        CUDA(cudaEventCreateWithFlags(&m->gathered[u], cudaEventDisableTiming));
+    }
     small.num_layers = small.vocab_size = small.model_dim = small.norm_num_groups = small.ffn_hidden_dim = 2;
     small.value_dim = small.num_heads;
     model_alloc(&host, &small, false); // for its table of rotations
@@ -2574,6 +2583,8 @@ template <typename X> static void model_free(Gpu& gpu, ModelOf<X>* m) {
     gpu_sync(&gpu);
     if ((void*)m->weights != m->params) { cudaFree(m->weights); }
     if (m->masters != m->params) { cudaFree(m->masters); }
+    for (int u = 0; m->gathered && u < m->units; u++) { cudaEventDestroy(m->gathered[u]); }
+    free(m->gathered);
     void* blocks[6] = {m->params, m->grads, m->adam_m, m->adam_v, m->rotations, m->sums};
     for (int i = 0; i < 6; i++) { cudaFree(blocks[i]); }
 }
@@ -2985,6 +2996,11 @@ template <typename X> static void pass_upload(Gpu& gpu, const PassOf<X>* s, int*
     CUDA(cudaEventRecord(s->copied, gpu.stream));
 }
 
+// Before the weights of a unit are read.
+template <typename X> static void model_wait(Gpu& gpu, const ModelOf<X>* m, int u) {
+    if (m->gathered) { CUDA(cudaStreamWaitEvent(gpu.stream, m->gathered[u], 0)); }
+}
+
 // tokens (B,T), on the host, to logits (B,T,vocab) on the device; see the CPU's. Returns at once, the GPU goes on
 // working.
 template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* tokens,
@@ -2998,12 +3014,17 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
     CUDA(cudaEventSynchronize(s->copied));
     memcpy(s->host, tokens, rows * sizeof(int));
     pass_upload(gpu, s, s->tokens, rows);
+    for (int u = 0; u < min_int(m->units, 2); u++) { model_wait(gpu, m, u); }
     embedding_forward(gpu, a.embed, s->tokens, p.embed, embedding_scale(c), rows, D, dropouts_at(s->masks, T, 0).embed);
-    for (int l = 0; l < L; l++) { block_forward(gpu, m, s, l, start, end); }
+    for (int l = 0; l < L; l++) {
+        model_wait(gpu, m, 2 + l);
+        block_forward(gpu, m, s, l, start, end);
+    }
     timestepnorm_forward(gpu, a.final, a.final_mean, a.final_rstd, state_layer(end, c, L).norm,
                          state_layer(s->before, c, L).norm, state_layer(start, c, L).norm,
                          block_input<X>(s->places, s->acts, L), w.final_w, w.final_b, B, T, D, c->norm_num_groups,
                                  c->norm_eps);
+    model_wait(gpu, m, m->units - 1);
     matmul_forward<X>(gpu, a.logits, vocab, a.final, D, c->share_emb ? p.embed : p.output, NULL, NULL, 0, rows, D,
                       vocab);
     if (end) { end->pos = ((start ? start->pos : 0) + T) % c->chunk_size; }
@@ -3153,7 +3174,7 @@ template <typename X> static void model_update(Gpu& gpu, ModelOf<X>* m, const Op
         double grad_scale) {
     float keep = 1.0 - lr * o->weight_decay, size = lr / (1.0 - pow(o->beta1, step)),
             correction = 1.0 / sqrt(1.0 - pow(o->beta2, step));
-    for (int u = 0; u < m->units; u++) { // while one is updated, those before it go to all ranks
+    for (int u = 0; u < m->units; u++) { // while one is updated, those before it go to all ranks, as model_wait knows
         Share s = model_share(m, u);
         bool floats = m->shards > 1 && u == 0;
         auto launch = [&](auto* to) {
@@ -3165,11 +3186,11 @@ template <typename X> static void model_update(Gpu& gpu, ModelOf<X>* m, const Op
             if (m->shards == 1) { return; }
             stream_after(gpu, gpu.blocks, gpu.stream);
             NCCL(ncclAllGather(to + s.at, to + s.begin, s.size * sizeof(*to), ncclUint8, gpu.world, gpu.blocks));
+            CUDA(cudaEventRecord(m->gathered[u], gpu.blocks));
         };
         if (!s.size) { continue; }
         if (floats) { launch(m->params); } else { launch(m->weights); }
     }
-    if (m->shards > 1) { stream_after(gpu, gpu.stream, gpu.blocks); }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
