@@ -490,9 +490,11 @@ FOR_EITHER_TYPE void test_dump(const char* path, const char* broken) {
     for (size_t i = 0; i < rows * vocab; i++) { one_shot[i] = s->acts.logits[i]; }
     // One rank alone holds the whole past, so ranks with slices do not stream; and a stream never drops.
     int skipped = ranks.chunks > 1 || drops ? 2 : 0;
-    for (int first = 0; !skipped && first <= T; first += T) {
-        float* got = stream_logits(&run, x, B, T, T, first);
-        compare(first ? "logits, chunk by chunk" : "logits, token by token", got, one_shot, rows * vocab, 0, act_bound);
+    const char* ways[3] = {"logits, token by token", "logits, chunk by chunk", "logits, token by token, one row alone"};
+    for (int way = 0; !skipped && way < (run.host.past ? 2 : 3); way++) {
+        int alone = way == 2 ? 1 : B;
+        float* got = stream_logits(&run, x, alone, T, T, way == 1 ? T : 0);
+        compare(ways[way], got, one_shot, alone * T * vocab, 0, act_bound);
         free(got);
     }
     free(one_shot);

@@ -275,6 +275,7 @@ void shards_exchange(float* x, size_t n, int what) {
     X(TEXT, load,              "", 0, 0,          "start from the weights of this safetensors file") \
     X(TEXT, resume,            "", 0, 0,          "go on from the newest checkpoint in this folder, with its flags") \
     X(INT,  generate,           0, 1, INT_MAX,    "print so many tokens") \
+    X(INT,  samples,            1, 1, 1 << 16,    "continuations to print, made together") \
     X(TEXT, prompt,            "", 0, 0,          "text to go on from; empty starts from a newline") \
     X(REAL, temperature,      1.0, 0, 1e6,        "0 takes the likeliest token") \
     X(INT,  top_k,              0, 0, INT_MAX,    "sample from the k likeliest tokens; 0 for all") \
@@ -1656,9 +1657,10 @@ typedef struct {
     void (*micro_step)(void* self, const int* tokens, const int* targets, double dloss, bool first, uint64_t row);
     double (*finish_step)(void* self, double* loss); // norm of the gradient; sum of dloss * losses over the micro-steps
     void (*update)(void* self, const Options* o, double lr, int step, double grad_scale); // AdamW; waits for its end
-    // T tokens, all in one chunk, that follow those streamed since the last reset; their losses, if targets is not NULL
+    // T tokens, all in one chunk, that follow those streamed since the last reset; their losses, if targets is not
+    // NULL. To generate, there are --samples streams: tokens (samples,T), with T = 1.
     void (*stream)(void* self, const int* tokens, int T, const int* targets, float* losses);
-    const float* (*logits)(void* self); // (vocab) of the last token streamed
+    const float* (*logits)(void* self); // (samples,vocab) of the last tokens streamed
     void (*reset)(void* self);
 } Backend;
 
@@ -1684,8 +1686,9 @@ void cpu_open(void* self, const Options* o, bool training) {
     int keep = o->recompute ? KEEP_BLOCKS : KEEP_ALL;
     if (training) { pass_alloc(&r->pass, c, o->batch, o->seq / ranks.chunks, keep, KEEP_NONE); }
     r->pass.masks = masks_of(o);
-    pass_alloc(&r->stream, c, 1, min_int(c->chunk_size, STREAM_TOKENS), KEEP_NONE, KEEP_NONE);
-    state_alloc(&r->state, c, 1, true);
+    int B = o->generate ? o->samples : 1, T = o->generate ? 1 : min_int(c->chunk_size, STREAM_TOKENS);
+    pass_alloc(&r->stream, c, B, T, KEEP_NONE, KEEP_NONE);
+    state_alloc(&r->state, c, B, true);
 }
 
 void cpu_close(void* self) {
@@ -2352,41 +2355,98 @@ int candidate_by_p(const void* a, const void* b) {
     return x->p != y->p ? (x->p < y->p) - (x->p > y->p) : x->id - y->id;
 }
 
-// Draws from softmax(logits / temperature), cut to the top_k likeliest tokens and then to the likeliest that hold top_p
-// together; u is uniform in [0,1).
-int sample(const float* logits, int vocab, const Options* o, double u) {
-    Candidate* c = (Candidate*)xcalloc(vocab, sizeof(Candidate));
-    int n = o->top_k ? min_int(o->top_k, vocab) : vocab, i = 0;
-    double sum = 0, kept = 0;
-    for (int v = 0; v < vocab; v++) { c[v].p = logits[v]; c[v].id = v; }
-    qsort(c, vocab, sizeof(Candidate), candidate_by_p);
-    float top = c[0].p;
-    for (int v = 0; v < n; v++) { sum += c[v].p = o->temperature > 0 ? exp((c[v].p - top) / o->temperature) : v == 0; }
-    for (; i < n && (i == 0 || kept < o->top_p * sum); i++) { kept += c[i].p; }
-    n = i;
-    u *= kept;
-    for (i = 0; i < n - 1 && u >= c[i].p; i++) { u -= c[i].p; }
-    int id = c[i].id;
+// Probabilities relative to the largest, and their counts and sums by exponent and 5 bits of the mantissa (the lowest
+// bucket has the rest): so no more than the candidates of one bucket have to be sorted.
+enum { BUCKETS = 1024 };
+typedef struct { const float* p; int vocab, count[BUCKETS]; double sum[BUCKETS]; } Ranking;
+int bucket_of(float p) {
+    uint32_t bits;
+    memcpy(&bits, &p, sizeof(bits));
+    int b = BUCKETS - 1 + (int)(bits >> 18) - (0x3f800000 >> 18); // of 1.0: the last one
+    return b < 0 ? 0 : min_int(b, BUCKETS - 1);
+}
+
+// Takes candidates, the likeliest first, until there are n or they sum up to `enough`. Returns the last one.
+int ranking_take(const Ranking* r, int n, double enough, double* sum) {
+    int b = BUCKETS - 1, taken = 0, count = 0, i = 0;
+    for (*sum = 0; !r->count[b] || (taken + r->count[b] < n && *sum + r->sum[b] < enough); b--) {
+        taken += r->count[b];
+        *sum += r->sum[b];
+    }
+    Candidate* c = (Candidate*)xcalloc(r->count[b], sizeof(Candidate));
+    for (int v = 0; v < r->vocab; v++) {
+        if (bucket_of(r->p[v]) == b) { c[count].p = r->p[v]; c[count++].id = v; }
+    }
+    qsort(c, count, sizeof(Candidate), candidate_by_p);
+    do { *sum += c[i++].p; } while (i < count && taken + i < n && *sum < enough);
+    int id = c[i - 1].id;
     free(c);
     return id;
 }
 
-// Prints n tokens that follow the prompt (a newline if it is empty): bytes, or numbers where tokens are not bytes.
+// Draws from softmax(logits / temperature), cut to the top_k likeliest tokens and then to the likeliest that hold top_p
+// together; u is uniform in [0,1).
+int sample(const float* logits, int vocab, const Options* o, double u) {
+    int n = o->top_k ? min_int(o->top_k, vocab) : vocab, top = 0;
+    for (int v = 1; v < vocab; v++) { top = logits[v] > logits[top] ? v : top; }
+    if (o->temperature == 0) { return top; }
+    float* p = (float*)xcalloc(vocab, sizeof(float));
+    Ranking r = {p, vocab, {0}, {0}};
+    double sum = 0, kept;
+    for (int v = 0; v < vocab; v++) { p[v] = exp_fast((logits[v] - logits[top]) / o->temperature); }
+    for (int v = 0; v < vocab; v++) {
+        int b = bucket_of(p[v]);
+        r.count[b]++;
+        r.sum[b] += p[v];
+    }
+    for (int b = 0; b < BUCKETS; b++) { sum += r.sum[b]; }
+    if (n < vocab) { ranking_take(&r, n, INFINITY, &sum); }
+    kept = sum;
+    if (o->top_p < 1) { ranking_take(&r, n, o->top_p * sum, &kept); }
+    int id = ranking_take(&r, n, u * kept, &sum);
+    free(p);
+    return id;
+}
+
+double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+// Prints n tokens that follow the prompt (a newline if it is empty): bytes, or numbers where tokens are not bytes. A
+// single sample as it comes, several one after the other.
 void generate(const Backend* b, const Options* o, int n, uint64_t stream) {
     const char* prompt = *o->prompt ? o->prompt : "\n";
-    int vocab = o->model.vocab_size, length = strlen(prompt);
+    int vocab = o->model.vocab_size, length = strlen(prompt), B = o->generate ? o->samples : 1;
+    int *tokens = (int*)xcalloc((size_t)B * n, sizeof(int)), *next = (int*)xcalloc(B, sizeof(int));
+    double started = seconds();
     b->reset(b->self);
-    for (int i = 0, token; i < length + n; i++) {
-        if (i < length) { token = (unsigned char)prompt[i]; }
-        else {
-            double u = random_uniform(o->seed, ((uint64_t)2 << 56) + stream, i - length);
-            token = sample(b->logits(b->self), vocab, o, u);
-            if (vocab <= 256) { putchar(token); } else { printf("%d ", token); }
-            fflush(stdout);
+    for (int i = 0; i < length + n; i++) {
+        const float* logits = i < length ? NULL : b->logits(b->self);
+        if (i == length) { started = seconds(); }
+        OMP(omp parallel for schedule(dynamic) if (B > 1))
+        for (int s = 0; s < B; s++) {
+            next[s] = (unsigned char)prompt[i < length ? i : 0];
+            if (i < length) { continue; }
+            double u = random_uniform(o->seed, ((uint64_t)2 << 56) + ((uint64_t)s << 32) + stream, i - length);
+            next[s] = tokens[(size_t)s * n + i - length] = sample(logits + (size_t)s * vocab, vocab, o, u);
         }
-        if (token >= vocab) { die("--prompt: byte %d is not below vocab_size %d", token, vocab); }
-        if (i + 1 < length + n) { b->stream(b->self, &token, 1, NULL, NULL); }
+        if (next[0] >= vocab) { die("--prompt: byte %d is not below vocab_size %d", next[0], vocab); }
+        if (i + 1 < length + n) { b->stream(b->self, next, 1, NULL, NULL); }
+        if (i < length || (B > 1 && i + 1 < length + n)) { continue; }
+        for (int s = 0, t = B > 1 ? 0 : i - length; s < B; t = 0, s++) {
+            if (s > 0) { printf("\n----------------\n"); }
+            for (; t <= i - length; t++) {
+                int token = tokens[(size_t)s * n + t];
+                if (vocab <= 256) { putchar(token); } else { printf("%d ", token); }
+            }
+        }
+        fflush(stdout);
     }
+    double speed = (double)B * n / (seconds() - started);
+    if (o->generate) { fprintf(stderr, "\n%d x %d tokens, %.1f tok/s\n", B, n, speed); }
+    free(tokens); free(next);
 }
 
 // Learning rate of a step counted from 0: linear warmup, then from lr to lr * lr_end_ratio over the rest of the steps.
@@ -2403,12 +2463,6 @@ static volatile sig_atomic_t stop_asked;
 void on_signal(int number) {
     if (stop_asked) { _exit(128 + number); }
     stop_asked = 1;
-}
-
-double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
 // Opens DIR/log.tsv to go on after `step`: rows past it, which a killed run may have left, are cut off.

@@ -255,8 +255,8 @@ template <typename... N> static bool wide(N... dims) { // may the wide form of a
 // ---------------------------------------------------------------------------------------------------------------------
 // What kernels share
 
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
+__host__ __device__ inline float to_float(float x) { return x; }
+__host__ __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
 template <typename X> __device__ inline X from_float(float x);
 template <> __device__ inline float from_float<float>(float x) { return x; }
 template <> __device__ inline bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
@@ -1842,6 +1842,18 @@ __device__ inline size_t head_major(unsigned r, int T, int K, int pos, int d) {
     return (((size_t)(r / T) * gridDim.y + blockIdx.y) * K + pos + r % T) * d;
 }
 
+// Affine map of a normalized row x, scaled, and its rotation: a query or a key.
+__device__ inline void turned(float (&y)[8], const float (&x)[8], const float (&gamma)[8], const float (&beta)[8],
+        const float (&angle)[8], float scale) {
+#pragma unroll
+    for (int e = 0; e < 8; e += 2) {
+        float re = x[e] * ((gamma[e] + 1) * scale) + beta[e];
+        float im = x[e + 1] * ((gamma[e + 1] + 1) * scale) + beta[e + 1];
+        y[e] = re * angle[e] - im * angle[e + 1];
+        y[e + 1] = re * angle[e + 1] + im * angle[e];
+    }
+}
+
 // Queries and keys of one head from the shared representation: RMS norm of the head (eq. 6), affine maps, rotary
 // embedding, in one pass. z (B,T,Z) with rows ldz apart; q (B,H,T,Z/H); k (B,H,K,Z/H), written from timestep at_k on.
 // znorm (B,T,H,Z/H) and its rstd are only written if not NULL, for tests.
@@ -1872,13 +1884,7 @@ template <typename X, bool WIDE> __global__ void qk_forward_kernel(X* q, X* k, X
             if (threadIdx.x == 0 && columns) { znorm_rstd[(size_t)r * gridDim.y + h] = rstd; }
         }
         EACH(i, 2) {
-#pragma unroll
-            for (int e = 0; e < 8; e += 2) {
-                float re = x[e] * ((ga[i][e] + 1) * scale) + be[i][e], im = x[e + 1] * ((ga[i][e + 1] + 1) * scale)
-                        + be[i][e + 1];
-                y[e] = re * turn8[e] - im * turn8[e + 1];
-                y[e + 1] = re * turn8[e + 1] + im * turn8[e];
-            }
+            turned(y, x, ga[i], be[i], turn8, scale);
             store_row<WIDE>(i ? k + head_major(r, T, K, at_k, zd) : q + head_major(r, T, T, 0, zd), y, columns);
         }
     }
@@ -2425,6 +2431,328 @@ template <typename X> static void crossentropy_backward(Gpu& gpu, X* logits, flo
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Layers at a single timestep, for generation. What limits them is reading the weights and the cache, once, and next to
+// that the gaps between launches. So there are few, and each starts before the last one has ended, with the part of its
+// work that does not depend on it. Positions are read from the device: all tokens are the same launches, one graph.
+
+// Waits for all earlier launches, and lets the next one start.
+__device__ inline void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+#endif
+}
+// n neighbouring elements into the second cache, by `threads` threads. That may be done before inputs are there.
+template <typename X> __device__ inline void prefetch(const X* p, int n, int thread, int threads) {
+    enum { LINE = 128 / sizeof(X) };
+    for (int i = thread * LINE; i < n; i += threads * LINE) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p + i)); }
+}
+template <typename... P, typename... A> static void launch_early(Gpu& gpu, void (*kernel)(P...), dim3 grid, dim3 block,
+        size_t shared, A... args) {
+    cudaLaunchAttribute early;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {grid, block, shared, gpu.stream, &early, gpu.card.major >= 9};
+    CUDA(cudaLaunchKernelEx(&config, kernel, P(args)...));
+}
+
+// out (rows,O) = inp (rows,I) weight (O,I)^T + bias + add; rows of inp lie ldi apart. With `from`, inp is made first:
+// as from's norm by w (and b, see norm_forward), or without w, as silu(from) * mul.
+template <typename X> struct Product {
+    X *out, *inp;
+    int ldi, I, O;
+    const X *weight, *bias, *add, *from, *mul;
+    const float *w, *b;
+    float *mean, *rstd;
+};
+// One row of a product, or with blocks left over, of two: a warp for each output.
+template <typename X> struct Products { Product<X> of[2]; int blocks; float eps; };
+template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 4) product_kernel(
+        const __grid_constant__ Products<X> products) {
+    enum { E = WIDE ? 8 : 1, AHEAD = 8, STRIDE = 32 * E };
+    extern __shared__ uint4 memory[];
+    X* x = (X*)memory;
+    bool second = blockIdx.x >= products.blocks;
+    const Product<X>& p = products.of[second];
+    int lane = threadIdx.x % 32, turn = 0, I = p.I, block = blockIdx.x - (second ? products.blocks : 0);
+    int o = block * 8 + threadIdx.x / 32, step = 8 * (second ? gridDim.x - products.blocks : products.blocks);
+    Piece<X, E> weights[AHEAD], piece;
+    auto fetch = [&](int o, int i) {
+        EACH(k, AHEAD) {
+            weights[k].clear();
+            if (o < p.O && i + k * STRIDE < I) { weights[k].load(p.weight + (size_t)o * I + i + k * STRIDE); }
+        }
+    };
+    auto put = [&](X* to, const float* v) { if (WIDE) { store8(to, v); } else { *to = from_float<X>(v[0]); } };
+    fetch(o, lane * E);
+    EACH(k, 2) { // the rest of this row and the next one
+        int row = o + k * step, i = k ? 0 : AHEAD * STRIDE;
+        if (row < p.O) { prefetch(p.weight + (size_t)row * I + i, I - i, lane, 32); }
+        if (row < p.O && p.bias) { prefetch(p.bias + row, 1, lane, 32); }
+    }
+    if (p.w) { prefetch(p.w, I, threadIdx.x, 256); }
+    if (p.b) { prefetch(p.b, I, threadIdx.x, 256); }
+    wait_for_inputs();
+    const X* from = p.from ? p.from : p.inp;
+    float a[E], b[E], near = p.mean ? to_float(from[0]) : 0, s[2] = {0, 0}, mean = 0, rstd = 1;
+    if (p.w) {
+        for (int i = threadIdx.x * E; i < I; i += 256 * E) {
+            piece.load(from + i);
+            piece.get(a);
+            EACH(e, E) { s[0] += a[e] - near; s[1] += (a[e] - near) * (a[e] - near); }
+        }
+        row_sum(s, turn);
+        float off = p.mean ? s[0] / I : 0;
+        mean = near + off;
+        rstd = rsqrtf(fmaxf(s[1] / I - off * off, 0) + products.eps);
+        if (p.mean) { *p.mean = mean; }
+        *p.rstd = rstd; // the same by all blocks
+    }
+    for (int i = threadIdx.x * E; i < I; i += 256 * E) {
+        piece.load(from + i);
+        piece.get(a);
+        if (p.w) {
+            Piece<float, E> w, shift;
+            shift.clear();
+            w.load(p.w + i);
+            if (p.b) { shift.load(p.b + i); }
+            w.get(b);
+            EACH(e, E) { a[e] = (a[e] - mean) * rstd * (b[e] + 1); }
+            shift.get(b);
+            EACH(e, E) { a[e] += b[e]; }
+        } else if (p.from) {
+            if (p.mul) { piece.load(p.mul + i); piece.get(b); }
+            EACH(e, E) { a[e] *= sigmoid_of<X>(a[e]) * (p.mul ? b[e] : 1); }
+        }
+        put(x + i, a);
+        if (p.from && block == 0) { put(p.inp + i, a); }
+    }
+    __syncthreads();
+    for (; o < p.O; o += step) {
+        float sum[2] = {0, 0};
+        for (int i = lane * E; i < I + lane * E; i += AHEAD * STRIDE) {
+            EACH(k, AHEAD) {
+                if (i + k * STRIDE >= I) { break; }
+                piece.load(x + i + k * STRIDE);
+                piece.get(b);
+                weights[k].get(a);
+                EACH(e, E) { sum[e & 1] = fmaf(a[e], b[e], sum[e & 1]); }
+            }
+            bool more = i + AHEAD * STRIDE < I + lane * E;
+            fetch(more ? o : o + step, more ? i + AHEAD * STRIDE : lane * E);
+        }
+        float y = team_sum<32>(sum[0] + sum[1], 32), more = p.bias ? to_float(p.bias[o]) : 0;
+        if (lane == 0) { p.out[o] = from_float<X>(y + more + (p.add ? to_float(p.add[o]) : 0)); }
+    }
+}
+
+// One product or two that do not depend on each other.
+template <typename X> static void product_forward(Gpu& gpu, size_t rows, float eps, const Product<X>& first,
+        const Product<X>& second = {}) {
+    Products<X> all = {{first, second}, 0, eps};
+    size_t shared = ceil_div(sizeof(X) * (first.I > second.I ? first.I : second.I), 16) * 16;
+    if (rows == 1 && shared <= 48 << 10) {
+        // no more blocks than the card takes at a time, and the same number of rows for all warps
+        int each = ceil_div(first.O + second.O, 8 * 4 * gpu.card.multiProcessorCount);
+        all.blocks = ceil_div(first.O, 8 * each);
+        launch_early(gpu, wide(first.I, second.I) ? product_kernel<X, true> : product_kernel<X, false>,
+                     all.blocks + ceil_div(second.O, 8 * each), 256, shared, all);
+        return;
+    }
+    for (int i = 0; i < (second.O ? 2 : 1); i++) {
+        const Product<X>& p = all.of[i];
+        if (p.w) { norm_forward(gpu, p.inp, p.ldi, p.mean, p.rstd, p.from, p.w, p.b, rows, p.I, eps); }
+        else if (p.from) { silu_forward(gpu, p.inp, p.from, p.mul, p.mul ? 2 * p.I : p.I, rows, p.I); }
+        matmul_forward(gpu, p.out, p.O, p.inp, p.ldi, p.weight, p.bias, p.add, p.O, rows, p.I, p.O);
+    }
+}
+
+// Timestep norm and, with h, CEMA: inp (B,D) to normed and out; norm (B,G) and h (B,D,N) move on. A block has a group
+// of features, `lanes` threads share the oscillators of one.
+template <typename X> __global__ void __launch_bounds__(512) memory_step_kernel(X* normed, X* out, NormState* norm,
+        float2* h, const X* inp, const float* w, const float* b, const float* alpha, const float* delta,
+        const float* theta, const float2* gamma, const float* omega, int B, int D, int G, int N, float eps) {
+    enum { K = CEMA_MAX_NDIM / 32 };
+    int F = D / G, g = blockIdx.x, lane = threadIdx.x % 32, lanes = N <= 16 ? 16 : 32, k0 = threadIdx.x % lanes;
+    auto statistics = [&](int row) { // up to this timestep; each warp for itself
+        const X* x = inp + (size_t)row * D + g * F;
+        float mean = 0, var = 0;
+        for (int f = lane; f < F; f += 32) { mean += to_float(x[f]); }
+        mean = team_sum<32>(mean, 32) / F;
+        for (int f = lane; f < F; f += 32) { var += (to_float(x[f]) - mean) * (to_float(x[f]) - mean); }
+        NormState s = norm[row * G + g];
+        merge(s.count, s.mean, s.var, 1.0, (double)mean, (double)(team_sum<32>(var, 32) / F));
+        return s;
+    };
+    for (int f0 = 0; f0 < F; f0 += 512 / lanes) {
+        int f = f0 + threadIdx.x / lanes, d = g * F + min(f, F - 1);
+        float p[K], q_re[K], q_im[K], scale = w[d] + 1, shift = b[d], direct = h ? omega[d] : 0;
+        float2 c[K];
+        EACH(j, K) {
+            int k = k0 + j * lanes;
+            if (!h || k >= N) { continue; }
+            double share = sigmoid_double(alpha[d * N + k]), radius = 1 - share * sigmoid_double(delta[d * N + k]);
+            double sine, cosine;
+            sincospi(2.0 / N * (k + 1) * sigmoid_double(theta[d]), &sine, &cosine);
+            c[j] = gamma[d * N + k];
+            p[j] = share;
+            q_re[j] = radius * cosine;
+            q_im[j] = radius * sine;
+            prefetch(h + ((size_t)blockIdx.y * D + d) * N + k, 1, 0, 1);
+        }
+        if (f0 == 0) { wait_for_inputs(); }
+        for (int row = blockIdx.y; row < B; row += gridDim.y) {
+            size_t at = (size_t)row * D + d;
+            float2 v[K];
+            EACH(j, K) { if (h && k0 + j * lanes < N) { v[j] = h[at * N + k0 + j * lanes]; } }
+            NormState s = statistics(row);
+            X stored = from_float<X>((to_float(inp[at]) - (float)s.mean) * rsqrtf((float)s.var + eps) * scale + shift);
+            float x = to_float(stored), y = 0;
+            EACH(j, K) {
+                int k = k0 + j * lanes;
+                if (!h || k >= N || f >= F) { continue; }
+                v[j] = make_float2(q_re[j] * v[j].x - q_im[j] * v[j].y + p[j] * x, q_re[j] * v[j].y + q_im[j] * v[j].x);
+                h[at * N + k] = v[j];
+                y += c[j].x * v[j].x - c[j].y * v[j].y;
+            }
+            for (int o = lanes / 2; o; o /= 2) { y += __shfl_xor_sync(~0u, y, o); }
+            if (k0 == 0 && f < F) {
+                normed[at] = stored;
+                if (h) { out[at] = from_float<X>(y * rsqrtf(N) + direct * x); }
+            }
+            if (f0 + 512 / lanes < F) { continue; }
+            __syncthreads(); // all have read the statistics
+            if (threadIdx.x == 0) { norm[row * G + g] = s; }
+        }
+    }
+}
+template <typename X> static void memory_step(Gpu& gpu, X* normed, X* out, NormState* norm, float* h, const X* inp,
+        const float* w, const float* b, const Params& p, int B, int D, int G, int N, float eps) {
+    launch_early(gpu, memory_step_kernel<X>, dim3(G, min_int(B, 8)), 512, 0, normed, out, norm, (float2*)h, inp, w, b,
+                 p.cema_alpha, p.cema_delta, p.cema_theta, (float2*)p.cema_gamma, p.cema_omega, B, D, G, N, eps);
+}
+
+// Attention of one query a head over the cache K (B,H,c,zd), V (B,H,c,vd), first with its own key and value added to it
+// at *position: z, v and the norm as in qk_forward and value_forward. The keys are shared by the blocks x; each leaves
+// its part of the output, then the largest score and the sum of the others' exponentials against it.
+enum { PART = 8 }; // room for the latter
+template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) attention_step_kernel(float* parts, X* K, X* V,
+        const int* position, const X* z, int ldz, const X* v, const float* gamma, const float* beta,
+        const float* rotations, int c, int Z, int zd, int vd, float eps) {
+    enum { E = WIDE ? 8 : 1, TILE = 64, KEYS = 4, AHEAD = 8, SOON = 16 };
+    extern __shared__ uint4 memory[];
+    __shared__ float scores[TILE];
+    int h = blockIdx.y, H = gridDim.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    int pos = *position, each = (pos + gridDim.x) / gridDim.x;
+    int first = blockIdx.x * each, last = min(first + each, pos + 1);
+    size_t pair = (size_t)blockIdx.z * H + h;
+    float *q = (float*)memory, *part = parts + (pair * gridDim.x + blockIdx.x) * (vd + PART);
+    float x[8], y[8], ga[2][8], be[2][8], angle[8], acc[8] = {0}, s[1] = {0}, top = -INFINITY, sum = 0;
+    int turn = 0;
+    bool owner = first <= pos && last == pos + 1; // of this timestep
+    K += pair * c * zd;
+    V += pair * c * vd;
+    prefetch(K + (size_t)first * zd, min(last - first, (int)SOON) * zd, threadIdx.x, blockDim.x);
+    prefetch(V + (size_t)first * vd, min(last - first, (int)SOON) * vd, threadIdx.x, blockDim.x);
+    load_row<WIDE>(angle, rotations + (size_t)pos * zd, zd);
+    EACH(i, 2) {
+        load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd);
+        load_row<WIDE>(be[i], beta + i * Z + h * zd, zd);
+    }
+    wait_for_inputs();
+    load_row<WIDE>(x, z + (size_t)blockIdx.z * ldz + h * zd, zd);
+    EACH(e, 8) { s[0] += x[e] * x[e]; }
+    row_sum(s, turn);
+    EACH(e, 8) { x[e] *= rsqrtf(s[0] / zd + eps); }
+    EACH(i, 2) {
+        turned(y, x, ga[i], be[i], angle, rsqrtf(zd));
+        if (i == 0) { store_row<WIDE>(q, y, zd); }
+        else if (owner) { store_row<WIDE>(K + (size_t)pos * zd, y, zd); }
+    }
+    if (owner) {
+        load_row<WIDE>(y, v + pair * vd, vd);
+        EACH(e, 8) { y[e] *= sigmoid_of<X>(y[e]); }
+        store_row<WIDE>(V + (size_t)pos * vd, y, vd);
+    }
+    __syncthreads();
+    for (int j0 = first; j0 < last; j0 += TILE) {
+        int n = min((int)TILE, last - j0);
+        for (int j = warp * KEYS; j < n; j += warps * KEYS) {
+            float dot[KEYS] = {0}, k[E];
+            for (int i = lane * E; i < zd; i += 32 * E) {
+                Piece<X, E> piece[KEYS];
+                EACH(u, KEYS) { piece[u].load(K + (size_t)(j0 + min(j + u, n - 1)) * zd + i); }
+                EACH(u, KEYS) {
+                    piece[u].get(k);
+                    EACH(e, E) { dot[u] = fmaf(k[e], q[i + e], dot[u]); }
+                }
+            }
+            EACH(u, KEYS) {
+                dot[u] = team_sum<32>(dot[u], 32);
+                if (lane == 0 && j + u < n) { scores[j + u] = dot[u]; }
+            }
+        }
+        __syncthreads();
+        float before = top;
+        for (int j = 0; j < n; j++) { top = fmaxf(top, scores[j]); }
+        float shrink = exp_of<X>(before - top);
+        sum *= shrink;
+        EACH(e, 8) { acc[e] *= shrink; }
+        for (int j = 0; j < n; j += AHEAD) {
+            RowPiece<X, WIDE> piece[AHEAD];
+            EACH(u, AHEAD) { piece[u].load(V + (size_t)(j0 + min(j + u, n - 1)) * vd, vd); }
+            EACH(u, AHEAD) {
+                float p = j + u < n ? exp_of<X>(scores[j + u] - top) : 0;
+                sum += p;
+                piece[u].get(y);
+                EACH(e, 8) { acc[e] = fmaf(p, y[e], acc[e]); }
+            }
+        }
+        __syncthreads();
+    }
+    store_row<WIDE>(part, acc, vd);
+    if (threadIdx.x == 0) { part[vd] = top; part[vd + 1] = sum; }
+}
+// gated (B,V) = silu(inp) * attention, the weighted mean of the parts.
+template <typename X> __global__ void attention_merge_kernel(X* gated, int ldg, const float* parts, const X* inp,
+        int ldi, int count, int vd) {
+    __shared__ float2 lines[16][32];
+    int i = blockIdx.x * 32 + threadIdx.x, step = vd + PART, at = blockIdx.y * vd + i;
+    float top = -INFINITY, sum = 0, out = 0;
+    parts += ((size_t)blockIdx.z * gridDim.y + blockIdx.y) * count * step;
+    wait_for_inputs();
+    for (int k = threadIdx.x; k < count; k += 32) { top = fmaxf(top, parts[k * step + vd]); }
+#pragma unroll
+    for (int o = 16; o; o /= 2) { top = fmaxf(top, __shfl_xor_sync(~0u, top, o)); }
+#pragma unroll 4
+    for (int k = threadIdx.y; k < count; k += blockDim.y) {
+        float weight = exp_of<X>(parts[k * step + vd] - top);
+        sum += weight * parts[k * step + vd + 1];
+        out += weight * (i < vd ? parts[k * step + i] : 0);
+    }
+    lines[threadIdx.y][threadIdx.x] = make_float2(sum, out);
+    __syncthreads();
+    if (threadIdx.y || i >= vd) { return; }
+    for (int k = 1; k < blockDim.y; k++) { sum += lines[k][threadIdx.x].x; out += lines[k][threadIdx.x].y; }
+    float x = to_float(inp[(size_t)blockIdx.z * ldi + at]);
+    gated[(size_t)blockIdx.z * ldg + at] = from_float<X>(x * sigmoid_of<X>(x) * out / sum);
+}
+// Blocks that share a head's keys: as many as the card takes at a time.
+static int attention_parts(const Gpu& gpu, int B, int H) {
+    int count = gpu.card.multiProcessorCount * (B > 1 ? 4 : 1) / (B * H);
+    return count < 1 ? 1 : count;
+}
+template <typename X> static void attention_step(Gpu& gpu, X* gated, int ldg, float* parts, X* K, X* V,
+        const int* position, const X* z, const X* inp, int ldz, const X* v, const float* gamma, const float* beta,
+        const float* rotations, int B, int c, int Z, int V_dim, int H, float eps) {
+    int zd = Z / H, vd = V_dim / H, most = zd > vd ? zd : vd, count = attention_parts(gpu, B, H);
+    launch_early(gpu, wide(zd, vd, ldz) ? attention_step_kernel<X, true> : attention_step_kernel<X, false>,
+                 dim3(count, H, B), row_grid(&gpu, 1, most, 1).block.x, sizeof(float) * zd, parts, K, V, position, z,
+                 ldz, v, gamma, beta, rotations, c, Z, zd, vd, eps);
+    launch_early(gpu, attention_merge_kernel<X>, dim3(ceil_div(vd, 32), H, B), dim3(32, B > 1 ? 4 : 16), 0, gated, ldg,
+                 parts, inp, ldz, count, vd);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // The model: the CPU's, with memory laid out for the GPU
 
 #define ROW_INDEX_P(field, ...) P_##field,
@@ -2658,6 +2986,9 @@ template <typename X> struct StateOf {
     NormState* norm; // (L+1,B,G)
     float* h;        // (L,B,D,N,2)
     X *k, *v;        // (L,B,H,c,Z/H), (L,B,H,c,V/H); NULL if calls end where chunks do
+    float* parts;    // see attention_step
+    int steps;       // of one token
+    cudaGraphExec_t graph; // such a step
 };
 
 template <typename X> static void state_alloc(Gpu& gpu, StateOf<X>* s, const Config* c, int B, bool cache) {
@@ -2669,13 +3000,17 @@ template <typename X> static void state_alloc(Gpu& gpu, StateOf<X>* s, const Con
     if (cache) {
         s->k = (X*)gpu_alloc(&gpu, layers * chunk * c->z_dim * sizeof(X));
         s->v = (X*)gpu_alloc(&gpu, layers * chunk * c->value_dim * sizeof(X));
+        s->parts = (float*)gpu_alloc(&gpu, (size_t)B * attention_parts(gpu, B, c->num_heads) * sizeof(float)
+                                           * (c->value_dim + PART * c->num_heads));
     }
 }
 template <typename X> static void state_free(Gpu& gpu, StateOf<X>* s) {
     gpu_sync(&gpu);
-    void* blocks[4] = {s->norm, s->h, s->k, s->v};
-    for (int i = 0; i < 4; i++) { cudaFree(blocks[i]); }
+    void* blocks[5] = {s->norm, s->h, s->k, s->v, s->parts};
+    for (int i = 0; i < 5; i++) { cudaFree(blocks[i]); }
+    if (s->graph) { CUDA(cudaGraphExecDestroy(s->graph)); }
 }
+
 // A tensor of activations on the device: bytes from the start of the block and between layers (0: they share one),
 // elements between timesteps. size 0: absent.
 struct ActPlace { size_t offset, step, size, pitch; };
@@ -2785,14 +3120,6 @@ template <typename X> static X* block_input(const ActPlace* places, char* block,
     return l ? acts_layer<X>(places, block, l - 1).out : acts_layer<X>(places, block, 0).embed;
 }
 
-// n numbers of type X at the start of x become floats, in place.
-template <typename X> static void to_floats(float* x, size_t n) {
-    while (sizeof(X) == 2 && n-- > 0) { // from the end
-        uint32_t bits = (uint32_t)((const uint16_t*)x)[n] << 16;
-        memcpy(x + n, &bits, sizeof(float));
-    }
-}
-
 // Activation i of layer l, or with grads its gradient, in the CPU's layout: (B,T,...) floats. False if it is not there.
 template <typename X> static bool pass_fetch(Gpu& gpu, const PassOf<X>* s, const Config* c, int i, int l, bool grads,
         float* out) {
@@ -2802,15 +3129,15 @@ template <typename X> static bool pass_fetch(Gpu& gpu, const PassOf<X>* s, const
     size_t BT = (size_t)s->B * s->T, n = dims[0] * (dims[1] ? dims[1] : 1), bytes = act_is_float(i) ? sizeof(float)
             : sizeof(X);
     int H = act_is_head_major(i) ? c->num_heads : 1;
-    float* raw = (float*)xcalloc(BT * n, sizeof(float));
+    void* raw = xcalloc(BT * n, bytes);
     gpu_sync(&gpu);
     CUDA(cudaMemcpy2D(raw, n * bytes, (grads ? s->grads : s->acts) + p->offset + l * p->step, p->pitch * bytes,
                       n * bytes, BT,
                       cudaMemcpyDeviceToHost));
-    if (!act_is_float(i)) { to_floats<X>(raw, BT * n); }
     for (size_t k = 0; k < BT * n; k++) { // from head-major, or with H = 1 as it is
         size_t d = n / H, b = k / (s->T * n), t = k / n % s->T, h = k % n / d;
-        out[k] = raw[((b * H + h) * s->T + t) * d + k % d];
+        size_t at = ((b * H + h) * s->T + t) * d + k % d;
+        out[k] = act_is_float(i) ? ((float*)raw)[at] : to_float(((X*)raw)[at]);
     }
     free(raw);
     return true;
@@ -2841,7 +3168,7 @@ template <typename X> static void state_copy(Gpu& gpu, StateOf<X>* s, State* hos
     if (to_host) { host->pos = s->pos; } else { s->pos = host->pos; }
 }
 template <typename X> static StateOf<X> state_layer(const StateOf<X>* s, const Config* c, int l) {
-    StateOf<X> r = {0, 0, NULL, NULL, NULL, NULL};
+    StateOf<X> r = {};
     if (!s) { return r; }
     size_t chunk = (size_t)s->B * c->chunk_size;
     r = *s;
@@ -2914,6 +3241,31 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
     matmul_forward<X>(gpu, ffn, D, a.hidden, F, p.fc2, NULL, drop.fc2.drop ? NULL : add, D, rows, F, D);
     dropout<X>(gpu, ffn, NULL, ffn, add, drop.fc2, rows, D);
     if (c->rescale_nffn) { rescale_forward(gpu, a.out, a.fc2, x, w.rescale, rows, D); }
+}
+
+// The same for one token more of each stream.
+template <typename X> static void block_step(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l,
+        const StateOf<X>* state) {
+    const Config* c = &m->config;
+    SIZES(c);
+    int B = s->B;
+    bool rescale = c->rescale_nffn;
+    const X* x = block_input<X>(s->places, s->acts, l);
+    ParamsOf<X> p = params_layer<ParamsOf<X>>(m->places, m->weights, l);
+    Params w = params_layer<Params>(m->places, m->params, l);
+    ActsOf<X> a = acts_layer<X>(s->places, s->acts, l);
+    StateOf<X> past = state_layer(state, c, l);
+    memory_step(gpu, a.timenorm, a.cema, past.norm, past.h, x, w.timenorm_w, w.timenorm_b, w, B, D, G, N, eps);
+    product_forward<X>(gpu, B, eps, {a.wz, a.rmsnorm, MU, D, ZR, p.wz, p.wz_b, NULL, a.cema, NULL, w.rmsnorm_w, NULL,
+                       NULL, a.rmsnorm_rstd}, {a.wv, a.timenorm, D, D, V, p.wv, p.wv_b});
+    attention_step(gpu, a.gated, MU, past.parts, past.k, past.v, s->tokens + B, a.wz, a.wr, ZR, a.wv, w.gamma, w.beta,
+                   m->rotations, B, c->chunk_size, Z, V, H, eps);
+    product_forward<X>(gpu, B, eps, {a.mega, a.rmsnorm, MU, MU, D, p.wh1, p.wh1_b, x});
+    product_forward<X>(gpu, B, eps, {a.fc1, a.norm, D, D, FF, p.fc1, NULL, NULL, a.mega, NULL, w.norm_w, w.norm_b,
+                       a.norm_mean, a.norm_rstd});
+    product_forward<X>(gpu, B, eps, {rescale ? a.fc2 : a.out, a.hidden, F, F, D, p.fc2, NULL, rescale ? NULL : x,
+                       a.fc1, a.fc3});
+    if (rescale) { rescale_forward(gpu, a.out, a.fc2, x, w.rescale, B, D); }
 }
 
 // From dout to dx. What block_forward did not keep is made again by the backward kernels that read its inputs anyway;
@@ -3002,7 +3354,7 @@ template <typename X> static void model_wait(Gpu& gpu, const ModelOf<X>* m, int 
 }
 
 // tokens (B,T), on the host, to logits (B,T,vocab) on the device; see the CPU's. Returns at once, the GPU goes on
-// working.
+// working. One token more for a cache is always the same work: from the third one on, a graph's.
 template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* tokens,
         const StateOf<X>* start, StateOf<X>* end) {
     const Config* c = &m->config;
@@ -3012,21 +3364,40 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
     Params w = params_layer<Params>(m->places, m->params, 0);
     ActsOf<X> a = acts_layer<X>(s->places, s->acts, 0);
     CUDA(cudaEventSynchronize(s->copied));
+    bool step = T == 1 && end && end->k && start == end; // one token more of each stream
     memcpy(s->host, tokens, rows * sizeof(int));
-    pass_upload(gpu, s, s->tokens, rows);
-    for (int u = 0; u < min_int(m->units, 2); u++) { model_wait(gpu, m, u); }
-    embedding_forward(gpu, a.embed, s->tokens, p.embed, embedding_scale(c), rows, D, dropouts_at(s->masks, T, 0).embed);
-    for (int l = 0; l < L; l++) {
-        model_wait(gpu, m, 2 + l);
-        block_forward(gpu, m, s, l, start, end);
+    if (step) { s->host[rows] = end->pos; }
+    pass_upload(gpu, s, s->tokens, rows + step);
+    for (int u = 0; u < (step ? m->units : min_int(m->units, 2)); u++) { model_wait(gpu, m, u); }
+    auto work = [&] {
+        embedding_forward(gpu, a.embed, s->tokens, p.embed, embedding_scale(c), rows, D,
+                          dropouts_at(s->masks, T, 0).embed);
+        for (int l = 0; l < L; l++) {
+            if (step) { block_step(gpu, m, s, l, end); continue; }
+            model_wait(gpu, m, 2 + l);
+            block_forward(gpu, m, s, l, start, end);
+        }
+        const X* x = block_input<X>(s->places, s->acts, L);
+        NormState *before = state_layer(start, c, L).norm, *after = state_layer(end, c, L).norm;
+        if (step) {
+            memory_step(gpu, a.final, (X*)NULL, after, NULL, x, w.final_w, w.final_b, w, B, D, c->norm_num_groups, 1,
+                        c->norm_eps);
+        } else {
+            timestepnorm_forward(gpu, a.final, a.final_mean, a.final_rstd, after, state_layer(s->before, c, L).norm,
+                                 before, x, w.final_w, w.final_b, B, T, D, c->norm_num_groups, c->norm_eps);
+            model_wait(gpu, m, m->units - 1);
+        }
+        product_forward<X>(gpu, rows, 0, {a.logits, a.final, D, D, vocab, c->share_emb ? p.embed : p.output});
+    };
+    if (step && end->steps++ == 1) { // the first time, plans were made and memory taken
+        cudaGraph_t graph;
+        CUDA(cudaStreamBeginCapture(gpu.stream, cudaStreamCaptureModeThreadLocal));
+        work();
+        CUDA(cudaStreamEndCapture(gpu.stream, &graph));
+        CUDA(cudaGraphInstantiate(&end->graph, graph, 0));
+        CUDA(cudaGraphDestroy(graph));
     }
-    timestepnorm_forward(gpu, a.final, a.final_mean, a.final_rstd, state_layer(end, c, L).norm,
-                         state_layer(s->before, c, L).norm, state_layer(start, c, L).norm,
-                         block_input<X>(s->places, s->acts, L), w.final_w, w.final_b, B, T, D, c->norm_num_groups,
-                                 c->norm_eps);
-    model_wait(gpu, m, m->units - 1);
-    matmul_forward<X>(gpu, a.logits, vocab, a.final, D, c->share_emb ? p.embed : p.output, NULL, NULL, 0, rows, D,
-                      vocab);
+    if (step && end->graph) { CUDA(cudaGraphLaunch(end->graph, gpu.stream)); } else { work(); }
     if (end) { end->pos = ((start ? start->pos : 0) + T) % c->chunk_size; }
 }
 
@@ -3204,6 +3575,7 @@ template <typename X> struct GpuBackend {
     double *sums, *losses;  // sum of the losses of each micro-step: on the device, on the host
     double dloss;
     int micro, accum;       // micro-steps since the last update, and of a step
+    X* raw;                 // logits as they come from the device
     float* logits;          // on the host
 };
 template <typename X> static GpuBackend<X>* of(void* self) { return (GpuBackend<X>*)self; }
@@ -3266,9 +3638,11 @@ template <typename X> static void gpu_open(void* self, const Options* o, bool tr
         r->sums = (double*)gpu_alloc(&r->gpu, o->accum * sizeof(double));
         r->losses = (double*)xcalloc(o->accum, sizeof(double));
     }
-    pass_alloc(r->gpu, &r->stream, c, 1, c->chunk_size, KEEP_NONE, KEEP_NONE);
-    state_alloc(r->gpu, &r->state, c, 1, true);
-    r->logits = (float*)xcalloc(c->vocab_size, sizeof(float));
+    int B = o->generate ? o->samples : 1, T = o->generate ? 1 : c->chunk_size;
+    pass_alloc(r->gpu, &r->stream, c, B, T, KEEP_NONE, KEEP_NONE);
+    state_alloc(r->gpu, &r->state, c, B, true);
+    CUDA(cudaMallocHost((void**)&r->raw, sizeof(X) * B * c->vocab_size));
+    r->logits = (float*)xcalloc((size_t)B * c->vocab_size, sizeof(float));
 }
 
 template <typename X> static void gpu_close(void* self) {
@@ -3278,6 +3652,7 @@ template <typename X> static void gpu_close(void* self) {
     pass_free(r->gpu, &r->stream);
     state_free(r->gpu, &r->state);
     cudaFree(r->sums);
+    cudaFreeHost(r->raw);
     free(r->losses);
     free(r->logits);
     gpu_close(&r->gpu);
@@ -3329,11 +3704,12 @@ template <typename X> static void gpu_stream(void* self, const int* tokens, int 
 
 template <typename X> static const float* gpu_logits(void* self) {
     GpuBackend<X>* r = of<X>(self);
-    size_t vocab = r->m.config.vocab_size;
-    const X* from = acts_layer<X>(r->stream.places, r->stream.acts, 0).logits + (r->stream.T - 1) * vocab;
+    size_t vocab = r->m.config.vocab_size, bytes = vocab * sizeof(X);
+    const PassOf<X>* s = &r->stream;
+    const X* from = acts_layer<X>(s->places, s->acts, 0).logits + (s->T - 1) * vocab;
+    CUDA(cudaMemcpy2DAsync(r->raw, bytes, from, s->T * bytes, bytes, s->B, cudaMemcpyDeviceToHost, r->gpu.stream));
     gpu_sync(&r->gpu);
-    CUDA(cudaMemcpy(r->logits, from, vocab * sizeof(X), cudaMemcpyDeviceToHost));
-    to_floats<X>(r->logits, vocab);
+    for (size_t i = 0; i < s->B * vocab; i++) { r->logits[i] = to_float(r->raw[i]); }
     return r->logits;
 }
 

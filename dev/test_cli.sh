@@ -268,6 +268,10 @@ result "--generate 50 writes 50 bytes" "$([ "$(wc -c < greedy1)" -eq 50 ] || wc 
 for try in 1.a 1.b 2.c; do run --load $tiny --generate 50 --seed ${try%.*}; cp out sample.$try; done
 same "--generate: same seed, same sample" sample.1.a sample.1.b
 result "--generate: another seed, another sample" "$(cmp -s sample.1.a sample.2.c && echo "it is the same")"
+run --load $tiny --generate 50 --seed 1 --samples 3
+head -c 50 out > first
+same "--samples 3: the first is the one made alone" first sample.1.a
+result "--samples 3: 3 times 50 bytes and 2 lines between them" "$([ "$(wc -c < out)" -eq 186 ] || wc -c < out)"
 
 # The same text as bytes, as llm.c's uint16 and as its uint32; and cut into pieces named by commas and *
 wide text.txt '\\000' | bin 20240520 1 "$(wc -c < text.txt)" > text16.bin

@@ -654,32 +654,58 @@ template <typename X> static double bench_model(Gpu& gpu, const char* preset, in
     return rows / t;
 }
 
-static void bench_decode(Gpu& gpu, const char* preset, int B) {
+// Tokens/s over one whole chunk, from timestep `at` on: what came before is streamed, for one row, and copied to the
+// others.
+static void bench_decode(Gpu& gpu, const char* preset, int B, int at) {
     Options o = default_options;
     for (int i = 0; i < NUM_PRESETS; i++) { if (!strcmp(presets[i].name, preset)) { o.model = presets[i].config; } }
+    const Config* c = &o.model;
     ModelOf<bf16> m;
-    PassOf<bf16> pass;
-    StateOf<bf16> state;
-    model_alloc(gpu, &m, &o.model, false);
+    PassOf<bf16> pass, past;
+    StateOf<bf16> state, one;
+    size_t free0, free1, free2, total;
+    int n = c->chunk_size, L = c->num_layers, *tokens = (int*)xcalloc(n + B, sizeof(int));
+    cudaMemGetInfo(&free0, &total);
+    model_alloc(gpu, &m, c, false);
     model_noise(gpu, &m);
-    pass_alloc(gpu, &pass, &o.model, B, 1, KEEP_NONE, KEEP_NONE);
-    state_alloc(gpu, &state, &o.model, B, true);
-    int n = 512, skip = 768, *tokens = (int*)xcalloc(B, sizeof(int));
-    double t0 = 0;
-    state.pos = skip;
-    for (int i = 0; i < n + 10; i++) {
-        if (i == 10) { gpu_sync(&gpu); t0 = seconds(); }
-        for (int b = 0; b < B; b++) { tokens[b] = (i * 7 + b) % o.model.vocab_size; }
-        model_forward(gpu, &m, &pass, tokens, &state, &state);
+    pass_alloc(gpu, &pass, c, B, 1, KEEP_NONE, KEEP_NONE);
+    pass_alloc(gpu, &past, c, 1, n, KEEP_NONE, KEEP_NONE);
+    state_alloc(gpu, &state, c, B, true);
+    state_alloc(gpu, &one, c, 1, true);
+    for (int i = 0; i < n + B; i++) { tokens[i] = random_bits(1, 0, i) % c->vocab_size; }
+    for (int t = 0; t < at; t += past.T) {
+        past.T = min_int(n, at - t);
+        model_forward(gpu, &m, &past, tokens, &one, &one);
+    }
+    auto repeat = [&](void* to, const void* from, size_t slots, size_t bytes) { // (slots,bytes) to (slots,B,bytes)
+        for (int b = 0; b < B; b++) {
+            CUDA(cudaMemcpy2D((char*)to + b * bytes, B * bytes, from, bytes, bytes, slots, cudaMemcpyDefault));
+        }
+    };
+    gpu_sync(&gpu);
+    repeat(state.norm, one.norm, L + 1, c->norm_num_groups * sizeof(NormState));
+    repeat(state.h, one.h, L, (size_t)c->model_dim * c->cema_ndim * 2 * sizeof(float));
+    repeat(state.k, one.k, L, (size_t)n * c->z_dim * sizeof(bf16));
+    repeat(state.v, one.v, L, (size_t)n * c->value_dim * sizeof(bf16));
+    state.pos = one.pos;
+    double t0 = 0, D = c->model_dim, V = c->value_dim, Z = c->z_dim;
+    for (int i = 0; i < n + 4; i++) {
+        if (i == 4) { state.pos = one.pos; cudaMemGetInfo(&free1, &total); t0 = seconds(); }
+        model_forward(gpu, &m, &pass, tokens + i % n, &state, &state);
         gpu_sync(&gpu);
     }
-    double t = (seconds() - t0) / n, D = o.model.model_dim, V = o.model.value_dim, Z = o.model.z_dim;
-    double bytes = 2.0 * m.num_parameters - (o.model.share_emb ? 0 : 2 * D * o.model.vocab_size)
-            + 2.0 * B * o.model.num_layers * 1024 * (V + Z);
-    printf("decode %-14s batch %-3d %.0f tok/s, %.3f ms a token; reading weights and cache at 4.3 TB/s: %.3f ms, %.0f%%\n", preset, B, B / t, 1e3 * t, bytes / 4.3e9, 100 * bytes / 4.3e12 / t);
+    double t = (seconds() - t0) / n;
+    cudaMemGetInfo(&free2, &total);
+    double bytes = 2.0 * m.num_parameters - (c->share_emb ? 0 : 2 * D * c->vocab_size) + (double)B * L * n * (V + Z);
+    printf("decode %-9s batch %-2d from timestep %-7d: %7.0f tok/s, %.3f ms a step, %.0f%% of reading weights and cache "
+           "at 4.3 TB/s (%.3f ms); %.1f MB, at the end %+.1f\n", preset, B, at, B / t, 1e3 * t,
+           100 * bytes / 4.3e12 / t, bytes / 4.3e9, (free0 - free1) / 1e6, ((double)free1 - free2) / 1e6);
+    fflush(stdout);
     model_free(gpu, &m);
     pass_free(gpu, &pass);
+    pass_free(gpu, &past);
     state_free(gpu, &state);
+    state_free(gpu, &one);
     free(tokens);
 }
 
@@ -794,7 +820,9 @@ int main(int argc, char** argv) {
     printf("%s, cuBLASLt %zu\n", gpu.card.name, cublasLtGetVersion());
     if (argc > 1 && !strcmp(argv[1], "--kernels")) { bench_kernels(gpu); return 0; }
     if (argc > 1 && !strcmp(argv[1], "--decode")) {
-        for (int B = 1; B <= 64; B *= 64) { bench_decode(gpu, "mega200M", B); bench_decode(gpu, "mega1.3B", B); }
+        for (int i = argc > 2 ? atoi(argv[2]) : 0; i < (argc > 3 ? atoi(argv[3]) : 8); i++) {
+            bench_decode(gpu, i & 2 ? "mega1.3B" : "mega200M", i & 4 ? 64 : 1, argc > 4 ? atoi(argv[4]) : i & 1 ? 1000000 : 0);
+        }
         return 0;
     }
     if (argc > 1 && !strcmp(argv[1], "--profile")) { // one step of two layers, for ncu --profile-from-start off
@@ -836,6 +864,10 @@ int main(int argc, char** argv) {
         check_model<float>(gpu, "odd", odd, 3, 20, past);
         check_model<float>(gpu, "heads", heads, 2, 64, past);
         check_model<float>(gpu, "even", even, 2, 1, past);
+        check_model<float>(gpu, "even", even, 1, 300, past);
+        check_model<float>(gpu, "odd", odd, 1, 20, past);
+        check_model<bf16>(gpu, "even", even, 1, 300, past);
+        check_model<bf16>(gpu, "odd", odd, 1, 20, past);
         check_model<bf16>(gpu, "even", even, 2, 300, past);
         check_model<bf16>(gpu, "odd", odd, 3, 20, past);
         check_model<bf16>(gpu, "heads", heads, 2, 64, past);
