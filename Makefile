@@ -25,6 +25,11 @@ MPI := $(call probe,#include <mpi.h>|int main(void) { return MPI_Init(0, 0); },t
 OPENBLAS = $(call probe,void cblas_sgemm(void); int main(void) { cblas_sgemm(); },$(CC) -w -x c - -lopenblas,-DOPENBLAS -lopenblas)
 CUDA = $(call probe,#include <cublasLt.h>,(cat; echo "int main() { return cublasLtGetVersion() == 0; }") | $(NVCC) -x cu - -lcublasLt,yes)
 
+# Several GPUs need NCCL, and MPI to start it. NCCL_HOME: where it is, if nvcc does not find it by itself.
+NCCL_FLAGS = $(if $(NCCL_HOME),-I$(NCCL_HOME)/include -L$(NCCL_HOME)/lib) -lnccl
+NCCL = $(if $(MPI),$(call probe,#include <nccl.h>,(cat; echo "int main() { int v; return ncclGetVersion(&v); }") | $(NVCC) -x cu - $(NCCL_FLAGS),\
+         -DUSE_NCCL $(NCCL_FLAGS)))
+
 # For the GPUs that are here, or else for compute capability 8.0 and 9.0.
 CUDA_ARCH ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u),80 90)
 NVCCFLAGS = -std=c++17 -O3 -diag-suppress 177,550,128 $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -Xcompiler -fopenmp -lcublasLt
@@ -32,7 +37,8 @@ NVCCFLAGS = -std=c++17 -O3 -diag-suppress 177,550,128 $(foreach a,$(CUDA_ARCH),-
 all: train_megalodon test_megalodon
 	@echo "OpenMP: $(if $(OPENMP),yes,not found, one thread)"
 	@echo "MPI: $(if $(MPI),yes,not found, one process)"
-	@if [ -n "$(CUDA)" ]; then echo "CUDA: yes, for compute capability $(CUDA_ARCH)"; $(MAKE) cuda; else echo "CUDA: not found"; fi
+	@if [ -n "$(CUDA)" ]; then echo "CUDA: yes, for compute capability $(CUDA_ARCH)"; \
+	     echo "NCCL: $(if $(NCCL),yes,not found, one GPU)"; $(MAKE) cuda; else echo "CUDA: not found"; fi
 
 cuda: train_megalodon_cuda test_megalodon_cuda
 
@@ -40,10 +46,10 @@ train_megalodon test_megalodon: %: %.c train_megalodon.c data/tokens.h
 	$(CC) $(THIS_CFLAGS) $< $(OPENMP) $(MPI) -o $@ -lm
 
 train_megalodon_cuda: train_megalodon.cu train_megalodon.c data/tokens.h
-	$(NVCC) $(NVCCFLAGS) $< -o $@
+	$(NVCC) $(NVCCFLAGS) $(MPI) $(NCCL) $< -o $@
 
 test_megalodon_cuda: test_megalodon.c train_megalodon.cu train_megalodon.c data/tokens.h
-	$(NVCC) $(NVCCFLAGS) -DGPU -x cu $< -o $@
+	$(NVCC) $(NVCCFLAGS) $(MPI) $(NCCL) -DGPU -x cu $< -o $@
 
 dev/bin/test_tokens: dev/test_tokens.c train_megalodon.c data/tokens.h
 	@mkdir -p dev/bin

@@ -278,8 +278,13 @@ template <typename X> struct Run { Host host; ModelOf<X> m; PassOf<X> s; StateOf
 template <typename X> void run_open(Run<X>* r, int keep) { // after host's weights and past are set
     const Config* c = &r->host.m.config;
     model_alloc(gpu, &r->m, c, true);
-    model_copy(gpu, &r->m, r->m.params, r->host.m.params, false);
-    model_round(gpu, &r->m, 0, r->m.size);
+    size_t part[2];
+    for (int i = 0; i < NUM_PARAMS; i++) {
+        for (int l = 0; r->m.specs[i].size && l < r->m.specs[i].slots; l++) {
+            float* w = ((float**)&r->host.m.params)[i] + l * r->m.specs[i].size;
+            model_part_copy(gpu, &r->m, WEIGHTS, i, l, w, false, part);
+        }
+    }
     pass_alloc(gpu, &r->s, c, r->host.s.B, r->host.s.T, keep, keep == KEEP_ALL ? KEEP_ALL : KEEP_NONE);
     state_alloc(gpu, &r->start, c, r->host.s.B, false);
     state_alloc(gpu, &r->dstart, c, r->host.s.B, false);
@@ -312,9 +317,19 @@ template <typename X> double run_pass(Run<X>* r, const int* x, const int* y, flo
     return loss;
 }
 template <typename X> double run_update(Run<X>* r, const Options* o, double lr, int step) {
+    for (int u = 0; ranks.count > 1 && u < r->m.units; u++) { unit_reduce(gpu, &r->m, u); }
+    if (ranks.count > 1) { stream_after(gpu, gpu.stream, gpu.blocks); }
     double norm = model_grad_norm(gpu, &r->m);
     model_update(gpu, &r->m, o, lr, step, clip_scale(norm, o->clip));
-    model_copy(gpu, &r->m, r->m.params, r->host.m.params, true);
+    if (ranks.count == 1) { model_copy(gpu, &r->m, r->m.params, r->host.m.params, true); return norm; }
+    stream_after(gpu, gpu.stream, gpu.blocks);
+    for (int i = 0; sizeof(X) == 4 && i < NUM_PARAMS; i++) {
+        float* block = param_is_float(i) ? r->m.params : (float*)r->m.weights;
+        for (int l = 0; r->m.specs[i].size && l < r->m.specs[i].slots; l++) {
+            float* w = ((float**)&r->host.m.params)[i] + l * r->m.specs[i].size;
+            tensor_copy(gpu, &r->m, block, i, l, w, true);
+        }
+    }
     return norm;
 }
 template <typename X> struct RunStream { PassOf<X> pass; StateOf<X> state; };
@@ -690,6 +705,9 @@ int main(int argc, char** argv) {
     if (argc > first + 2 && !strcmp(argv[first], "--chunk-parallel")) { chunks = atoi(argv[first + 1]); first += 2; }
     if (chunks != ranks.count) { die("--chunk-parallel %d: %d processes were started", chunks, ranks.count); }
     ranks_group(chunks);
+#ifdef GPU
+    ranks_connect(&gpu);
+#endif
     if (argc > first && !strcmp(argv[first], "--long")) { test_long(); first = -1; }
     else if (argc > first + 2 && argc < first + 5 && !strcmp(argv[first], "--compare")) {
         for (int i = 0; i < argc - first - 1; i++) { paths[i] = argv[first + 1 + i]; }

@@ -158,6 +158,17 @@ void ranks_group(int chunks) {
 #endif
 }
 
+int ranks_local(void) { // this rank's number on its machine
+    int local = 0;
+#ifdef USE_MPI
+    MPI_Comm machine;
+    if (ranks.count == 1) { return 0; }
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine);
+    MPI_Comm_rank(machine, &local);
+#endif
+    return local;
+}
+
 // T timesteps of a sequence in slices of whole chunks
 int slice_length(int T, int c) {
     if (ranks.chunks > 1 && (T % ranks.chunks || T / ranks.chunks % c)) {
@@ -2622,6 +2633,10 @@ void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
     bool trains = !o->generate && !*o->eval;
     if (!trains && !loaded) { die("--generate and --eval need weights: --load FILE or --resume DIR"); }
     if (strlen(o->out) > PATH_MAX - 64) { die("--out: the name is too long"); }
+#ifdef _OPENMP
+    if (o->threads) { omp_set_num_threads(o->threads); }
+    o->threads = omp_get_max_threads();
+#endif
 }
 
 // What the options ask for. With --load or --resume st is open.
@@ -2690,10 +2705,6 @@ int main(int argc, char** argv) {
 #endif
     ranks_open();
     options_parse(&o, argc, argv, &st);
-#ifdef _OPENMP
-    if (o.threads) { omp_set_num_threads(o.threads); }
-    o.threads = omp_get_max_threads();
-#endif
     run(&backend, &o, &st);
     return 0;
 }

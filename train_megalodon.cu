@@ -43,6 +43,9 @@ Conventions, where they differ from the CPU's:
 #include <cuda_runtime.h>
 #include <type_traits>
 #include <utility>
+#ifdef USE_NCCL
+#include <nccl.h>
+#endif
 
 typedef __nv_bfloat16 bf16;
 
@@ -89,8 +92,9 @@ struct GemmPlan {
 };
 enum { NUM_PLANS = 4096, WORKSPACE = 64 << 20 };
 // Scratch memory: partial sums by block, which reduce_columns adds up; what segments of time hand on; coefficients of
-// CEMA; scores of attention and their gradients.
-enum { PARTIALS, CARRIES, COEFFICIENTS, SCORES, NUM_SCRATCH };
+// CEMA; scores of attention and their gradients; what ranks with slices of a sequence tell each other, and CEMA's sums
+// for that.
+enum { PARTIALS, CARRIES, COEFFICIENTS, SCORES, SLICES, SLICE_SUMS, NUM_SCRATCH };
 
 struct Gpu {
     cudaStream_t stream;
@@ -103,6 +107,12 @@ struct Gpu {
     bool accumulate;       // add to the gradients of parameters, or assign them
     size_t allocated;      // bytes
     bool dry;              // only count them
+    bool reduce;           // the backward pass adds up gradients over the ranks as it goes
+    cudaStream_t states, blocks; // of what ranks exchange: slices' states; gradients and weights
+    cudaEvent_t event;
+#ifdef USE_NCCL
+    ncclComm_t group, world, background;
+#endif
 };
 
 static void gpu_open(Gpu* gpu) {
@@ -111,8 +121,10 @@ static void gpu_open(Gpu* gpu) {
     if (cudaGetDeviceCount(&count) != cudaSuccess || !count) {
         die("no GPU found (%s); ./train_megalodon runs on the CPU", cudaGetErrorString(cudaGetLastError()));
     }
-    CUDA(cudaSetDevice(0));
-    CUDA(cudaGetDeviceProperties(&gpu->card, 0));
+    int device = count == 1 ? 0 : ranks_local();
+    if (device >= count) { die("rank %d is number %d on its machine, which shows %d GPUs", ranks.rank, device, count); }
+    CUDA(cudaSetDevice(device));
+    CUDA(cudaGetDeviceProperties(&gpu->card, device));
     if (gpu->card.major < 8) {
         die("%s has compute capability %d.%d, at least 8.0 is needed", gpu->card.name, gpu->card.major,
             gpu->card.minor);
@@ -170,6 +182,69 @@ static void* gpu_scratch(Gpu* gpu, int which, size_t bytes) {
     }
     return gpu->scratch[which];
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Ranks, each with a GPU of its own: NCCL, started through MPI. Exchanges run in streams of their own.
+
+#ifdef USE_NCCL
+static void check_nccl(ncclResult_t e, const char* what, int line) {
+    if (e != ncclSuccess) { die("NCCL: %s (%s, train_megalodon.cu:%d)", ncclGetErrorString(e), what, line); }
+}
+#define NCCL(call) check_nccl(call, #call, __LINE__)
+#else
+#define NCCL(call)
+#endif
+
+// After ranks_group, and before a model is trained.
+static void ranks_connect(Gpu* gpu) {
+    if (ranks.count == 1) { return; }
+#ifdef USE_NCCL
+    char name[256] = "";
+    uint32_t machine = 2166136261u;
+    gethostname(name, sizeof(name) - 1);
+    for (const char* c = name; *c; c++) { machine = (machine ^ *c) * 16777619u; }
+    double* cards = (double*)xcalloc(ranks.count, sizeof(double)); // NCCL may hang if two ranks use one
+    int slot = (gpu->card.pciDomainID * 256 + gpu->card.pciBusID) * 32 + gpu->card.pciDeviceID;
+    cards[ranks.rank] = slot * 4294967296.0 + machine;
+    all_sum(cards, ranks.count);
+    for (int r = 0; r < ranks.rank; r++) {
+        if (cards[r] == cards[ranks.rank]) { die("ranks %d and %d are on the same GPU", r, ranks.rank); }
+    }
+    free(cards);
+    ncclUniqueId id;
+    double bytes[sizeof(id)];
+    if (ranks.rank == 0) { NCCL(ncclGetUniqueId(&id)); }
+    for (size_t i = 0; i < sizeof(id); i++) { bytes[i] = ranks.rank ? 0 : ((unsigned char*)&id)[i]; }
+    all_sum(bytes, sizeof(id));
+    for (size_t i = 0; i < sizeof(id); i++) { ((unsigned char*)&id)[i] = bytes[i]; }
+    NCCL(ncclCommInitRank(&gpu->world, ranks.count, id, ranks.rank));
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER; // what runs beside matrix products takes few multiprocessors
+    config.maxCTAs = 16;
+    NCCL(ncclCommSplit(gpu->world, 0, ranks.rank, &gpu->background, &config));
+    config.maxCTAs = 2;
+    NCCL(ncclCommSplit(gpu->world, ranks.group, ranks.chunk, &gpu->group, &config));
+    int low, high;
+    CUDA(cudaDeviceGetStreamPriorityRange(&low, &high));
+    CUDA(cudaStreamCreateWithPriority(&gpu->states, cudaStreamNonBlocking, high));
+    CUDA(cudaStreamCreateWithPriority(&gpu->blocks, cudaStreamNonBlocking, high));
+    CUDA(cudaEventCreateWithFlags(&gpu->event, cudaEventDisableTiming));
+#else
+    die("%d processes, but built without NCCL (make says)", ranks.count);
+#endif
+}
+
+// What follows in one stream begins when the other has come to where it is now.
+static void stream_after(Gpu& gpu, cudaStream_t stream, cudaStream_t other) {
+    CUDA(cudaEventRecord(gpu.event, other));
+    CUDA(cudaStreamWaitEvent(stream, gpu.event, 0));
+}
+
+// all = the `bytes` bytes of each rank of the group, in their order, for who calls slices_wait first.
+static void slices_gather(Gpu& gpu, void* all, const void* mine, size_t bytes) {
+    stream_after(gpu, gpu.states, gpu.stream);
+    NCCL(ncclAllGather(mine, all, bytes, ncclUint8, gpu.group, gpu.states));
+}
+static void slices_wait(Gpu& gpu) { stream_after(gpu, gpu.stream, gpu.states); }
 
 static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 template <typename... N> static bool wide(N... dims) { // may the wide form of a kernel be used?
@@ -715,15 +790,24 @@ template <typename X, int VEC, int LANES,
 }
 
 // Statistics of segments become those of everything before each, in double. A warp has one (row, group); its threads
-// take neighbouring runs of segments, scan them by shuffles, and then walk through them.
-__global__ void timestepnorm_scan_kernel(float4* segments, NormState* end, const NormState* start, int count,
-        size_t lines) {
+// take neighbouring runs of segments, scan them by shuffles, and then walk through them. Before them are start and the
+// `slices` slices in all, which before receives; `alone`: only end is wanted.
+__global__ void timestepnorm_scan_kernel(float4* segments, NormState* end, NormState* before, const NormState* start,
+        const NormState* all, int slices, bool alone, int count, size_t lines) {
     size_t line = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
     int lane = threadIdx.x % 32, each = (count + 31) / 32, first = lane * each, last = min(first + each, count);
     if (line >= lines) { return; }
     double n = 0, mean = 0, var = 0;
     float4* s = segments + line * count;
-    if (lane == 0 && start) { n = start[line].count; mean = start[line].mean; var = start[line].var; }
+    auto past = [&] {
+        n = mean = var = 0;
+        if (start) { n = start[line].count; mean = start[line].mean; var = start[line].var; }
+        for (int r = 0; r < slices; r++) {
+            NormState slice = all[r * lines + line];
+            merge(n, mean, var, slice.count, slice.mean, slice.var);
+        }
+    };
+    if (lane == 0) { past(); }
     for (int i = first; i < last; i++) { merge(n, mean, var, (double)s[i].x, (double)s[i].y, (double)s[i].z); }
     for (int o = 1; o < 32; o *= 2) {
         double n0 = __shfl_up_sync(~0u, n, o), mean0 = __shfl_up_sync(~0u, mean, o), var0 = __shfl_up_sync(~0u, var, o);
@@ -735,12 +819,12 @@ __global__ void timestepnorm_scan_kernel(float4* segments, NormState* end, const
     double n1 = n, mean1 = mean, var1 = var;
     n = __shfl_up_sync(~0u, n, 1); mean = __shfl_up_sync(~0u, mean, 1); var = __shfl_up_sync(~0u, var, 1);
     if (lane == 0) {
-        n = mean = var = 0;
-        if (start) { n = start[line].count; mean = start[line].mean; var = start[line].var; }
+        past();
+        if (before) { before[line].count = n; before[line].mean = mean; before[line].var = var; }
     }
     __syncwarp(); // all have read start before end, which may be the same, is written
     if (lane == 31 && end) { end[line].count = n1; end[line].mean = mean1; end[line].var = var1; }
-    for (int i = first; i < last; i++) {
+    for (int i = first; i < last && !alone; i++) {
         float4 own = s[i];
         s[i] = make_float4(n, mean, var, 0);
         merge(n, mean, var, (double)own.x, (double)own.y, (double)own.z);
@@ -762,7 +846,8 @@ static NormGrid norm_grid(int B, int T, int D, int G) {
 }
 
 template <typename X> static void timestepnorm_forward(Gpu& gpu, X* out, float* mean, float* rstd, NormState* end,
-        const NormState* start, const X* inp, const float* w, const float* b, int B, int T, int D, int G, float eps) {
+        NormState* before, const NormState* start, const X* inp, const float* w, const float* b, int B, int T, int D,
+        int G, float eps) {
     NormGrid r = norm_grid(B, T, D, G);
     float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
     auto pass = r.fixed == 4 ? timestepnorm_forward_kernel<X, 8, 4, false> : r.fixed == 8
@@ -772,8 +857,18 @@ template <typename X> static void timestepnorm_forward(Gpu& gpu, X* out, float* 
             ? timestepnorm_forward_kernel<X, 8, 8, true>
                 : r.wide ? timestepnorm_forward_kernel<X, 8, 0, true> : timestepnorm_forward_kernel<X, 1, 0, true>;
     pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(out, mean, rstd, segments, inp, w, b, T, D, G, r.lanes, eps);
-    timestepnorm_scan_kernel<<<ceil_div((size_t)B * G, 4), 128, 0, gpu.stream>>>(segments, end, start, r.count,
-            (size_t)B * G);
+    size_t lines = (size_t)B * G, bytes = sizeof(NormState) * lines;
+    NormState* all = NULL;
+    if (before) { // this slice alone; then it is known what comes before it
+        all = (NormState*)gpu_scratch(&gpu, SLICES, bytes * (ranks.chunks + 1));
+        NormState* mine = all + lines * ranks.chunks;
+        timestepnorm_scan_kernel<<<ceil_div(lines, 4), 128, 0, gpu.stream>>>(segments, mine, NULL, NULL, NULL, 0, true,
+                r.count, lines);
+        slices_gather(gpu, all, mine, bytes);
+        slices_wait(gpu);
+    }
+    timestepnorm_scan_kernel<<<ceil_div(lines, 4), 128, 0, gpu.stream>>>(segments, end, before, start, all,
+            before ? ranks.chunk : 0, false, r.count, lines);
     apply<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(out, mean, rstd, segments, inp, w, b, T, D, G, r.lanes, eps);
     LAUNCHED();
 }
@@ -942,26 +1037,38 @@ template <typename X, int VEC, int LANES,
 }
 
 // Sums of segments become those of all later ones; dstart (B,G) receives the gradient of the carried-in statistics.
-__global__ void timestepnorm_scan_back_kernel(float4* segments, NormState* dstart, const NormState* start,
-        const float* mean, int count, int T, int G, size_t lines) {
+// Later are also the slices from `first` on in all; with alone (B,G), it receives the sums of this slice alone.
+__global__ void timestepnorm_scan_back_kernel(float4* segments, NormSums* alone, const NormSums* all, int first_slice,
+        int slices, NormState* dstart, const NormState* start, const float* mean, int count, int T, int G,
+        size_t lines) {
     size_t line = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
     int lane = threadIdx.x % 32, each = (count + 31) / 32, last = count - lane * each, first = max(last - each, 0);
     if (line >= lines) { return; }
-    double U = 0, V = 0; // lane 0 has the latest segments
+    double U = 0, V = 0, U_later = 0, V_later = 0, c = mean[((line / G) * T + T - 1) * G + line % G];
     float4* s = segments + line * count;
+    for (int r = first_slice; r < slices; r++) {
+        NormSums sums = all[r * lines + line];
+        U_later += sums.U + 2 * (c - sums.c) * sums.V;
+        V_later += sums.V;
+    }
+    if (lane == 0) { U = U_later; V = V_later; } // it has the latest segments
     for (int i = last - 1; i >= first; i--) { U += s[i].x; V += s[i].y; }
     for (int o = 1; o < 32; o *= 2) {
         double U0 = __shfl_up_sync(~0u, U, o), V0 = __shfl_up_sync(~0u, V, o);
         if (lane >= o) { U += U0; V += V0; }
     }
+    if (alone) {
+        if (lane == 31) { alone[line].U = U; alone[line].V = V; alone[line].c = c; }
+        return;
+    }
     if (lane == 31 && dstart && start) {
-        double n0 = start[line].count, c = mean[((line / G) * T + T - 1) * G + line % G];
+        double n0 = start[line].count;
         dstart[line].mean += n0 * (U + 2 * (start[line].mean - c) * V);
         dstart[line].var += n0 * V;
     }
     double U1 = __shfl_up_sync(~0u, U, 1), V1 = __shfl_up_sync(~0u, V, 1);
-    U = lane ? U1 : 0;
-    V = lane ? V1 : 0;
+    U = lane ? U1 : U_later;
+    V = lane ? V1 : V_later;
     for (int i = last - 1; i >= first; i--) {
         float4 own = s[i];
         s[i] = make_float4(U, V, 0, 0);
@@ -970,9 +1077,10 @@ __global__ void timestepnorm_scan_back_kernel(float4* segments, NormState* dstar
     }
 }
 
-template <typename X> static void timestepnorm_backward(Gpu& gpu, X* dinp, float* dw, float* db, NormState* dstart,
-        const X* add1, const X* add2, const X* dout, const float* mean, const float* rstd, const NormState* start,
-                const X* inp, const float* w, int B, int T, int D, int G) {
+// meanwhile: what may be launched while ranks tell each other the sums of their slices
+template <typename X, typename F = void (*)()> static void timestepnorm_backward(Gpu& gpu, X* dinp, float* dw,
+        float* db, NormState* dstart, const X* add1, const X* add2, const X* dout, const float* mean, const float* rstd,
+        const NormState* start, const X* inp, const float* w, int B, int T, int D, int G, F meanwhile = [] {}) {
     NormGrid r = norm_grid(B, T, D, G);
     float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * B * r.count * 2 * D);
@@ -984,8 +1092,19 @@ template <typename X> static void timestepnorm_backward(Gpu& gpu, X* dinp, float
                 : r.wide ? timestepnorm_backward_kernel<X, 8, 0, true> : timestepnorm_backward_kernel<X, 1, 0, true>;
     pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start, inp,
                                                   w, T, D, G, r.lanes);
-    timestepnorm_scan_back_kernel<<<ceil_div((size_t)B * G, 4), 128, 0, gpu.stream>>>(segments, dstart, start, mean,
-            r.count, T, G, (size_t)B * G);
+    size_t lines = (size_t)B * G, bytes = sizeof(NormSums) * lines;
+    NormSums* all = NULL;
+    if (ranks.chunks > 1) {
+        all = (NormSums*)gpu_scratch(&gpu, SLICES, bytes * (ranks.chunks + 1));
+        NormSums* mine = all + lines * ranks.chunks;
+        timestepnorm_scan_back_kernel<<<ceil_div(lines, 4), 128, 0, gpu.stream>>>(segments, mine, NULL, 0, 0, NULL,
+                NULL, mean, r.count, T, G, lines);
+        slices_gather(gpu, all, mine, bytes);
+    }
+    meanwhile();
+    if (all) { slices_wait(gpu); }
+    timestepnorm_scan_back_kernel<<<ceil_div(lines, 4), 128, 0, gpu.stream>>>(segments, NULL, all, ranks.chunk + 1,
+            ranks.chunks, dstart, start, mean, r.count, T, G, lines);
     apply<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start, inp,
                                                    w, T, D, G, r.lanes);
     LAUNCHED();
@@ -1078,15 +1197,20 @@ template <typename X, int M> __global__ void cema_forward_kernel(X* out, float* 
     }
 }
 
-// The CPU's reverse sweep. sums (B,D,K,4): Q and R; first (B,D,K): a at the first timestep; domega (B,D).
+// The CPU's reverse sweep. after (B,D,N,2): a after the last timestep, NULL for zero. sums (B,D,K,4): Q and R; first
+// (B,D,K): a at the first timestep; domega (B,D).
 template <typename X, int M> __global__ void cema_backward_kernel(X* dinp, float4* sums, float2* first, float* domega,
-        const X* dout, const float* start, const X* inp, const CemaCoef* coef, const float* omega, int T, int D,
-        int N) {
+        const X* dout, const float* start, const float* after, const X* inp, const CemaCoef* coef, const float* omega,
+        int T, int D, int N) {
     CemaPlace f(T, D);
     CemaCoef m[M];
     float2 a[M] = {}, b[M] = {}, Q[M] = {}, R[M] = {}; // b is a'
     float dw = 0;
-    EACH(j, M) { m[j] = coef[(size_t)f.d * CEMA_LANES * M + j * CEMA_LANES + f.lane]; }
+    EACH(j, M) {
+        int k = j * CEMA_LANES + f.lane;
+        m[j] = coef[(size_t)f.d * CEMA_LANES * M + k];
+        if (after && k < N) { a[j] = ((const float2*)after)[f.bd * N + k]; }
+    }
     for (int t0 = T - 1; t0 >= 0; t0 -= AHEAD) {
         float x[AHEAD], dy[AHEAD];
         EACH(i, AHEAD) {
@@ -1309,11 +1433,13 @@ __global__ void __launch_bounds__(32 * CHANNELS, 2) cema_forward_blocks_kernel(b
 //     ~Q = P  = sum_i l_i q^i + q sum_j s_j z_j
 //     ~R = P' = sum_i i l_i q^(i-1) + sum_j (s_j z_j + q (s_j z'_j + (SPAN q^(SPAN-1) s_j + e'_j) f_j))
 // where l_i = sum of x_t dy_{t+i} inside blocks (from one more product, 16 x 16), and ' is d/dq. But s_j also has what
-// came from s_0, which Q must not: P has q s_0 ~a_0 too much.
+// came from s_0, which Q must not: P has q s_0 ~a_0 too much. And if there is an adjoint after the last block (then T
+// is a multiple of UNIT), q s_end ~after too little.
 __global__ void __launch_bounds__(32 * CHANNELS) cema_backward_blocks_kernel(bf16* dinp, float4* sums, float2* first,
-        float* domega, const float2* carries, const bf16* dout, const bf16* inp, const CemaCoef* coef,
-        const float2* powers, const float* omega, int T, int D) {
+        float* domega, const float2* carries, const float* after, const bf16* dout, const bf16* inp,
+        const CemaCoef* coef, const float2* powers, const float* omega, int T, int D, int N) {
     __shared__ CemaUnit<bf16> given_x, given_dy;
+    __shared__ float2 ends[CHANNELS][CEMA_LANES]; // the states after the last block
     __shared__ CemaUnit<float> made;
     CemaBlocks f(coef, powers, omega, T, D);
     Factor derivative[4]; // of x to e'
@@ -1331,7 +1457,12 @@ __global__ void __launch_bounds__(32 * CHANNELS) cema_backward_blocks_kernel(bf1
     auto add = [](float2& sum, Tile u, Tile v) {
         EACH(j, 2) { sum = mul_add(float2{u.v[2 * j], u.v[2 * j + 1]}, float2{v.v[2 * j], v.v[2 * j + 1]}, sum); }
     };
+    auto later = [&](int k) { // conjugate
+        float2 v = after && k < N ? ((const float2*)after)[f.bd * N + k] : float2{0, 0};
+        return make_float2(v.x, -v.y);
+    };
     EACH(m, 4) {
+        a[m] = later(4 * m + f.i);
         derivative[m].set(f.i, [&](int t) { return (SPAN - 1 - t) * f.component(max(SPAN - 2 - t, 0), m); });
     }
     int t0 = (T - 1) / UNIT * UNIT;
@@ -1350,6 +1481,7 @@ __global__ void __launch_bounds__(32 * CHANNELS) cema_backward_blocks_kernel(bf1
         given_dy.load(dy);
         EACH(m, 4) {
             Tile s = f.scan<false>(mma(x, f.e[m]), s0[m], m);
+            if (f.g == 0 && t0 + UNIT >= T) { ends[threadIdx.x / 32][4 * m + f.i] = s0[m]; }
             z[m] = mma(dy, f.e[m]);
             add(sz[m], s, z[m]);
             add(rest[m], s, mma(dy, derivative[m]));
@@ -1388,7 +1520,7 @@ __global__ void __launch_bounds__(32 * CHANNELS) cema_backward_blocks_kernel(bf1
         P = mul_add(q, P, float2{__shfl_sync(~0u, l, n), 0});
     }
     float2 s0 = carries[at], u = mul_add(float2{SPAN * top.x, SPAN * top.y}, total[1], total[2]);
-    P = mul_add(q, mul_add(float2{-s0.x, -s0.y}, total[3], total[0]), P);
+    P = mul_add(q, mul_add(ends[w][k], later(k), mul_add(float2{-s0.x, -s0.y}, total[3], total[0])), P);
     u = mul_add(q, u, total[0]);
     if (lane == 0) { domega[f.bd] = l; }
     if (lane >= CEMA_LANES) { return; }
@@ -1452,11 +1584,13 @@ struct Cema {
     float2* powers;
     dim3 grid;
 };
+static int cema_width(int N) { return CEMA_LANES * (N <= CEMA_LANES ? 1 : MANY); }
 static Cema cema_prepare(Gpu& gpu, bool is_bf16, const float* alpha, const float* delta, const float* theta,
         const float* gamma, int B, int T, int D, int N) {
     Cema r;
-    r.K = CEMA_LANES * (N <= CEMA_LANES ? 1 : MANY);
-    r.blocks = is_bf16 && N <= CEMA_LANES && D % CHANNELS == 0 && T >= 4 * SPAN;
+    bool whole = ranks.chunks == 1 || T % UNIT == 0; // what slices hand on enters and leaves between units
+    r.K = cema_width(N);
+    r.blocks = is_bf16 && N <= CEMA_LANES && D % CHANNELS == 0 && T >= 4 * SPAN && whole;
     size_t size = (size_t)D * r.K;
     r.coef = (CemaCoef*)gpu_scratch(&gpu, COEFFICIENTS, size * (sizeof(CemaCoef) + POWERS * sizeof(float2)));
     r.powers = r.blocks ? (float2*)(r.coef + size) : NULL;
@@ -1488,8 +1622,8 @@ template <typename X> static void cema_forward(Gpu& gpu, X* out, float* end, flo
 
 template <typename X> static void cema_backward(Gpu& gpu, X* dinp, float* dalpha, float* ddelta, float* dtheta,
         float* dgamma, float* domega, float* dstart, const X* dout, const float* carries, const float* start,
-        const X* inp, const float* alpha, const float* delta, const float* theta, const float* gamma,
-        const float* omega, int B, int T, int D, int N) {
+        const float* after, const X* inp, const float* alpha, const float* delta, const float* theta,
+        const float* gamma, const float* omega, int B, int T, int D, int N) {
     Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, alpha, delta, theta, gamma, B, T, D, N);
     size_t states = (size_t)B * D * r.K;
     float4* sums = (float4*)gpu_scratch(&gpu, CARRIES, states * (sizeof(float4) + sizeof(float2))
@@ -1498,16 +1632,111 @@ template <typename X> static void cema_backward(Gpu& gpu, X* dinp, float* dalpha
     float* dw = (float*)(first + states);
     if (r.blocks) {
         cema_backward_blocks_kernel<<<r.grid, 32 * CHANNELS, 0, gpu.stream>>>((bf16*)dinp, sums, first, dw,
-                (const float2*)carries, (const bf16*)dout, (const bf16*)inp, r.coef, r.powers, omega, T, D);
+                (const float2*)carries, after, (const bf16*)dout, (const bf16*)inp, r.coef, r.powers, omega, T, D, N);
     } else {
         auto kernel = N <= CEMA_LANES ? cema_backward_kernel<X, 1> : cema_backward_kernel<X, MANY>;
-        kernel<<<r.grid, CEMA_LANES * CHANNELS, 0, gpu.stream>>>(dinp, sums, first, dw, dout, start, inp, r.coef, omega,
-                T, D, N);
+        kernel<<<r.grid, CEMA_LANES * CHANNELS, 0, gpu.stream>>>(dinp, sums, first, dw, dout, start, after, inp, r.coef,
+                omega, T, D, N);
     }
     cema_gradients_kernel<<<ceil_div(D, 256 / r.K), dim3(r.K, 256 / r.K), 0, gpu.stream>>>(dalpha, ddelta, dtheta,
-            dgamma, domega, dstart, sums, first, dw, start, r.coef, alpha, delta, theta, gamma, gpu.accumulate, B, D, N,
-            r.K);
+            dgamma, domega, dstart, sums, first, dw, ranks.chunk ? NULL : start, r.coef, alpha, delta, theta, gamma,
+            gpu.accumulate, B, D, N, r.K);
     LAUNCHED();
+}
+
+// Where ranks hold slices of T timesteps: first what a slice alone makes of zero, for the others to know. A thread runs
+// SLICE_MODES oscillators of a feature over a segment of time; these are put together to h at the slice's end or, back
+// in time, to a at its first timestep.
+enum { SLICE_MODES = 8 };
+template <typename X> __global__ void cema_slice_kernel(float2* sums, const X* inp, const CemaCoef* coef, bool back,
+        int length, int T, int D, int K) {
+    int d = blockIdx.x * 32 + threadIdx.x, k0 = threadIdx.y * SLICE_MODES, t0 = blockIdx.z * length;
+    int n = min(length, T - t0);
+    float2 q[SLICE_MODES], s[SLICE_MODES] = {};
+    if (d >= D) { return; }
+    EACH(k, SLICE_MODES) { q[k] = coef[(size_t)d * K + k0 + k].q; }
+    const X* x = inp + ((size_t)blockIdx.y * T + t0) * D + d;
+    for (int i0 = 0; i0 < n; i0 += AHEAD) {
+        float v[AHEAD];
+        EACH(i, AHEAD) { v[i] = i0 + i < n ? to_float(x[(size_t)(back ? n - 1 - i0 - i : i0 + i) * D]) : 0; }
+        EACH(i, AHEAD) {
+            if (i0 + i >= n) { break; }
+            EACH(k, SLICE_MODES) { s[k] = mul_add(q[k], s[k], float2{v[i], 0}); }
+        }
+    }
+    EACH(k, SLICE_MODES) { sums[(((size_t)blockIdx.z * gridDim.y + blockIdx.y) * K + k0 + k) * D + d] = s[k]; }
+}
+// From the rounded q by squaring in double: through logarithms it would lose its phase.
+__device__ inline double2 complex_power(double2 q, int n) {
+    double2 power = {1, 0};
+    for (; n; n /= 2) {
+        if (n & 1) { power = mul_add(power, q, double2{0, 0}); }
+        q = mul_add(q, q, double2{0, 0});
+    }
+    return power;
+}
+__global__ void cema_slice_end_kernel(float2* end, const float2* sums, const CemaCoef* coef, bool back, int count,
+        int length, int T, int B, int D, int N, int K) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, step = (size_t)B * K * D;
+    int d = i % D, k = i / D % K, b = i / D / K;
+    if (i >= step || k >= N) { return; }
+    CemaCoef m = coef[(size_t)d * K + k];
+    double2 q = {m.q.x, m.q.y}, s = {0, 0};
+    double2 power = complex_power(q, length), last_power = complex_power(q, T - (count - 1) * length);
+#pragma unroll 8
+    for (int j = 0; j < count; j++) {
+        int segment = back ? count - 1 - j : j;
+        float2 sum = sums[segment * step + i];
+        s = mul_add(segment == count - 1 ? last_power : power, s, double2{sum.x, sum.y});
+    }
+    double p = back ? 1 : m.p;
+    end[((size_t)b * D + d) * N + k] = make_float2(p * s.x, back ? -s.y : p * s.y);
+}
+// Then, from those of all slices, what enters this one; see the CPU's cema_carry.
+__global__ void cema_slice_carry_kernel(float2* state, const float2* start, const float2* all, const CemaCoef* coef,
+        bool back, int chunk, int chunks, int T, size_t size, int D, int N, int K) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= size) { return; }
+    float2 q = coef[i / N % D * K + i % N].q, s0 = start ? start[i] : float2{0, 0};
+    double2 power = complex_power({q.x, back ? -q.y : q.y}, T), s = {s0.x, s0.y};
+    for (int r = back ? chunks - 1 : 0; r != chunk; r += back ? -1 : 1) {
+        float2 e = all[r * size + i];
+        s = mul_add(power, s, double2{e.x, e.y});
+    }
+    state[i] = make_float2(s.x, s.y);
+}
+// Begins the exchange, all in its stream, beside the products that follow in gpu.stream; cema_slice_carry ends it.
+template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, const float* alpha, const float* delta,
+        const float* theta, const float* gamma, int B, int T, int D, int N) {
+    cudaStream_t stream = gpu.stream;
+    stream_after(gpu, gpu.states, stream);
+    gpu.stream = gpu.states;
+    Cema r = cema_prepare(gpu, false, alpha, delta, theta, gamma, B, T, D, N);
+    int tiles = ceil_div(D, 32), warps = tiles * (r.K / SLICE_MODES) * B;
+    int count = ceil_div(32 * gpu.card.multiProcessorCount, warps), length = ceil_div(T, count);
+    length = length < 64 ? 64 : length;
+    count = ceil_div(T, length);
+    size_t states = (size_t)B * r.K * D, size = (size_t)B * D * N;
+    float2* sums = (float2*)gpu_scratch(&gpu, SLICE_SUMS, sizeof(float2) * states * count);
+    float2* all = (float2*)gpu_scratch(&gpu, SLICES, sizeof(float2) * size * (ranks.chunks + 2));
+    cema_slice_kernel<X><<<dim3(tiles, B, count), dim3(32, r.K / SLICE_MODES), 0, gpu.stream>>>(sums, inp, r.coef, back,
+            length, T, D, r.K);
+    cema_slice_end_kernel<<<ceil_div(states, 128), 128, 0, gpu.stream>>>(all + size * ranks.chunks, sums, r.coef, back,
+            count, length, T, B, D, N, r.K);
+    LAUNCHED();
+    slices_gather(gpu, all, all + size * ranks.chunks, sizeof(float2) * size);
+    gpu.stream = stream;
+}
+// state (B,D,N,2): h before this slice, start being that before the first; or a after it. NULL: in scratch memory.
+static float* cema_slice_carry(Gpu& gpu, float* state, const float* start, bool back, int B, int T, int D, int N) {
+    size_t size = (size_t)B * D * N;
+    float2* all = (float2*)gpu.scratch[SLICES];
+    if (!state) { state = (float*)(all + size * (ranks.chunks + 1)); }
+    slices_wait(gpu);
+    cema_slice_carry_kernel<<<ceil_div(size, 128), 128, 0, gpu.stream>>>((float2*)state, (const float2*)start, all,
+            (const CemaCoef*)gpu.scratch[COEFFICIENTS], back, ranks.chunk, ranks.chunks, T, size, D, N, cema_width(N));
+    LAUNCHED();
+    return state;
 }
 
 // Layer norm, or with mean and b NULL RMS norm, of rows; see the CPU's. Rows of out lie ldo apart.
@@ -2559,50 +2788,80 @@ template <typename X> struct ActsOf { ACTIVATIONS(FIELD_OF_ACT) };
 // (wh1|wh2).
 struct ParamPlace { size_t offset, step, rows, columns, pitch; };
 
+// Rows that kernels read in fp32 whatever X is.
+static bool param_is_float(int i) {
+    return i == P_timenorm_w || i == P_timenorm_b || (i >= P_cema_alpha && i <= P_rmsnorm_w) || i == P_gamma
+           || i == P_beta || i == P_norm_w || i == P_norm_b || i == P_rescale || i == P_final_w || i == P_final_b;
+}
+
+// A block of parameters is a row of units: what is read in fp32, the embedding, each layer, the rest. Of each unit
+// every rank has an equal share, and of masters and moments no more (ZeRO-1). On one rank, all is one unit.
 template <typename X> struct ModelOf {
     Config config;
     Spec specs[NUM_PARAMS];
     ParamPlace places[NUM_PARAMS];
     size_t num_parameters, size;   // size: of a block below, with padding (always zero)
-    float *params, *grads, *adam_m, *adam_v;
-    X* weights;                    // params rounded to X; for X = float the same memory
+    size_t ends[3], layer;         // where the first unit, the embedding and the layers end; elements of a layer
+    int shards, units;
+    float* params;                 // in fp32; if sharded, the first unit only
+    float *masters, *adam_m, *adam_v; // this rank's shares; masters not sharded are params
+    float* grads;
+    X* weights;                    // params rounded to X; for X = float not sharded the same memory
     float* rotations;              // (c,Z/H/2,2)
-    double* sums;                  // partial sums of the gradient's norm, and the norm
+    double* sums;                  // partial sums of the gradient's norm
+    cudaEvent_t* gathered;         // if sharded, by unit: the weights of all ranks have come
 };
 
-// Lays out the tensors: embedding, layer after layer, the rest; each on a multiple of 64 elements but the joined ones,
-// which follow their partner. wh1 and wh2 share rows.
-static size_t params_place(ParamPlace* places, const Spec* specs, const Config* c) {
-    size_t at = 0, layer = 0, rows = specs[P_wh1].dims[0], pitch = specs[P_wh1].dims[1] + specs[P_wh2].dims[1];
-    bool layers_done = false;
-    for (int i = 0; i < NUM_PARAMS; i++) {
-        bool per_layer = strstr(specs[i].name, "%d");
-        if (!per_layer || layers_done) {
-            if (i > P_timenorm_w && !layers_done) { at += (c->num_layers - 1) * layer; layers_done = true; }
-            places[i] = {at, 0, 1, specs[i].size, specs[i].size};
-            at += ceil_div(specs[i].size, 64) * 64;
-            continue;
-        }
+// A unit in a block, and this rank's share: where in the block, where among its shares.
+struct Share { size_t begin, end, at, size, shard; };
+template <typename X> static Share model_share(const ModelOf<X>* m, int u) {
+    auto start = [&](int u) {
+        return u == 0 ? 0 : u == m->units ? m->size : u == 1 ? m->ends[0]
+               : u == m->units - 1 ? m->ends[2] : m->ends[1] + (u - 2) * m->layer;
+    };
+    Share s = {start(u), start(u + 1), 0, 0, 0};
+    s.size = (s.end - s.begin) / m->shards;
+    s.at = s.begin + (m->shards > 1 ? ranks.rank * s.size : 0);
+    s.shard = s.begin / m->shards;
+    return s;
+}
+
+// Lays out the tensors, each on a multiple of 64 elements but the joined ones, which follow their partner. wh1 and wh2
+// share rows.
+template <typename X> static void params_place(ModelOf<X>* m, const Config* c) {
+    size_t at = 0, pitch = m->specs[P_wh1].dims[1] + m->specs[P_wh2].dims[1];
+    enum { FLOATS_OF_LAYERS, FLOATS, EMBEDDING, LAYERS, REST };
+    for (int part = FLOATS_OF_LAYERS; part <= REST; part++) {
         size_t first = at;
-        if (param_joined_to(i) >= 0) { continue; } // placed with its partner
-        places[i] = {at, 0, 1, specs[i].size, specs[i].size};
-        if (i == P_wh1) {
-            places[P_wh1] = {at, 0, rows, specs[P_wh1].dims[1], pitch};
-            places[P_wh2] = {at + specs[P_wh1].dims[1], 0, rows, specs[P_wh2].dims[1], pitch};
-            at += rows * pitch;
-        } else {
-            at += specs[i].size;
+        for (int i = 0; i < NUM_PARAMS; i++) {
+            bool per_layer = strstr(m->specs[i].name, "%d");
+            int of = param_is_float(i) ? (per_layer ? FLOATS_OF_LAYERS : FLOATS) : per_layer ? LAYERS
+                     : i == P_embed ? EMBEDDING : REST;
+            if (of != part || param_joined_to(i) >= 0) { continue; } // those are placed with their partner
+            size_t rows = i == P_wh1 ? m->specs[i].dims[0] : 1, width = m->specs[i].size / rows;
+            m->places[i] = {at, 0, rows, width, i == P_wh1 ? pitch : width};
+            at += width;
             for (int k = 0; k < NUM_PARAMS; k++) {
                 if (param_joined_to(k) != i) { continue; }
-                places[k] = {at, 0, 1, specs[k].size, specs[k].size};
-                at += specs[k].size;
+                m->places[k] = {at, 0, rows, m->specs[k].size / rows, i == P_wh1 ? pitch : m->specs[k].size};
+                at += m->specs[k].size / rows;
             }
+            at = ceil_div(i == P_wh1 ? m->places[i].offset + rows * pitch : at, 64) * 64;
         }
-        at = ceil_div(at, 64) * 64;
-        layer += at - first;
+        size_t unit = 64 * m->shards;
+        if (part != FLOATS_OF_LAYERS) { at = first + ceil_div(at - first, unit) * unit; }
+        if (part == FLOATS) { at = ceil_div(at, unit) * unit; }
+        if (part == FLOATS_OF_LAYERS || part == LAYERS) {
+            m->layer = at - first;
+            for (int i = 0; i < NUM_PARAMS; i++) {
+                bool here = strstr(m->specs[i].name, "%d") && param_is_float(i) == (part == FLOATS_OF_LAYERS);
+                if (here) { m->places[i].step = m->layer; }
+            }
+            at += (c->num_layers - 1) * m->layer;
+        }
+        if (part >= FLOATS && part < REST) { m->ends[part - FLOATS] = at; }
     }
-    for (int i = 0; i < NUM_PARAMS; i++) { if (strstr(specs[i].name, "%d")) { places[i].step = layer; } }
-    return at;
+    m->size = at;
 }
 
 // Pointers to layer l's tensors in a block.
@@ -2621,14 +2880,27 @@ template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Con
     m->config = *c;
     param_specs(m->specs, c);
     m->num_parameters = specs_size(m->specs, NUM_PARAMS);
-    m->size = params_place(m->places, m->specs, c);
-    float** blocks[4] = {&m->params, &m->grads, &m->adam_m, &m->adam_v};
-    for (int i = 0; i < (training ? 4 : 1); i++) { *blocks[i] = (float*)gpu_alloc(&gpu, m->size * sizeof(float)); }
-    m->weights = std::is_same<X, float>::value ? (X*)m->params : (X*)gpu_alloc(&gpu, m->size * sizeof(X));
-    m->sums = (double*)gpu_alloc(&gpu, (NORM_BLOCKS + 1) * sizeof(double));
+    m->shards = training ? ranks.count : 1; // one rank alone evaluates and generates
+    m->units = m->shards > 1 ? c->num_layers + 3 : 1;
+    params_place(m, c);
+    auto floats = [&](size_t n) { return (float*)gpu_alloc(&gpu, n * sizeof(float)); };
+    m->masters = m->params = floats(m->shards > 1 ? m->ends[0] : m->size);
+    if (m->shards > 1) { m->masters = floats(m->size / m->shards); }
+    if (training) {
+        m->grads = floats(m->size);
+        m->adam_m = floats(m->size / m->shards);
+        m->adam_v = floats(m->size / m->shards);
+    }
+    bool same = std::is_same<X, float>::value && m->shards == 1;
+    m->weights = same ? (X*)m->params : (X*)gpu_alloc(&gpu, m->size * sizeof(X));
+    m->sums = (double*)gpu_alloc(&gpu, m->units * NORM_BLOCKS * sizeof(double));
     size_t bytes = sizeof(float) * c->chunk_size * (c->z_dim / c->num_heads);
     m->rotations = (float*)gpu_alloc(&gpu, bytes);
     if (gpu.dry) { return; }
+    if (m->shards > 1) { m->gathered = (cudaEvent_t*)xcalloc(m->units, sizeof(cudaEvent_t)); }
+    for (int u = 0; m->gathered && u < m->units; u++) {
+        CUDA(cudaEventCreateWithFlags(&m->gathered[u], cudaEventDisableTiming));
+    }
     small.num_layers = small.vocab_size = small.model_dim = small.norm_num_groups = small.ffn_hidden_dim = 2;
     small.value_dim = small.num_heads;
     model_alloc(&host, &small, false); // for its table of rotations
@@ -2639,19 +2911,22 @@ template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Con
 template <typename X> static void model_free(Gpu& gpu, ModelOf<X>* m) {
     gpu_sync(&gpu);
     if ((void*)m->weights != m->params) { cudaFree(m->weights); }
+    if (m->masters != m->params) { cudaFree(m->masters); }
+    for (int u = 0; m->gathered && u < m->units; u++) { cudaEventDestroy(m->gathered[u]); }
+    free(m->gathered);
     void* blocks[6] = {m->params, m->grads, m->adam_m, m->adam_v, m->rotations, m->sums};
     for (int i = 0; i < 6; i++) { cudaFree(blocks[i]); }
 }
 
-__global__ void round_kernel(bf16* out, const float* inp, size_t n) {
+template <typename X> __global__ void round_kernel(X* out, const float* inp, size_t n) {
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
-        out[i] = __float2bfloat16_rn(inp[i]);
+        out[i] = from_float<X>(inp[i]);
     }
 }
-// After n parameters from `at` on have changed otherwise than by model_update.
-template <typename X> static void model_round(Gpu& gpu, ModelOf<X>* m, size_t at, size_t n) {
-    if (std::is_same<X, float>::value) { return; }
-    round_kernel<<<NORM_BLOCKS, 256, 0, gpu.stream>>>((bf16*)m->weights + at, m->params + at, n);
+// After n parameters from `at` on have changed otherwise than by model_update; they stand in block.
+template <typename X> static void model_round(Gpu& gpu, ModelOf<X>* m, const float* block, size_t at, size_t n) {
+    if ((void*)m->weights == block) { return; }
+    round_kernel<<<NORM_BLOCKS, 256, 0, gpu.stream>>>(m->weights + at, block + at, n);
     LAUNCHED();
 }
 
@@ -2674,6 +2949,69 @@ template <typename X> static void model_copy(Gpu& gpu, const ModelOf<X>* m, floa
     }
 }
 
+// The Backend's copy. Where a rank has shares only, the block of the gradients, free between steps, is where tensors
+// are taken apart and put together.
+template <typename X> static void model_part_copy(Gpu& gpu, ModelOf<X>* m, int block, int i, int l, float* host,
+        bool to_host, size_t part[2]) {
+    const ParamPlace* p = &m->places[i];
+    size_t at = p->offset + l * p->step, span = (p->rows - 1) * p->pitch + p->columns;
+    bool sharded = m->shards > 1, per_layer = strstr(m->specs[i].name, "%d");
+    int unit = !sharded || param_is_float(i) ? 0 : i == P_embed ? 1 : per_layer ? 2 + l : m->units - 1;
+    Share s = model_share(m, unit);
+    auto index = [&](size_t to) { // of what stands at `to` in the block, or next after it, in the tensor
+        to = to > at ? min_size(to - at, span) : 0;
+        return to / p->pitch * p->columns + min_size(to % p->pitch, p->columns);
+    };
+    part[0] = index(s.at);
+    part[1] = index(s.at + s.size);
+    float *shares = block == WEIGHTS ? m->masters : block == ADAM_M ? m->adam_m : m->adam_v;
+    float *whole = sharded ? m->grads : shares, *mine = shares + s.shard;
+    size_t bytes = s.size * sizeof(float);
+    if (sharded && to_host) { CUDA(cudaMemcpyAsync(whole + s.at, mine, bytes, cudaMemcpyDefault, gpu.stream)); }
+    tensor_copy(gpu, m, whole, i, l, host, to_host);
+    if (to_host) { return; }
+    size_t begin = at > s.at ? at : s.at, end = min_size(at + span, s.at + s.size);
+    if (sharded && begin < end) {
+        CUDA(cudaMemcpyAsync(mine + (begin - s.at), whole + begin, (end - begin) * sizeof(float), cudaMemcpyDefault,
+                             gpu.stream));
+    }
+    if (block != WEIGHTS) { return; }
+    if (sharded && unit == 0) {
+        CUDA(cudaMemcpyAsync(m->params + at, whole + at, span * sizeof(float), cudaMemcpyDefault, gpu.stream));
+    }
+    model_round(gpu, m, whole, at, span);
+}
+
+template <typename X> struct StateOf {
+    int B, pos;
+    NormState* norm; // (L+1,B,G)
+    float* h;        // (L,B,D,N,2)
+    X *k, *v;        // (L,B,H,c,Z/H), (L,B,H,c,V/H); NULL if calls end where chunks do
+    float* parts;    // see attention_step
+    int steps;       // of one token
+    cudaGraphExec_t graph; // such a step
+};
+
+template <typename X> static void state_alloc(Gpu& gpu, StateOf<X>* s, const Config* c, int B, bool cache) {
+    size_t layers = c->num_layers, chunk = (size_t)B * c->chunk_size;
+    memset(s, 0, sizeof(*s));
+    s->B = B;
+    s->norm = (NormState*)gpu_alloc(&gpu, (layers + 1) * B * c->norm_num_groups * sizeof(NormState));
+    s->h = (float*)gpu_alloc(&gpu, layers * B * c->model_dim * c->cema_ndim * 2 * sizeof(float));
+    if (cache) {
+        s->k = (X*)gpu_alloc(&gpu, layers * chunk * c->z_dim * sizeof(X));
+        s->v = (X*)gpu_alloc(&gpu, layers * chunk * c->value_dim * sizeof(X));
+        s->parts = (float*)gpu_alloc(&gpu, (size_t)B * attention_parts(gpu, B, c->num_heads) * sizeof(float)
+                                           * (c->value_dim + PART * c->num_heads));
+    }
+}
+template <typename X> static void state_free(Gpu& gpu, StateOf<X>* s) {
+    gpu_sync(&gpu);
+    void* blocks[5] = {s->norm, s->h, s->k, s->v, s->parts};
+    for (int i = 0; i < 5; i++) { cudaFree(blocks[i]); }
+    if (s->graph) { CUDA(cudaGraphExecDestroy(s->graph)); }
+}
+
 // A tensor of activations on the device: bytes from the start of the block and between layers (0: they share one),
 // elements between timesteps. size 0: absent.
 struct ActPlace { size_t offset, step, size, pitch; };
@@ -2687,6 +3025,7 @@ template <typename X> struct PassOf {
     size_t acts_size, grads_size;
     float* carries;                    // CEMA's states between segments, by layer
     size_t carries_step;
+    StateOf<X>* before;         // see the CPU's
     // host: pinned, of the 4 others' sizes; order, begin: see embedding_backward
     int *host, *tokens, *targets, *order, *begin;
     int runs;
@@ -2745,7 +3084,11 @@ template <typename X> static void pass_alloc(Gpu& gpu, PassOf<X>* s, const Confi
     s->carries = (float*)gpu_alloc(&gpu, sizeof(float) * cema_carries_size(&gpu, B, T, c->model_dim, c->cema_ndim)
                                          * (keep == KEEP_NONE ? 1 : c->num_layers));
     s->tokens = (int*)gpu_alloc(&gpu, sizeof(int) * (4 * BT + 1));
-    if (gpu.dry) { return; }
+    if (keep != KEEP_NONE && ranks.chunks > 1) {
+        s->before = (StateOf<X>*)xcalloc(1, sizeof(StateOf<X>));
+        state_alloc(gpu, s->before, c, B, false);
+    }
+    if (gpu.dry) { free(s->before); return; }
     s->targets = s->tokens + BT;
     s->order = s->targets + BT;
     s->begin = s->order + BT;
@@ -2760,6 +3103,7 @@ template <typename X> static void pass_free(Gpu& gpu, PassOf<X>* s) {
     cudaFree(s->carries);
     cudaFree(s->tokens);
     cudaFreeHost(s->host);
+    if (s->before) { state_free(gpu, s->before); free(s->before); }
     cudaEventDestroy(s->copied);
 }
 
@@ -2810,35 +3154,6 @@ template <typename X> static void pass_copy(Gpu& gpu, const PassOf<X>* s, const 
     }
 }
 
-template <typename X> struct StateOf {
-    int B, pos;
-    NormState* norm; // (L+1,B,G)
-    float* h;        // (L,B,D,N,2)
-    X *k, *v;        // (L,B,H,c,Z/H), (L,B,H,c,V/H); NULL if calls end where chunks do
-    float* parts;    // see attention_step
-    int steps;       // of one token
-    cudaGraphExec_t graph; // such a step
-};
-
-template <typename X> static void state_alloc(Gpu& gpu, StateOf<X>* s, const Config* c, int B, bool cache) {
-    size_t layers = c->num_layers, chunk = (size_t)B * c->chunk_size;
-    memset(s, 0, sizeof(*s));
-    s->B = B;
-    s->norm = (NormState*)gpu_alloc(&gpu, (layers + 1) * B * c->norm_num_groups * sizeof(NormState));
-    s->h = (float*)gpu_alloc(&gpu, layers * B * c->model_dim * c->cema_ndim * 2 * sizeof(float));
-    if (cache) {
-        s->k = (X*)gpu_alloc(&gpu, layers * chunk * c->z_dim * sizeof(X));
-        s->v = (X*)gpu_alloc(&gpu, layers * chunk * c->value_dim * sizeof(X));
-        s->parts = (float*)gpu_alloc(&gpu, (size_t)B * attention_parts(gpu, B, c->num_heads) * sizeof(float)
-                                           * (c->value_dim + PART * c->num_heads));
-    }
-}
-template <typename X> static void state_free(Gpu& gpu, StateOf<X>* s) {
-    gpu_sync(&gpu);
-    void* blocks[5] = {s->norm, s->h, s->k, s->v, s->parts};
-    for (int i = 0; i < 5; i++) { cudaFree(blocks[i]); }
-    if (s->graph) { CUDA(cudaGraphExecDestroy(s->graph)); }
-}
 template <typename X> static void state_reset(Gpu& gpu, StateOf<X>* s, const Config* c) {
     CUDA(cudaMemsetAsync(s->norm, 0, sizeof(NormState) * (c->num_layers + 1) * s->B * c->norm_num_groups, gpu.stream));
     CUDA(cudaMemsetAsync(s->h, 0, sizeof(float) * c->num_layers * s->B * c->model_dim * c->cema_ndim * 2, gpu.stream));
@@ -2891,9 +3206,10 @@ template <typename X> static StateOf<X> state_layer(const StateOf<X>* s, const C
     int G = c->norm_num_groups, FF = c->swiglu ? 2 * F : F, ZR = Z + V, MU = D + V; /* of fc1|fc3, wz|wr, m|u */ \
     float eps = c->norm_eps
 
-// One block, Figure 3 of the paper: x (B,T,D) to out (B,T,D). start and end: see State; either may be NULL.
+// One block, Figure 3 of the paper: x (B,T,D) to out (B,T,D). start and end: see State; either may be NULL. again: in
+// the backward pass; what comes before a slice is known then.
 template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l,
-        const StateOf<X>* start, const StateOf<X>* end) {
+        const StateOf<X>* start, const StateOf<X>* end, bool again = false) {
     const Config* c = &m->config;
     SIZES(c);
     int B = s->B, T = s->T, pos = start ? start->pos : 0;
@@ -2903,11 +3219,20 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
     Params w = params_layer<Params>(m->places, m->params, l); // in fp32
     ActsOf<X> a = acts_layer<X>(s->places, s->acts, l);
     Dropouts drop = dropouts_at(s->masks, T, l);
-    StateOf<X> in = state_layer(start, c, l), next = state_layer(end, c, l);
+    StateOf<X> in = state_layer(again && s->before ? s->before : start, c, l), next = state_layer(end, c, l);
+    StateOf<X> before = state_layer(again ? NULL : s->before, c, l);
 
     // Long memory: n = timestep_norm(x), e = cema(n), m = rms_norm(e).
-    timestepnorm_forward(gpu, a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, in.norm, x, w.timenorm_w,
-                         w.timenorm_b, B, T, D, G, eps);
+    timestepnorm_forward(gpu, a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, before.norm, in.norm, x,
+                         w.timenorm_w, w.timenorm_b, B, T, D, G, eps);
+    int keys = next.k ? c->chunk_size : T, at_k = next.k ? pos : 0;
+    X *k = next.k ? next.k : a.k, *v = next.k ? next.v : a.v;
+    if (before.h) {
+        cema_slice(gpu, a.timenorm, false, w.cema_alpha, w.cema_delta, w.cema_theta, w.cema_gamma, B, T, D, N);
+    }
+    matmul_forward<X>(gpu, a.wv, V, a.timenorm, D, p.wv, p.wv_b, NULL, 0, rows, D, V);
+    value_forward(gpu, v, a.wv, B, T, keys, at_k, V, H);
+    if (before.h) { in.h = cema_slice_carry(gpu, before.h, in.h, false, B, T, D, N); }
     cema_forward(gpu, a.cema, next.h, s->carries + l * s->carries_step, in.h, a.timenorm, w.cema_alpha, w.cema_delta,
                  w.cema_theta,
                  w.cema_gamma, w.cema_omega, B, T, D, N);
@@ -2915,13 +3240,9 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
 
     // Short memory: attention inside the chunk, to the cache where there is one. z and the gate's r come from one
     // product.
-    int keys = next.k ? c->chunk_size : T, at_k = next.k ? pos : 0;
-    X *k = next.k ? next.k : a.k, *v = next.k ? next.v : a.v;
     matmul_forward<X>(gpu, a.wz, ZR, a.rmsnorm, MU, p.wz, p.wz_b, NULL, 0, rows, D, ZR);
     qk_forward<X>(gpu, a.q, k, a.znorm, a.znorm_rstd, a.wz, ZR, w.gamma, w.beta, m->rotations, B, T, keys, pos, at_k,
                   c->chunk_size, Z, H, eps);
-    matmul_forward<X>(gpu, a.wv, V, a.timenorm, D, p.wv, p.wv_b, NULL, 0, rows, D, V);
-    value_forward(gpu, v, a.wv, B, T, keys, at_k, V, H);
     attention_forward(gpu, a.attention, a.attention_lse, a.q, k, v, B, T, keys, at_k, c->chunk_size, H, Z, V,
                       drop.keys);
 
@@ -2980,7 +3301,7 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
     Params w = params_layer<Params>(m->places, m->params, l), g = params_layer<Params>(m->places, m->grads, l);
     ActsOf<X> a = acts_layer<X>(s->places, s->acts, l), d = acts_layer<X>(s->dplaces, s->grads, l);
     Dropouts drop = dropouts_at(s->masks, T, l);
-    StateOf<X> in = state_layer(start, c, l), din = state_layer(dstart, c, l);
+    StateOf<X> in = state_layer(s->before ? s->before : start, c, l), din = state_layer(dstart, c, l);
 
     bool again = s->keep == KEEP_CHEAPLY;
     X *hidden = again ? a.hidden : NULL, *norm = again ? a.norm : NULL, *gated = again ? a.gated : NULL;
@@ -3019,27 +3340,36 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
     norm_backward<X>(gpu, d.cema, g.rmsnorm_w, NULL, NULL, rmsnorm, d.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema,
                      w.rmsnorm_w, NULL,
                      rows, D, drop.rmsnorm);
+    if (s->before) {
+        cema_slice(gpu, d.cema, true, w.cema_alpha, w.cema_delta, w.cema_theta, w.cema_gamma, B, T, D, N);
+    }
     matmul_backward_weight(gpu, g.wh1, dsum, D, a.rmsnorm, MU, rows, MU, D);
     matmul_backward_weight(gpu, g.wz, d.wz, ZR, a.rmsnorm, MU, rows, D, ZR);
 
     value_backward(gpu, d.wv, g.wv_b, d.v, a.wv, B, T, V, H);
+    const float* after = s->before ? cema_slice_carry(gpu, NULL, NULL, true, B, T, D, N) : NULL;
     cema_backward(gpu, d.timenorm, g.cema_alpha, g.cema_delta, g.cema_theta, g.cema_gamma, g.cema_omega, din.h, d.cema,
-                  s->carries + l * s->carries_step, in.h, a.timenorm, w.cema_alpha, w.cema_delta, w.cema_theta,
-                          w.cema_gamma,
-                  w.cema_omega, B, T, D, N);
+                  s->carries + l * s->carries_step, in.h, after, a.timenorm, w.cema_alpha, w.cema_delta, w.cema_theta,
+                  w.cema_gamma, w.cema_omega, B, T, D, N);
     matmul_backward(gpu, d.timenorm, D, d.wv, V, p.wv, rows, D, V, true);
-    matmul_backward_weight(gpu, g.wv, d.wv, V, a.timenorm, D, rows, D, V);
 
     // x has three readers: the second hop, the first hop and the timestep norm. (dx may be d.out itself.)
     timestepnorm_backward<X>(gpu, dx, g.timenorm_w, g.timenorm_b, din.norm, d.out, d.mega, d.timenorm, a.timenorm_mean,
                              a.timenorm_rstd,
-                             in.norm, x, w.timenorm_w, B, T, D, G);
+                             in.norm, x, w.timenorm_w, B, T, D, G, [&] {
+        matmul_backward_weight(gpu, g.wv, d.wv, V, a.timenorm, D, rows, D, V);
+    });
 }
 
 // Copies n ints to the device from pinned memory, which is free again when the last copies are done.
 template <typename X> static void pass_upload(Gpu& gpu, const PassOf<X>* s, int* to, size_t n) {
     CUDA(cudaMemcpyAsync(to, s->host + (to - s->tokens), n * sizeof(int), cudaMemcpyHostToDevice, gpu.stream));
     CUDA(cudaEventRecord(s->copied, gpu.stream));
+}
+
+// Before the weights of a unit are read.
+template <typename X> static void model_wait(Gpu& gpu, const ModelOf<X>* m, int u) {
+    if (m->gathered) { CUDA(cudaStreamWaitEvent(gpu.stream, m->gathered[u], 0)); }
 }
 
 // tokens (B,T), on the host, to logits (B,T,vocab) on the device; see the CPU's. Returns at once, the GPU goes on
@@ -3057,11 +3387,14 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
     memcpy(s->host, tokens, rows * sizeof(int));
     if (step) { s->host[rows] = end->pos; }
     pass_upload(gpu, s, s->tokens, rows + step);
+    for (int u = 0; u < (step ? m->units : min_int(m->units, 2)); u++) { model_wait(gpu, m, u); }
     auto work = [&] {
         embedding_forward(gpu, a.embed, s->tokens, p.embed, embedding_scale(c), rows, D,
                           dropouts_at(s->masks, T, 0).embed);
         for (int l = 0; l < L; l++) {
-            if (step) { block_step(gpu, m, s, l, end); } else { block_forward(gpu, m, s, l, start, end); }
+            if (step) { block_step(gpu, m, s, l, end); continue; }
+            model_wait(gpu, m, 2 + l);
+            block_forward(gpu, m, s, l, start, end);
         }
         const X* x = block_input<X>(s->places, s->acts, L);
         NormState *before = state_layer(start, c, L).norm, *after = state_layer(end, c, L).norm;
@@ -3069,8 +3402,9 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
             memory_step(gpu, a.final, (X*)NULL, after, NULL, x, w.final_w, w.final_b, w, B, D, c->norm_num_groups, 1,
                         c->norm_eps);
         } else {
-            timestepnorm_forward(gpu, a.final, a.final_mean, a.final_rstd, after, before, x, w.final_w, w.final_b, B, T,
-                                 D, c->norm_num_groups, c->norm_eps);
+            timestepnorm_forward(gpu, a.final, a.final_mean, a.final_rstd, after, state_layer(s->before, c, L).norm,
+                                 before, x, w.final_w, w.final_b, B, T, D, c->norm_num_groups, c->norm_eps);
+            model_wait(gpu, m, m->units - 1);
         }
         product_forward<X>(gpu, rows, 0, {a.logits, a.final, D, D, vocab, c->share_emb ? p.embed : p.output});
     };
@@ -3128,6 +3462,15 @@ template <typename X> static double model_loss(Gpu& gpu, const ModelOf<X>* m, Pa
     return sum;
 }
 
+// Adds up the gradients of a unit over all ranks, each in its share, from where gpu.stream is now; it does not wait.
+template <typename X> static void unit_reduce(Gpu& gpu, const ModelOf<X>* m, int u) {
+    Share s = model_share(m, u);
+    if (!s.size) { return; }
+    stream_after(gpu, gpu.blocks, gpu.stream);
+    NCCL(ncclReduceScatter(m->grads + s.begin, m->grads + s.at, s.size, ncclFloat, ncclSum, gpu.background,
+                           gpu.blocks));
+}
+
 // Adds to the gradients, or with gpu.accumulate off assigns them, from dlogits, which model_loss has left in logits.
 template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* tokens,
         const StateOf<X>* start, const StateOf<X>* dstart) {
@@ -3155,30 +3498,43 @@ template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, 
 
     matmul_backward(gpu, d.final, D, a.logits, vocab, c->share_emb ? p.embed : p.output, rows, D, vocab, false);
     matmul_backward_weight(gpu, c->share_emb ? g.embed : g.output, a.logits, vocab, a.final, D, rows, D, vocab);
+    if (gpu.reduce) { unit_reduce(gpu, m, m->units - 1); }
     timestepnorm_backward<X>(gpu, block_input<X>(s->dplaces, s->grads, L), g.final_w, g.final_b,
                              state_layer(dstart, c, L).norm, NULL, NULL,
-                             d.final, a.final_mean, a.final_rstd, state_layer(start, c, L).norm,
+                             d.final, a.final_mean, a.final_rstd,
+                             state_layer(s->before ? s->before : start, c, L).norm,
                                      block_input<X>(s->places, s->acts, L),
                              w.final_w, B, T, D, c->norm_num_groups);
     for (int l = L - 1; l >= 0; l--) { // with --recompute, only the last layer's activations are still there
-        if (s->keep == KEEP_BLOCKS && l < L - 1) { block_forward<X>(gpu, m, s, l, start, NULL); }
+        if (s->keep == KEEP_BLOCKS && l < L - 1) { block_forward<X>(gpu, m, s, l, start, NULL, true); }
         block_backward(gpu, m, s, l, start, dstart);
+        if (gpu.reduce) { unit_reduce(gpu, m, 2 + l); }
     }
     if (!c->share_emb && !gpu.accumulate) {
         CUDA(cudaMemsetAsync(g.embed, 0, (size_t)vocab * D * sizeof(float), gpu.stream));
     }
     embedding_backward(gpu, g.embed, d.embed, s->tokens, s->order, s->begin, s->runs, embedding_scale(c), D,
                        dropouts_at(s->masks, T, 0).embed);
+    if (gpu.reduce) {
+        for (int u = 0; u < 2; u++) { unit_reduce(gpu, m, u); }
+        stream_after(gpu, gpu.stream, gpu.blocks);
+    }
 }
 
-// Global L2 norm of the gradient; waits for the GPU.
+// Global L2 norm of the gradient, which the backward pass has added up over the ranks; waits for the GPU.
 template <typename X> static double model_grad_norm(Gpu& gpu, const ModelOf<X>* m) {
-    double sums[NORM_BLOCKS], sum = 0;
-    sum_kernel<<<NORM_BLOCKS, 256, 0, gpu.stream>>>(m->sums, (const float4*)m->grads, m->size / 4);
+    int blocks = m->units > 1 ? NORM_BLOCKS / 2 : NORM_BLOCKS;
+    double *sums = (double*)xcalloc(m->units * blocks, sizeof(double)), sum = 0;
+    for (int u = 0; u < m->units; u++) {
+        Share s = model_share(m, u);
+        sum_kernel<<<blocks, 256, 0, gpu.stream>>>(m->sums + u * blocks, (const float4*)(m->grads + s.at), s.size / 4);
+    }
     LAUNCHED();
-    CUDA(cudaMemcpyAsync(sums, m->sums, sizeof(sums), cudaMemcpyDeviceToHost, gpu.stream));
+    CUDA(cudaMemcpyAsync(sums, m->sums, sizeof(double) * m->units * blocks, cudaMemcpyDeviceToHost, gpu.stream));
     gpu_sync(&gpu);
-    for (int i = 0; i < NORM_BLOCKS; i++) { sum += sums[i]; }
+    for (int i = 0; i < m->units * blocks; i++) { sum += sums[i]; }
+    free(sums);
+    all_sum(&sum, 1);
     return sqrt(sum);
 }
 
@@ -3201,17 +3557,30 @@ template <typename X> __global__ void update_kernel(float4* w, X* rounded, const
     w[i] = wv;
     m1[i] = mv;
     m2[i] = vv;
-    if (sizeof(X) == 2) { *(uint2*)(rounded + 4 * i) = *(uint2*)out; }
+    if ((void*)rounded == w) { return; }
+    if (sizeof(X) == 2) { *(uint2*)(rounded + 4 * i) = *(uint2*)out; } else { *(float4*)(rounded + 4 * i) = wv; }
 }
 template <typename X> static void model_update(Gpu& gpu, ModelOf<X>* m, const Options* o, double lr, int step,
         double grad_scale) {
     float keep = 1.0 - lr * o->weight_decay, size = lr / (1.0 - pow(o->beta1, step)),
             correction = 1.0 / sqrt(1.0 - pow(o->beta2, step));
-    update_kernel<X><<<ceil_div(m->size / 4, 256), 256, 0, gpu.stream>>>((float4*)m->params, m->weights,
-            (const float4*)m->grads,
-        (float4*)m->adam_m, (float4*)m->adam_v, m->size / 4, keep, size, correction, o->beta1, o->beta2, 1.0 - o->beta1,
-        1.0 - o->beta2, o->adam_eps, grad_scale);
-    LAUNCHED();
+    for (int u = 0; u < m->units; u++) { // while one is updated, those before it go to all ranks, as model_wait knows
+        Share s = model_share(m, u);
+        bool floats = m->shards > 1 && u == 0;
+        auto launch = [&](auto* to) {
+            update_kernel<<<ceil_div(s.size / 4, 256), 256, 0, gpu.stream>>>((float4*)(m->masters + s.shard),
+                to + s.at, (const float4*)(m->grads + s.at), (float4*)(m->adam_m + s.shard),
+                (float4*)(m->adam_v + s.shard), s.size / 4, keep, size, correction, o->beta1, o->beta2, 1.0 - o->beta1,
+                1.0 - o->beta2, o->adam_eps, grad_scale);
+            LAUNCHED();
+            if (m->shards == 1) { return; }
+            stream_after(gpu, gpu.blocks, gpu.stream);
+            NCCL(ncclAllGather(to + s.at, to + s.begin, s.size * sizeof(*to), ncclUint8, gpu.world, gpu.blocks));
+            CUDA(cudaEventRecord(m->gathered[u], gpu.blocks));
+        };
+        if (!s.size) { continue; }
+        if (floats) { launch(m->params); } else { launch(m->weights); }
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -3223,10 +3592,9 @@ template <typename X> struct GpuBackend {
     PassOf<X> pass, stream; // of a micro-step, of at most a chunk
     StateOf<X> state;          // what the stream carries
     StateOf<X> next, *carried; // with --carry: a micro-step's state after it; all of theirs before them
-    int accum;                 // number of these, or 0
     double *sums, *losses;  // sum of the losses of each micro-step: on the device, on the host
     double dloss;
-    int micro;              // micro-steps since the last update
+    int micro, accum;       // micro-steps since the last update, and of a step
     X* raw;                 // logits as they come from the device
     float* logits;          // on the host
 };
@@ -3239,13 +3607,14 @@ template <typename X> static size_t memory_needed(const Gpu& gpu, const Options*
     ModelOf<X> m;
     PassOf<X> s;
     StateOf<X> state;
-    size_t rows = (size_t)o->batch * o->seq, chunk = min_int(c->chunk_size, o->seq), D = c->model_dim, V = c->value_dim;
+    int T = o->seq / ranks.chunks;
+    size_t rows = (size_t)o->batch * T, chunk = min_int(c->chunk_size, T), D = c->model_dim, V = c->value_dim;
     size_t scores = sizeof(X) * 2 * chunk * chunk, least = 2 * (size_t)SCORES_BYTES;
     count.dry = true;
     count.allocated = WORKSPACE + (scores > least ? scores : least) + rows * D / 4
                       + (D + V) * gpu.card.multiProcessorCount * 160;
     model_alloc(count, &m, c, true);
-    pass_alloc(count, &s, c, o->batch, o->seq, keep, KEEP_NONE);
+    pass_alloc(count, &s, c, o->batch, T, keep, KEEP_NONE);
     pass_alloc(count, &s, c, 1, c->chunk_size, KEEP_NONE, KEEP_NONE);
     state_alloc(count, &state, c, 1, true);
     for (int i = 0; o->carry && i <= o->accum; i++) { state_alloc(count, &state, c, o->batch, false); }
@@ -3281,16 +3650,17 @@ template <typename X> static void memory_check(Gpu& gpu, const Options* o) {
 template <typename X> static void gpu_open(void* self, const Options* o, bool training) {
     GpuBackend<X>* r = of<X>(self);
     const Config* c = &o->model;
-    if (training) { memory_check<X>(r->gpu, o); }
+    if (training) { ranks_connect(&r->gpu); memory_check<X>(r->gpu, o); }
+    r->accum = o->accum;
     model_alloc(r->gpu, &r->m, c, training);
     if (training) {
-        pass_alloc(r->gpu, &r->pass, c, o->batch, o->seq, what_to_keep<X>(r->gpu, o), KEEP_NONE);
+        pass_alloc(r->gpu, &r->pass, c, o->batch, o->seq / ranks.chunks, what_to_keep<X>(r->gpu, o), KEEP_NONE);
         r->pass.masks = masks_of(o);
         r->sums = (double*)gpu_alloc(&r->gpu, o->accum * sizeof(double));
         r->losses = (double*)xcalloc(o->accum, sizeof(double));
     }
     if (training && o->carry) {
-        r->carried = (StateOf<X>*)xcalloc(r->accum = o->accum, sizeof(StateOf<X>));
+        r->carried = (StateOf<X>*)xcalloc(o->accum, sizeof(StateOf<X>));
         state_alloc(r->gpu, &r->next, c, o->batch, false);
         for (int i = 0; i < o->accum; i++) { state_alloc(r->gpu, &r->carried[i], c, o->batch, false); }
     }
@@ -3308,7 +3678,7 @@ template <typename X> static void gpu_close(void* self) {
     pass_free(r->gpu, &r->stream);
     state_free(r->gpu, &r->state);
     state_free(r->gpu, &r->next);
-    for (int i = 0; i < r->accum; i++) { state_free(r->gpu, &r->carried[i]); }
+    for (int i = 0; r->carried && i < r->accum; i++) { state_free(r->gpu, &r->carried[i]); }
     free(r->carried);
     cudaFree(r->sums);
     cudaFreeHost(r->raw);
@@ -3320,23 +3690,14 @@ template <typename X> static void gpu_close(void* self) {
 template <typename X> static void gpu_copy(void* self, int block, int i, int l, void* host, bool to_host,
         size_t part[2]) {
     ModelOf<X>* m = &of<X>(self)->m;
-    if (block >= STATES) {
-        const Config* c = &m->config;
-        StateOf<X> s = state_layer(&of<X>(self)->carried[i], c, l);
-        void* here = block == CARRIED_NORM ? (void*)s.norm : s.h;
-        size_t bytes = block == CARRIED_NORM ? sizeof(NormState) * s.B * c->norm_num_groups
-                                             : sizeof(float) * s.B * c->model_dim * c->cema_ndim * 2;
-        gpu_sync(&of<X>(self)->gpu);
-        CUDA(cudaMemcpy(to_host ? host : here, to_host ? here : host, bytes, cudaMemcpyDefault));
-        return;
-    }
-    part[0] = 0; part[1] = m->specs[i].size;
-    float* blocks[] = {m->params, m->adam_m, m->adam_v};
-    const ParamPlace* p = &m->places[i];
-    tensor_copy(of<X>(self)->gpu, m, blocks[block], i, l, (float*)host, to_host);
-    if (block == WEIGHTS && !to_host) {
-        model_round(of<X>(self)->gpu, m, p->offset + l * p->step, (p->rows - 1) * p->pitch + p->columns);
-    }
+    if (block < STATES) { model_part_copy(of<X>(self)->gpu, m, block, i, l, (float*)host, to_host, part); return; }
+    const Config* c = &m->config;
+    StateOf<X> s = state_layer(&of<X>(self)->carried[i], c, l);
+    void* here = block == CARRIED_NORM ? (void*)s.norm : s.h;
+    size_t bytes = block == CARRIED_NORM ? sizeof(NormState) * s.B * c->norm_num_groups
+                                         : sizeof(float) * s.B * c->model_dim * c->cema_ndim * 2;
+    gpu_sync(&of<X>(self)->gpu);
+    CUDA(cudaMemcpy(to_host ? host : here, to_host ? here : host, bytes, cudaMemcpyDefault));
 }
 
 template <typename X> static void gpu_micro_step(void* self, const int* tokens, const int* targets, double dloss,
@@ -3345,13 +3706,22 @@ template <typename X> static void gpu_micro_step(void* self, const int* tokens, 
     r->pass.masks.row = row;
     r->micro = first ? 0 : r->micro + 1;
     r->gpu.accumulate = !first;
+    r->gpu.reduce = ranks.count > 1 && r->micro == r->accum - 1;
     r->dloss = dloss;
     StateOf<X> *past = fresh ? &r->carried[r->micro] : NULL, *next = fresh ? &r->next : NULL;
     if (fresh) { state_carry(r->gpu, past, &r->m.config, fresh); }
     model_forward<X>(r->gpu, &r->m, &r->pass, tokens, past, next);
     model_losses(r->gpu, &r->m, &r->pass, targets, dloss, r->sums + r->micro);
     model_backward<X>(r->gpu, &r->m, &r->pass, tokens, past, NULL);
-    if (fresh) { std::swap(*past, *next); }
+    if (!fresh) { return; }
+    std::swap(*past, *next);
+    if (ranks.chunks == 1) { return; }
+    State host; // the last slice's is everyone's
+    state_alloc(&host, &r->m.config, past->B, false);
+    state_copy(r->gpu, past, &host, &r->m.config, true);
+    state_share(&host, &r->m.config);
+    state_copy(r->gpu, past, &host, &r->m.config, false);
+    state_free(&host);
 }
 
 template <typename X> static double gpu_finish_step(void* self, double* loss) {
@@ -3360,6 +3730,7 @@ template <typename X> static double gpu_finish_step(void* self, double* loss) {
     CUDA(cudaMemcpy(r->losses, r->sums, (r->micro + 1) * sizeof(double), cudaMemcpyDeviceToHost));
     *loss = 0;
     for (int i = 0; i <= r->micro; i++) { *loss += r->losses[i] * r->dloss; }
+    all_sum(loss, 1);
     return norm;
 }
 
@@ -3421,6 +3792,7 @@ template <typename X> static void gpu_run(const Options* o, SafeTensors* st) {
 int main(int argc, char** argv) {
     Options o;
     SafeTensors st;
+    ranks_open();
     options_parse(&o, argc, argv, &st);
     bool fp32 = !strcmp(o.precision, "fp32");
     if (!fp32 && strcmp(o.precision, "bf16")) { die("--precision %s: expected bf16 or fp32", o.precision); }

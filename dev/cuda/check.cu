@@ -125,7 +125,7 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     StateOf<X> gs, gd;
     model_alloc(gpu, &gm, &c, true);
     model_copy(gpu, &gm, gm.params, m.params, false);
-    model_round(gpu, &gm, 0, gm.size);
+    model_round(gpu, &gm, gm.params, 0, gm.size);
     pass_alloc(gpu, &gp, &c, B, T, KEEP_ALL, KEEP_ALL);
     gp.masks = masks;
     CUDA(cudaMemset(gp.acts, 0xff, gp.acts_size)); // NaN
@@ -283,7 +283,8 @@ static float to_host(float x) { return x; }
 static float to_host(bf16 x) { return __bfloat162float(x); }
 
 // CEMA alone, at sizes of its tensor-core form. Of outputs, what rounding them to bf16 does not explain must be small.
-template <typename X> static void check_cema(Gpu& gpu, int B, int T, int D, int N, bool past) {
+// slices: in so many, one after the other, as ranks would; then B is 1.
+template <typename X> static void check_cema(Gpu& gpu, int B, int T, int D, int N, bool past, int slices = 1) {
     const bool fp32 = std::is_same<X, float>::value;
     int failed = num_failed, checked = num_checked;
     size_t n = (size_t)B * T * D, modes = (size_t)D * N, states = (size_t)B * modes * 2;
@@ -328,16 +329,47 @@ template <typename X> static void check_cema(Gpu& gpu, int B, int T, int D, int 
     X *gx = values(x), *gdy = values(dy), *gy = values(y), *gdx = values(dx);
     float *gstart = past ? to_gpu(start, states) : NULL, *gend = to_gpu(dstart, states),
             *gdstart = to_gpu(dstart, states);
-    float* carries = (float*)gpu_alloc(&gpu, sizeof(float) * cema_carries_size(&gpu, B, T, D, N));
+    int L = T / slices;
+    size_t carries_size = cema_carries_size(&gpu, B, L, D, N), step = (size_t)L * D;
+    float* carries = (float*)gpu_alloc(&gpu, sizeof(float) * slices * carries_size);
+    float* before = (float*)gpu_alloc(&gpu, sizeof(float) * slices * states);
+    float* ends = (float*)gpu_alloc(&gpu, sizeof(float) * slices * states);
+    auto exchange = [&](const X* given, bool back) { // what each slice alone makes of zero, to all
+        for (int r = 0; r < slices; r++) {
+            ranks.chunk = r;
+            cema_slice(gpu, given + r * step, back, gw[0], gw[1], gw[2], gw[3], B, L, D, N);
+            CUDA(cudaMemcpyAsync(ends + r * states, (float*)gpu.scratch[SLICES] + slices * states,
+                                 states * sizeof(float), cudaMemcpyDefault, gpu.stream));
+        }
+        CUDA(cudaMemcpyAsync(gpu.scratch[SLICES], ends, slices * states * sizeof(float), cudaMemcpyDefault,
+                             gpu.stream));
+    };
     CUDA(cudaMemset(gy, 0xff, n * sizeof(X)));
     CUDA(cudaMemset(gdx, 0xff, n * sizeof(X)));
     gpu.accumulate = false;
     cema_forward(y, end, NULL, start, x, w[0], w[1], w[2], w[3], w[4], B, T, D, N);
     cema_backward(dx, dw[0], dw[1], dw[2], dw[3], dw[4], dstart, dy, start, x, w[0], w[1], w[2], w[3], w[4], B, T, D,
                   N, NULL);
-    cema_forward<X>(gpu, gy, gend, carries, gstart, gx, gw[0], gw[1], gw[2], gw[3], gw[4], B, T, D, N);
-    cema_backward<X>(gpu, gdx, gdw[0], gdw[1], gdw[2], gdw[3], gdw[4], gdstart, gdy, carries, gstart, gx, gw[0], gw[1],
-                     gw[2], gw[3], gw[4], B, T, D, N);
+    ranks.chunks = slices;
+    gpu.states = gpu.stream;
+    if (slices > 1) { exchange(gx, false); }
+    for (int r = 0; r < slices; r++) {
+        ranks.chunk = r;
+        const float* h = slices > 1 ? cema_slice_carry(gpu, before + r * states, gstart, false, B, L, D, N) : gstart;
+        cema_forward<X>(gpu, gy + r * step, gend, carries + r * carries_size, h, gx + r * step, gw[0], gw[1], gw[2],
+                        gw[3], gw[4], B, L, D, N);
+    }
+    if (slices > 1) { exchange(gdy, true); }
+    for (int r = 0; r < slices; r++) {
+        ranks.chunk = r;
+        gpu.accumulate = r > 0;
+        const float* a = slices > 1 ? cema_slice_carry(gpu, NULL, NULL, true, B, L, D, N) : NULL;
+        cema_backward<X>(gpu, gdx + r * step, gdw[0], gdw[1], gdw[2], gdw[3], gdw[4], gdstart, gdy + r * step,
+                         carries + r * carries_size, slices > 1 ? before + r * states : gstart, a, gx + r * step,
+                         gw[0], gw[1], gw[2], gw[3], gw[4], B, L, D, N);
+    }
+    ranks.chunks = 1; ranks.chunk = 0;
+    gpu.accumulate = false;
     auto judge = [&](const char* name, float* got, float* expected, size_t n, bool rounded, double bound) {
         for (size_t i = 0; rounded && i < n; i++) { // to at most half a unit in the last of 8 bits
             float slack = fabsf(expected[i]) / 256, e = got[i] - expected[i];
@@ -359,10 +391,10 @@ template <typename X> static void check_cema(Gpu& gpu, int B, int T, int D, int 
     }
     if (past) { judge("cema dstart", fetch(gdstart, states), dstart, states, false, fp32 ? 2e-5 : 1e-4); }
     else { free(dstart); }
-    printf("cema, %s, (B,T,D,N) = (%d,%d,%d,%d)%s: %d checked, %d failed\n", fp32 ? "fp32" : "bf16", B, T, D, N,
-           past ? ", past" : "", num_checked - checked, num_failed - failed);
+    printf("cema, %s, (B,T,D,N) = (%d,%d,%d,%d)%s, slices: %d: %d checked, %d failed\n", fp32 ? "fp32" : "bf16", B, T,
+           D, N, past ? ", past" : "", slices, num_checked - checked, num_failed - failed);
     for (void* p : {(void*)gx, (void*)gdy, (void*)gy, (void*)gdx, (void*)gstart, (void*)gend, (void*)gdstart,
-                    (void*)carries}) { cudaFree(p); }
+                    (void*)carries, (void*)before, (void*)ends}) { cudaFree(p); }
     for (float* p : {x, dy, start}) { free(p); }
 }
 
@@ -411,7 +443,7 @@ template <typename X> static void check_dump(Gpu& gpu, const char* path) {
     PassOf<X> gp;
     model_alloc(gpu, &gm, c, true);
     model_copy(gpu, &gm, gm.params, m.params, false);
-    model_round(gpu, &gm, 0, gm.size);
+    model_round(gpu, &gm, gm.params, 0, gm.size);
     pass_alloc(gpu, &gp, c, B, T, KEEP_ALL, KEEP_ALL);
     model_forward<X>(gpu, &gm, &gp, x, NULL, NULL);
     float loss = model_loss(gpu, &gm, &gp, y, &scored) / scored;
@@ -566,7 +598,7 @@ template <typename X> static void model_noise(Gpu& gpu, ModelOf<X>* m) {
                                                        scale, i * 1000 + l);
         }
     }
-    model_round(gpu, m, 0, m->size);
+    model_round(gpu, m, m->params, 0, m->size);
 }
 
 template <typename X> static double bench_model(Gpu& gpu, const char* preset, int layers, int B, int T, int keep,
@@ -702,7 +734,7 @@ static void bench_kernels(Gpu& gpu) {
     for (int long_one = 0; long_one < 2; long_one++) {
         if (long_one) { T = 16384; B = 1; }
         float* carries = (float*)gpu_alloc(&gpu, sizeof(float) * cema_carries_size(&gpu, B, T, D, N));
-        double f = median_ms(gpu, 10, [&] { timestepnorm_forward<bf16>(gpu, y, mean, rstd, NULL, NULL, x, w, b, B, T,
+        double f = median_ms(gpu, 10, [&] { timestepnorm_forward<bf16>(gpu, y, mean, rstd, NULL, NULL, NULL, x, w, b, B, T,
                 D, G, 1e-5); });
         double k = median_ms(gpu, 10, [&] { timestepnorm_backward<bf16>(gpu, dx, g4, g5, NULL, NULL, NULL, dy, mean,
                 rstd, NULL, x, w, B, T, D, G); });
@@ -711,7 +743,7 @@ static void bench_kernels(Gpu& gpu) {
         printf("[%d,%d,%d] timestepnorm: forward %.3f ms, backward %.3f (with residuals %.3f), sum %.3f (target 0.25)\n", B, T, D, f, k, k2, f + k);
         f = median_ms(gpu, 10, [&] { cema_forward<bf16>(gpu, y, NULL, carries, NULL, x, alpha, delta, theta, gamma,
                                                         omega, B, T, D, N); });
-        k = median_ms(gpu, 10, [&] { cema_backward<bf16>(gpu, dx, g2, g3, g4, g1, g5, NULL, dy, carries, NULL, x,
+        k = median_ms(gpu, 10, [&] { cema_backward<bf16>(gpu, dx, g2, g3, g4, g1, g5, NULL, dy, carries, NULL, NULL, x,
                                                          alpha, delta, theta, gamma, omega, B, T, D, N); });
         printf("[%d,%d,%d] cema: forward %.3f ms, backward %.3f, sum %.3f (target 0.60)\n", B, T, D, f, k, f + k);
         fflush(stdout);
@@ -784,6 +816,7 @@ static void bench_kernels(Gpu& gpu) {
 int main(int argc, char** argv) {
     Gpu gpu;
     gpu_open(&gpu);
+    CUDA(cudaEventCreateWithFlags(&gpu.event, cudaEventDisableTiming));
     printf("%s, cuBLASLt %zu\n", gpu.card.name, cublasLtGetVersion());
     if (argc > 1 && !strcmp(argv[1], "--kernels")) { bench_kernels(gpu); return 0; }
     if (argc > 1 && !strcmp(argv[1], "--decode")) {
@@ -824,6 +857,9 @@ int main(int argc, char** argv) {
         check_cema<bf16>(gpu, 2, 4096, 24, 16, past);
         check_cema<bf16>(gpu, 3, 33, 15, 16, past);
         check_cema<float>(gpu, 2, 333, 21, 33, past);
+        check_cema<bf16>(gpu, 1, 1536, 24, 16, past, 3);
+        check_cema<bf16>(gpu, 1, 300, 24, 16, past, 3); // slices end inside units: the other form
+        check_cema<float>(gpu, 1, 4 * 131, 21, 33, past, 4);
         check_model<float>(gpu, "even", even, 2, 300, past);
         check_model<float>(gpu, "odd", odd, 3, 20, past);
         check_model<float>(gpu, "heads", heads, 2, 64, past);
