@@ -1,18 +1,14 @@
 /*
 Megalodon (arXiv 2404.08801) on a GPU: train_megalodon.c again, layer by layer and under the same names, in CUDA.
 
-    --precision bf16   weights and activations in bfloat16; master weights, Adam's moments, weight gradients,
-            statistics of
-                       norms, the coefficients and states of CEMA, softmax and loss in fp32 or better   (the default)
+    --precision bf16   weights and activations in bfloat16; master weights, Adam's moments, weight gradients, statistics
+                       of norms, the coefficients and states of CEMA, softmax and loss in fp32 or better   (the default)
     --precision fp32   everything in fp32, no tf32: the CPU's numbers up to the order of sums
 
 Both come from this one source: X stands for the type of weights and activations. What is not GPU work - options,
-        tables,
-files, data, random numbers - is taken from train_megalodon.c,
-        which is included here with its main switched off. Read that
-file first: it has the equations; here the comments say how they are computed fast. Matrix products are cuBLASLt's,
-        all else
-is in this file, each kernel above the function that launches it.
+tables, files, data, random numbers - is taken from train_megalodon.c, which is included here with its main switched
+off. Read that file first: it has the equations; here the comments say how they are computed fast. Matrix products are
+cuBLASLt's, all else is in this file, each kernel above the function that launches it.
 
     make train_megalodon_cuda && ./train_megalodon_cuda
 
@@ -21,9 +17,8 @@ Conventions, where they differ from the CPU's:
   - What attention reads and writes is head-major, (B,H,T,.): one product then covers many heads and chunks.
   - Tensors that are multiplied by one product stand side by side: wz|wr, fc1|fc3, and wh1|wh2 with their inputs m|u. So
     rows have a pitch, the distance from one timestep to the next.
-  - Gradients of parameters are added up in fp32,
-          or assigned where gpu.accumulate is off (the first micro-step of a step),
-    so that nothing has to be zeroed.
+  - Gradients of parameters are added up in fp32, or assigned where gpu.accumulate is off (the first micro-step of a
+    step), so that nothing has to be zeroed.
   - No atomic adds: sums over timesteps are partial sums that a second kernel adds in a fixed order. With algorithms of
     cuBLASLt that depend on shapes alone, every run gives the same bits.
   - Kernels come in a wide form (8 neighbouring elements a thread, 16-byte accesses in bf16) where all dimensions are
@@ -268,7 +263,8 @@ template <> struct Eight<float> {
     float4 a, b;
     __device__ void load(const float* p) { a = ((const float4*)p)[0]; b = ((const float4*)p)[1]; }
     __device__ void get(float* v) const {
-        v[0] = a.x; v[1] = a.y; v[2] = a.z; v[3] = a.w; v[4] = b.x; v[5] = b.y; v[6] = b.z; v[7] = b.w;
+        v[0] = a.x; v[1] = a.y; v[2] = a.z; v[3] = a.w;
+        v[4] = b.x; v[5] = b.y; v[6] = b.z; v[7] = b.w;
     }
 };
 template <> struct Eight<bf16> {
@@ -282,11 +278,7 @@ template <> struct Eight<bf16> {
         }
     }
 };
-template <typename X> __device__ inline void load8(float* v, const X* p) {
-    Eight<X> e;
-    e.load(p);
-    e.get(v);
-}
+template <typename X> __device__ inline void load8(float* v, const X* p) { Eight<X> e; e.load(p); e.get(v); }
 __device__ inline void store8(float* p, const float* v) {
     ((float4*)p)[0] = make_float4(v[0], v[1], v[2], v[3]);
     ((float4*)p)[1] = make_float4(v[4], v[5], v[6], v[7]);
@@ -294,10 +286,7 @@ __device__ inline void store8(float* p, const float* v) {
 __device__ inline void store8(bf16* p, const float* v) {
     uint4 a;
     uint32_t* w = (uint32_t*)&a;
-    EACH(i, 4) {
-        __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
-        w[i] = *(uint32_t*)&pair;
-    }
+    EACH(i, 4) { __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]); w[i] = *(uint32_t*)&pair; }
     *(uint4*)p = a;
 }
 
@@ -321,9 +310,7 @@ template <typename X> struct RowPiece<X, false> {
     __device__ void load(const X* row, int columns) {
         EACH(e, 8) { x[e] = column<false>(e) < columns ? row[column<false>(e)] : from_float<X>(0); }
     }
-    __device__ void get(float* v) const {
-        EACH(e, 8) { v[e] = to_float(x[e]); }
-    }
+    __device__ void get(float* v) const { EACH(e, 8) { v[e] = to_float(x[e]); } }
 };
 template <bool WIDE, typename X> __device__ inline void load_row(float (&v)[8], const X* row, int columns) {
     RowPiece<X, WIDE> piece;
@@ -395,9 +382,7 @@ static RowGrid row_grid(Gpu* gpu, size_t rows, int columns, int heads, int per_s
     int x = ceil_div(ceil_div(columns, 8), 32) * 32, y = x < 256 ? 256 / x : 1;
     size_t blocks = (size_t)gpu->card.multiProcessorCount * (x > 512 ? 2 : per_sm);
     blocks = min_size(ceil_div(blocks, heads), ceil_div(rows, y));
-    r.block = dim3(x, y);
-    r.grid = dim3(blocks, heads);
-    r.parts = blocks;
+    r.block = dim3(x, y); r.grid = dim3(blocks, heads); r.parts = blocks;
     return r;
 }
 
@@ -424,8 +409,7 @@ __global__ void reduce_columns_kernel(Sums sums, const float* partials, int part
 static void reduce_columns(Gpu& gpu, int parts, Sums sums) {
     size_t columns = (size_t)sums.count * sums.width;
     reduce_columns_kernel<<<ceil_div(columns, 32), dim3(32, 32), 0, gpu.stream>>>(sums, (float*)gpu.scratch[PARTIALS],
-            parts,
-                                                                                gpu.accumulate);
+            parts, gpu.accumulate);
     LAUNCHED();
 }
 // Adds v over the threads y of the block and writes it as row number i (of count) of the block's partial sums; columns
@@ -460,19 +444,20 @@ static int alignment(const void* p) { return p ? min_size(256, (size_t)p & -(siz
 // fixed order: a function of shape, card and library version.
 template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, const X* a, int64_t lda, bool ta,
         const X* b, int64_t ldb, bool tb, int64_t M, int64_t N, int64_t K, const Y* c = NULL, int64_t ldc = 0,
-                const X* bias = NULL, int batch = 1, int64_t stride_a = 0, int64_t stride_b = 0, int64_t stride_d = 0) {
+        const X* bias = NULL, int batch = 1, int64_t stride_a = 0, int64_t stride_b = 0, int64_t stride_d = 0) {
     GemmShape s;
     memset(&s, 0, sizeof(s));
-    s.M = M; s.N = N; s.K = K;
-    s.lda = lda; s.ldb = ldb; s.ldc = c ? ldc : ldd; s.ldd = ldd;
-    s.stride_a = stride_a; s.stride_b = stride_b; s.stride_c = stride_d; s.stride_d = stride_d;
-    s.ta = ta; s.tb = tb; s.batch = batch; s.accumulate = c != NULL; s.bias = bias != NULL;
+    s.M = M; s.N = N; s.K = K; s.lda = lda;
+    s.ldb = ldb; s.ldc = c ? ldc : ldd; s.ldd = ldd; s.stride_a = stride_a;
+    s.stride_b = stride_b; s.stride_c = stride_d; s.stride_d = stride_d; s.ta = ta;
+    s.tb = tb; s.batch = batch; s.accumulate = c != NULL; s.bias = bias != NULL;
     s.type = std::is_same<X, float>::value ? CUDA_R_32F : CUDA_R_16BF;
-    s.type_out = std::is_same<Y, float>::value ? CUDA_R_32F : CUDA_R_16BF;
-    s.align_a = alignment(a); s.align_b = alignment(b); s.align_c = alignment(c ? c : d); s.align_d = alignment(d);
+    s.type_out = std::is_same<Y, float>::value ? CUDA_R_32F : CUDA_R_16BF; s.align_a = alignment(a);
+    s.align_b = alignment(b); s.align_c = alignment(c ? c : d); s.align_d = alignment(d);
     uint64_t hash = 0;
     for (size_t i = 0; i < sizeof(s) / 4; i++) {
-        hash = (hash ^ ((const uint32_t*)&s)[i]) * 0x9E3779B97F4A7C15u; hash ^= hash >> 29;
+        hash = (hash ^ ((const uint32_t*)&s)[i]) * 0x9E3779B97F4A7C15u;
+        hash ^= hash >> 29;
     }
     size_t slot = hash % NUM_PLANS, tried = 0;
     while (gpu.plans[slot].ready && memcmp(&gpu.plans[slot].shape, &s, sizeof(s))) {
@@ -503,8 +488,7 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
             CUBLAS(cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch,
                                                     sizeof(batch)));
             CUBLAS(cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
-                                                    &strides[i],
-                                                    sizeof(strides[i])));
+                                                    &strides[i], sizeof(strides[i])));
         }
         cublasLtMatmulPreference_t wish;
         cublasLtMatmulHeuristicResult_t found;
@@ -517,17 +501,16 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
                                                     sizeof(workspace)));
         CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions,
                                                     sizeof(reductions)));
-        const cublasLtMatmulPreferenceAttributes_t names[4] = {
-            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+        const cublasLtMatmulPreferenceAttributes_t names[4] = {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+                CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+                CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
         for (int i = 0; i < 4; i++) {
             CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, names[i], &aligns[i], sizeof(aligns[i])));
         }
         CUBLAS(cublasLtMatmulAlgoGetHeuristic(gpu.lt, p->desc, p->a, p->b, p->c, p->d, wish, 1, &found, &count));
         if (!count) { die("cuBLASLt has no algorithm for a product of %ld x %ld x %ld", (long)M, (long)N, (long)K); }
         CUBLAS(cublasLtMatmulPreferenceDestroy(wish));
-        p->algo = found.algo;
-        p->ready = true;
+        p->algo = found.algo; p->ready = true;
     }
     float alpha = 1, beta = c ? 1 : 0;
     if (bias) {
@@ -617,10 +600,7 @@ template <typename X, bool WIDE> __global__ void dropout_kernel(X* out, float* p
         load_row<WIDE>(x, inp + r * D, D);
         if (add) { load_row<WIDE>(y, add + r * D, D); }
         drop<true>(x, dropout_kept_row<WIDE, true>(d, r), d);
-        EACH(e, 8) {
-            x[e] += y[e];
-            sum[e] += x[e];
-        }
+        EACH(e, 8) { x[e] += y[e]; sum[e] += x[e]; }
         store_row<WIDE>(out + r * D, x, D);
     }
     if (partials) { store_partial<WIDE>(partials, 1, D, 0, sum, D); }
@@ -644,9 +624,7 @@ template <typename X> static const X* dropout(Gpu& gpu, X* out, float* sum, cons
 // (LANES = 0) it reads them as often as they are needed.
 enum { STEPS = 4, WARPS = 8, SEGMENT = STEPS * WARPS };
 
-template <typename X, int VEC> struct Piece : Eight<X> {
-    __device__ void clear() { *(Eight<X>*)this = Eight<X>(); }
-};
+template <typename X, int VEC> struct Piece : Eight<X> { __device__ void clear() { *(Eight<X>*)this = Eight<X>(); } };
 template <typename X> struct Piece<X, 1> {
     X x;
     __device__ void clear() { x = from_float<X>(0); }
@@ -666,21 +644,12 @@ struct NormPlace {
         int lane = threadIdx.x % 32, teams = 32 / lanes, tiles = (G + teams - 1) / teams,
                 count = (T + SEGMENT - 1) / SEGMENT;
         size_t block = back ? gridDim.x - 1 - blockIdx.x : blockIdx.x, b = block / tiles;
-        warp = threadIdx.x / 32;
-        sub = lane % lanes * VEC;
-        team = lane / lanes;
-        g0 = block % tiles * teams;
-        g = g0 + team;
-        segment = b % count;
-        row = b / count;
+        warp = threadIdx.x / 32; sub = lane % lanes * VEC; team = lane / lanes;
+        g0 = block % tiles * teams; g = g0 + team; segment = b % count; row = b / count;
         t0 = (size_t)segment * SEGMENT + warp * STEPS;
-        steps = t0 < T ? (int)(T - t0 < STEPS ? T - t0 : STEPS) : 0;
-        active = g < G;
+        steps = t0 < T ? (int)(T - t0 < STEPS ? T - t0 : STEPS) : 0; active = g < G;
         if (!active) { g = G - 1; steps = 0; }
-        F = D / G;
-        share = 1.0f / F;
-        width = lanes * VEC;
-        at = (row * T + t0) * D + (size_t)g * F;
+        F = D / G; share = 1.0f / F; width = lanes * VEC; at = (row * T + t0) * D + (size_t)g * F;
         line = (row * G + g) * count + segment;
     }
 };
@@ -697,17 +666,14 @@ __device__ inline double quotient(double a, double b) { return a / b; }
 template <typename R> __device__ inline void merge(R& n, R& mean, R& var, R k, R m, R v) {
     if (k == 0) { return; }
     R w = quotient(k, n + k), d = m - mean;
-    n += k;
-    mean += d * w;
-    var += (v - var) * w + d * d * w * (1 - w);
+    n += k; mean += d * w; var += (v - var) * w + d * d * w * (1 - w);
 }
 
 // segments (B,G,segments) holds (count, mean, var): without APPLY of each segment, written; with APPLY of all before
 // it.
-template <typename X, int VEC, int LANES,
-        bool APPLY> __global__ void __launch_bounds__(32 * WARPS) timestepnorm_forward_kernel(X* out, float* mean,
-                float* rstd, float4* segments, const X* inp, const float* w, const float* b, int T, int D, int G,
-                        int lanes, float eps) {
+template <typename X, int VEC, int LANES, bool APPLY>
+        __global__ void __launch_bounds__(32 * WARPS) timestepnorm_forward_kernel(X* out, float* mean, float* rstd,
+        float4* segments, const X* inp, const float* w, const float* b, int T, int D, int G, int lanes, float eps) {
     __shared__ float3 totals[WARPS][32];
     NormPlace p(T, D, G, lanes, VEC, APPLY);
     Piece<X, VEC> kept[STEPS];
@@ -745,11 +711,9 @@ template <typename X, int VEC, int LANES,
         if (i < p.steps) { // merge(), with weights known when compiling
             const float w = 1.0f / (i + 1), d = m[i] - run_mean;
             n = i + 1;
-            run_mean += d * w;
-            run_var += (v[i] - run_var) * w + d * d * (w * (1 - w));
+            run_mean += d * w; run_var += (v[i] - run_var) * w + d * d * (w * (1 - w));
         }
-        m[i] = run_mean;
-        v[i] = run_var;
+        m[i] = run_mean; v[i] = run_var;
     }
     if (p.sub == 0) { totals[p.warp][p.team] = make_float3(n, run_mean, run_var); }
     __syncthreads();
@@ -781,11 +745,7 @@ template <typename X, int VEC, int LANES,
             if (VEC == 8) { store8(to, a); } else { *to = from_float<X>(a[0]); }
             if (LANES) { break; }
         }
-        if (p.sub == 0) {
-            size_t k = (p.row * T + p.t0 + i) * G + p.g;
-            mean[k] = mu;
-            rstd[k] = r;
-        }
+        if (p.sub == 0) { size_t k = (p.row * T + p.t0 + i) * G + p.g; mean[k] = mu; rstd[k] = r; }
     }
 }
 
@@ -817,7 +777,8 @@ __global__ void timestepnorm_scan_kernel(float4* segments, NormState* end, NormS
         }
     }
     double n1 = n, mean1 = mean, var1 = var;
-    n = __shfl_up_sync(~0u, n, 1); mean = __shfl_up_sync(~0u, mean, 1); var = __shfl_up_sync(~0u, var, 1);
+    n = __shfl_up_sync(~0u, n, 1); mean = __shfl_up_sync(~0u, mean, 1);
+    var = __shfl_up_sync(~0u, var, 1);
     if (lane == 0) {
         past();
         if (before) { before[line].count = n; before[line].mean = mean; before[line].var = var; }
@@ -836,12 +797,10 @@ struct NormGrid { int lanes, fixed, count; bool wide; size_t blocks; }; // fixed
 static NormGrid norm_grid(int B, int T, int D, int G) {
     NormGrid r;
     int F = D / G;
-    r.wide = wide(F);
-    r.lanes = 1;
+    r.wide = wide(F); r.lanes = 1;
     while (r.lanes < 32 && r.lanes * (r.wide ? 8 : 1) < F) { r.lanes *= 2; }
     r.fixed = r.wide && r.lanes * 8 >= F && (r.lanes == 4 || r.lanes == 8) ? r.lanes : 0;
-    r.count = ceil_div(T, SEGMENT);
-    r.blocks = (size_t)B * r.count * ceil_div(G, 32 / r.lanes);
+    r.count = ceil_div(T, SEGMENT); r.blocks = (size_t)B * r.count * ceil_div(G, 32 / r.lanes);
     return r;
 }
 
@@ -851,11 +810,11 @@ template <typename X> static void timestepnorm_forward(Gpu& gpu, X* out, float* 
     NormGrid r = norm_grid(B, T, D, G);
     float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
     auto pass = r.fixed == 4 ? timestepnorm_forward_kernel<X, 8, 4, false> : r.fixed == 8
-            ? timestepnorm_forward_kernel<X, 8, 8, false>
-                : r.wide ? timestepnorm_forward_kernel<X, 8, 0, false> : timestepnorm_forward_kernel<X, 1, 0, false>;
+            ? timestepnorm_forward_kernel<X, 8, 8, false> : r.wide ? timestepnorm_forward_kernel<X, 8, 0, false>
+            : timestepnorm_forward_kernel<X, 1, 0, false>;
     auto apply = r.fixed == 4 ? timestepnorm_forward_kernel<X, 8, 4, true> : r.fixed == 8
-            ? timestepnorm_forward_kernel<X, 8, 8, true>
-                : r.wide ? timestepnorm_forward_kernel<X, 8, 0, true> : timestepnorm_forward_kernel<X, 1, 0, true>;
+            ? timestepnorm_forward_kernel<X, 8, 8, true> : r.wide ? timestepnorm_forward_kernel<X, 8, 0, true>
+            : timestepnorm_forward_kernel<X, 1, 0, true>;
     pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(out, mean, rstd, segments, inp, w, b, T, D, G, r.lanes, eps);
     size_t lines = (size_t)B * G, bytes = sizeof(NormState) * lines;
     NormState* all = NULL;
@@ -877,8 +836,7 @@ template <typename X> static void timestepnorm_forward(Gpu& gpu, X* out, float* 
 template <typename X, bool WIDE> __global__ void timestepnorm_again_kernel(X* out, const float* mean,
         const float* rstd, const X* inp, const float* w, const float* b, size_t rows, int D, int G) {
     float scale[8], shift[8], x[8];
-    load_row<WIDE>(scale, w, D);
-    load_row<WIDE>(shift, b, D);
+    load_row<WIDE>(scale, w, D); load_row<WIDE>(shift, b, D);
     RowPiece<X, WIDE> next;
     size_t first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
     next.load(inp + first * D, first < rows ? D : 0);
@@ -908,11 +866,10 @@ template <typename X> static void timestepnorm_again(Gpu& gpu, X* out, const flo
 // With u and v the terms of the CPU's sums U and V, which run from the end: a first pass over dout and inp leaves their
 // sums by segment and the partial sums of dw and db; these are scanned; a second pass adds up inside the segments and
 // writes dinp = dout (w+1) rstd + (U + 2 (inp - c) V)/F + add1 + add2. add1 and add2 may be NULL, and add1 may be dinp.
-template <typename X, int VEC, int LANES,
-        bool APPLY> __global__ void __launch_bounds__(32 * WARPS) timestepnorm_backward_kernel(X* dinp,
-                float* partials, float4* segments, const X* add1, const X* add2, const X* dout, const float* mean,
-                        const float* rstd, const NormState* start, const X* inp, const float* w, int T, int D, int G,
-                                int lanes) {
+template <typename X, int VEC, int LANES, bool APPLY>
+        __global__ void __launch_bounds__(32 * WARPS) timestepnorm_backward_kernel(X* dinp, float* partials,
+        float4* segments, const X* add1, const X* add2, const X* dout, const float* mean, const float* rstd,
+        const NormState* start, const X* inp, const float* w, int T, int D, int G, int lanes) {
     __shared__ float2 totals[WARPS][32];
     __shared__ alignas(16) float lines[2][APPLY ? 1 : WARPS][32 * VEC];
     NormPlace p(T, D, G, lanes, VEC, APPLY);
@@ -921,62 +878,43 @@ template <typename X, int VEC, int LANES,
     float n0 = start ? start[p.row * G + p.g].count : 0, c = mean[(p.row * T + T - 1) * G + p.g];
     EACH(i, STEPS) {
         size_t k = (p.row * T + p.t0 + i) * G + p.g;
-        mu[i] = i < p.steps ? mean[k] : 0;
-        r[i] = i < p.steps ? rstd[k] : 0;
+        mu[i] = i < p.steps ? mean[k] : 0; r[i] = i < p.steps ? rstd[k] : 0;
         if (!LANES) { continue; }
-        kept_x[i].clear();
-        kept_dy[i].clear();
+        kept_x[i].clear(); kept_dy[i].clear();
         if (i < p.steps && p.sub < p.F) {
-            kept_x[i].load(inp + p.at + (size_t)i * D + p.sub);
-            kept_dy[i].load(dout + p.at + (size_t)i * D + p.sub);
+            kept_x[i].load(inp + p.at + (size_t)i * D + p.sub); kept_dy[i].load(dout + p.at + (size_t)i * D + p.sub);
         }
     }
     auto get = [&](int i, int f) {
         if (LANES) { kept_x[i].get(x); kept_dy[i].get(dy); return; }
         Piece<X, VEC> px, pdy;
-        px.clear();
-        pdy.clear();
-        if (i < p.steps) {
-            px.load(inp + p.at + (size_t)i * D + f);
-            pdy.load(dout + p.at + (size_t)i * D + f);
-        }
-        px.get(x);
-        pdy.get(dy);
+        px.clear(); pdy.clear();
+        if (i < p.steps) { px.load(inp + p.at + (size_t)i * D + f); pdy.load(dout + p.at + (size_t)i * D + f); }
+        px.get(x); pdy.get(dy);
     };
     float scale[VEC];
-    auto get_weights = [&](int f) {
-        EACH(e, VEC) { scale[e] = w[p.g * p.F + f + e] + 1; }
-    };
+    auto get_weights = [&](int f) { EACH(e, VEC) { scale[e] = w[p.g * p.F + f + e] + 1; } };
     if (LANES && p.sub < p.F) { get_weights(p.sub); }
     EACH(i, STEPS) {
         float A = 0, E = 0;
         for (int f = p.sub; f < p.F; f += p.width) {
             get(i, f);
             if (!LANES) { get_weights(f); }
-            EACH(e, VEC) {
-                float d = dy[e] * scale[e];
-                A += d * (x[e] - mu[i]);
-                E += d;
-            }
+            EACH(e, VEC) { float d = dy[e] * scale[e]; A += d * (x[e] - mu[i]); E += d; }
             if (LANES) { break; }
         }
         float share = quotient(1.0f, n0 + (float)(p.t0 + i + 1)), da = -r[i] * team_sum<LANES>(E, lanes);
         float dv = -0.5f * r[i] * r[i] * r[i] * team_sum<LANES>(A, lanes);
-        u[i] = (da - 2 * (mu[i] - c) * dv) * share;
-        v[i] = dv * share;
+        u[i] = (da - 2 * (mu[i] - c) * dv) * share; v[i] = dv * share;
     }
 #pragma unroll
-    for (int i = STEPS - 2; i >= 0; i--) {
-        u[i] += u[i + 1];
-        v[i] += v[i + 1];
-    }
+    for (int i = STEPS - 2; i >= 0; i--) { u[i] += u[i + 1]; v[i] += v[i + 1]; }
     if (p.sub == 0) { totals[p.warp][p.team] = make_float2(u[0], v[0]); }
     __syncthreads();
     float4 later = make_float4(0, 0, 0, 0);
     if (APPLY) { later = segments[p.line]; }
     for (int k = WARPS - 1; k > (APPLY ? p.warp : -1); k--) {
-        later.x += totals[k][p.team].x;
-        later.y += totals[k][p.team].y;
+        later.x += totals[k][p.team].x; later.y += totals[k][p.team].y;
     }
     if (!APPLY) {
         if (p.warp == 0 && p.sub == 0 && p.active) { segments[p.line] = later; }
@@ -988,10 +926,7 @@ template <typename X, int VEC, int LANES,
             EACH(i, STEPS) {
                 if (f >= p.F) { break; }
                 get(i, f);
-                EACH(e, VEC) {
-                    dw[e] += dy[e] * (x[e] - mu[i]) * r[i];
-                    db[e] += dy[e];
-                }
+                EACH(e, VEC) { dw[e] += dy[e] * (x[e] - mu[i]) * r[i]; db[e] += dy[e]; }
             }
             float *to_dw = &lines[0][p.warp][threadIdx.x % 32 * VEC],
                     *to_db = &lines[1][p.warp][threadIdx.x % 32 * VEC];
@@ -1048,8 +983,7 @@ __global__ void timestepnorm_scan_back_kernel(float4* segments, NormSums* alone,
     float4* s = segments + line * count;
     for (int r = first_slice; r < slices; r++) {
         NormSums sums = all[r * lines + line];
-        U_later += sums.U + 2 * (c - sums.c) * sums.V;
-        V_later += sums.V;
+        U_later += sums.U + 2 * (c - sums.c) * sums.V; V_later += sums.V;
     }
     if (lane == 0) { U = U_later; V = V_later; } // it has the latest segments
     for (int i = last - 1; i >= first; i--) { U += s[i].x; V += s[i].y; }
@@ -1063,17 +997,14 @@ __global__ void timestepnorm_scan_back_kernel(float4* segments, NormSums* alone,
     }
     if (lane == 31 && dstart && start) {
         double n0 = start[line].count;
-        dstart[line].mean += n0 * (U + 2 * (start[line].mean - c) * V);
-        dstart[line].var += n0 * V;
+        dstart[line].mean += n0 * (U + 2 * (start[line].mean - c) * V); dstart[line].var += n0 * V;
     }
     double U1 = __shfl_up_sync(~0u, U, 1), V1 = __shfl_up_sync(~0u, V, 1);
-    U = lane ? U1 : U_later;
-    V = lane ? V1 : V_later;
+    U = lane ? U1 : U_later; V = lane ? V1 : V_later;
     for (int i = last - 1; i >= first; i--) {
         float4 own = s[i];
         s[i] = make_float4(U, V, 0, 0);
-        U += own.x;
-        V += own.y;
+        U += own.x; V += own.y;
     }
 }
 
@@ -1085,11 +1016,11 @@ template <typename X, typename F = void (*)()> static void timestepnorm_backward
     float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * B * r.count * 2 * D);
     auto pass = r.fixed == 4 ? timestepnorm_backward_kernel<X, 8, 4, false> : r.fixed == 8
-            ? timestepnorm_backward_kernel<X, 8, 8, false>
-                : r.wide ? timestepnorm_backward_kernel<X, 8, 0, false> : timestepnorm_backward_kernel<X, 1, 0, false>;
+            ? timestepnorm_backward_kernel<X, 8, 8, false> : r.wide ? timestepnorm_backward_kernel<X, 8, 0, false>
+            : timestepnorm_backward_kernel<X, 1, 0, false>;
     auto apply = r.fixed == 4 ? timestepnorm_backward_kernel<X, 8, 4, true> : r.fixed == 8
-            ? timestepnorm_backward_kernel<X, 8, 8, true>
-                : r.wide ? timestepnorm_backward_kernel<X, 8, 0, true> : timestepnorm_backward_kernel<X, 1, 0, true>;
+            ? timestepnorm_backward_kernel<X, 8, 8, true> : r.wide ? timestepnorm_backward_kernel<X, 8, 0, true>
+            : timestepnorm_backward_kernel<X, 1, 0, true>;
     pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start, inp,
                                                   w, T, D, G, r.lanes);
     size_t lines = (size_t)B * G, bytes = sizeof(NormSums) * lines;
@@ -1135,8 +1066,7 @@ __global__ void cema_coefficients_kernel(CemaCoef* coef, float2* powers, const f
         double p = sigmoid_double(alpha[at]), radius = 1 - p * sigmoid_double(delta[at]), scale = p / sqrt((double)N);
         double2 turn;
         sincospi(2.0 / N * (k + 1) * sigmoid_double(theta[d]), &turn.y, &turn.x);
-        m.p = p;
-        m.q = make_float2(radius * turn.x, radius * turn.y);
+        m.p = p; m.q = make_float2(radius * turn.x, radius * turn.y);
         m.c = make_float2(scale * gamma[2 * at], scale * gamma[2 * at + 1]);
     }
     coef[i] = m;
@@ -1160,12 +1090,10 @@ struct CemaPlace {
     bool active;
     size_t bd, at; // of (b,d) | of (b,0,d) among (B,T,D)
     __device__ CemaPlace(int T, int D) {
-        d = (blockIdx.x * blockDim.x + threadIdx.x) / CEMA_LANES;
-        lane = threadIdx.x % CEMA_LANES;
+        d = (blockIdx.x * blockDim.x + threadIdx.x) / CEMA_LANES; lane = threadIdx.x % CEMA_LANES;
         active = d < D;
         if (!active) { d = D - 1; }
-        bd = (size_t)blockIdx.y * D + d;
-        at = (size_t)blockIdx.y * T * D + d;
+        bd = (size_t)blockIdx.y * D + d; at = (size_t)blockIdx.y * T * D + d;
     }
 };
 template <typename X, int M> __global__ void cema_forward_kernel(X* out, float* end, const float* start, const X* inp,
@@ -1183,10 +1111,7 @@ template <typename X, int M> __global__ void cema_forward_kernel(X* out, float* 
         EACH(i, AHEAD) {
             float y = 0;
             if (t0 + i >= T) { break; }
-            EACH(j, M) {
-                s[j] = mul_add(m[j].q, s[j], float2{x[i], 0});
-                y += m[j].c.x * s[j].x - m[j].c.y * s[j].y;
-            }
+            EACH(j, M) { s[j] = mul_add(m[j].q, s[j], float2{x[i], 0}); y += m[j].c.x * s[j].x - m[j].c.y * s[j].y; }
             y = sum_lanes(y) + omega[f.d] * x[i];
             if (f.active && f.lane == 0) { out[f.at + (size_t)(t0 + i) * D] = from_float<X>(y); }
         }
@@ -1228,8 +1153,7 @@ template <typename X, int M> __global__ void cema_backward_kernel(X* dinp, float
                 b[j] = mul_add(q, b[j], a[j]);
                 dx += m[j].c.x * a[j].x + m[j].c.y * a[j].y;
             }
-            dw = fmaf(x[i], dy[i], dw);
-            dx = sum_lanes(dx) + omega[f.d] * dy[i];
+            dw = fmaf(x[i], dy[i], dw); dx = sum_lanes(dx) + omega[f.d] * dy[i];
             if (f.active && f.lane == 0) { dinp[f.at + (size_t)(t0 - i) * D] = from_float<X>(dx); }
         }
     }
@@ -1271,8 +1195,8 @@ struct Factor { // 16 x 8 of a right factor: rows 2i, 2i+1 | 2i+8, 2i+9 of colum
 struct Tile { float v[4]; }; // 16 x 8 of a product
 __device__ inline Tile mma(const uint32_t (&a)[4], const uint32_t (&b)[2], Tile c) { // a b + c
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c.v[0]), "+f"(c.v[1]), "+f"(c.v[2]), "+f"(c.v[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        : "+f"(c.v[0]), "+f"(c.v[1]), "+f"(c.v[2]), "+f"(c.v[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
+        "r"(b[0]), "r"(b[1]));
     return c;
 }
 __device__ inline Tile mma(const uint32_t (&a)[4], const Factor& b, Tile c = {}) {
@@ -1302,9 +1226,7 @@ template <typename E> struct CemaUnit {
         EACH(c, CHANNELS) { row[c] = x[c][place(t)]; }
         store8(to, row);
     }
-    __device__ void load(uint32_t (&a)[4]) {
-        EACH(j, 4) { a[j] = *(uint32_t*)at(j); }
-    }
+    __device__ void load(uint32_t (&a)[4]) { EACH(j, 4) { a[j] = *(uint32_t*)at(j); } }
     __device__ void load_transposed(uint32_t (&a)[4]) { // rows are timesteps, columns blocks
         int l = threadIdx.x % 32;
         unsigned from = __cvta_generic_to_shared(&x[threadIdx.x / 32][l % 8 * PAIR + l / 16 * SPAN + l / 8 % 2 * 8]);
@@ -1325,13 +1247,9 @@ struct CemaBlocks {
     __device__ CemaBlocks(const CemaCoef* coefs, const float2* all_powers, const float* omega, int T, int D) {
         __shared__ float taps[CHANNELS][2 * SPAN + 1];
         float *tap = taps[threadIdx.x / 32] + SPAN, sums[3] = {0};
-        d = blockIdx.x * CHANNELS + threadIdx.x / 32;
-        g = threadIdx.x % 32 / 4;
-        i = threadIdx.x % 4;
-        bd = (size_t)blockIdx.y * D + d;
-        at = (size_t)blockIdx.y * T * D + blockIdx.x * CHANNELS;
-        coef = coefs + (size_t)d * CEMA_LANES;
-        powers = all_powers + (size_t)d * POWERS * CEMA_LANES;
+        d = blockIdx.x * CHANNELS + threadIdx.x / 32; g = threadIdx.x % 32 / 4; i = threadIdx.x % 4;
+        bd = (size_t)blockIdx.y * D + d; at = (size_t)blockIdx.y * T * D + blockIdx.x * CHANNELS;
+        coef = coefs + (size_t)d * CEMA_LANES; powers = all_powers + (size_t)d * POWERS * CEMA_LANES;
         EACH(m, 4) {
             float2 c0 = coef[4 * m + i].c;
             sums[2] += c0.x;
@@ -1344,10 +1262,7 @@ struct CemaBlocks {
             EACH(j, 4) { q[m][j] = powers[(SPAN + j) * CEMA_LANES + 4 * m + i]; }
         }
         EACH(n, 3) { EACH(o, 2) { sums[n] += __shfl_xor_sync(~0u, sums[n], 1 << o); } }
-        if (i < 2) {
-            tap[g + 8 * i - SPAN] = 0;
-            tap[g + 8 * i + 1] = i ? sums[1] : sums[0];
-        }
+        if (i < 2) { tap[g + 8 * i - SPAN] = 0; tap[g + 8 * i + 1] = i ? sums[1] : sums[0]; }
         if (threadIdx.x % 32 == 0) { tap[0] = sums[2] + omega[d]; }
         __syncwarp();
         EACH(n, 2) { k[n].set(i, [&](int t) { return tap[8 * n + g - t]; }); }
@@ -1373,8 +1288,7 @@ struct CemaBlocks {
         }
         s = before(s, 1);
         float2 start = turn ? s : h;
-        h = s;
-        s = mul_add(q[m][0], start, first);
+        h = s; s = mul_add(q[m][0], start, first);
         return BACK ? Tile{s.x, s.y, start.x, start.y} : Tile{start.x, start.y, s.x, s.y};
     }
     __device__ void output(CemaUnit<float>& to, const uint32_t (&x)[4], const Tile (&s)[4]) const {
@@ -1450,9 +1364,7 @@ __global__ void __launch_bounds__(32 * CHANNELS) cema_backward_blocks_kernel(bf1
     auto fetch = [&](int t0) {
         next_x = given_x.load_row(inp + f.at, t0 + time, T, D);
         next_dy = given_x.load_row(dout + f.at, t0 + time, T, D);
-        EACH(m, 4) {
-            next_s[m] = carries[((size_t)(t0 / UNIT) * gridDim.y * D + f.bd) * CEMA_LANES + 4 * m + f.i];
-        }
+        EACH(m, 4) { next_s[m] = carries[((size_t)(t0 / UNIT) * gridDim.y * D + f.bd) * CEMA_LANES + 4 * m + f.i]; }
     };
     auto add = [](float2& sum, Tile u, Tile v) {
         EACH(j, 2) { sum = mul_add(float2{u.v[2 * j], u.v[2 * j + 1]}, float2{v.v[2 * j], v.v[2 * j + 1]}, sum); }
@@ -1470,15 +1382,12 @@ __global__ void __launch_bounds__(32 * CHANNELS) cema_backward_blocks_kernel(bf1
         uint32_t x[4], dy[4];
         float2 s0[4] = {next_s[0], next_s[1], next_s[2], next_s[3]};
         Tile z[4];
-        given_x.put(time, next_x);
-        given_dy.put(reversed, next_dy);
+        given_x.put(time, next_x); given_dy.put(reversed, next_dy);
         if (t0 >= UNIT) { fetch(t0 - UNIT); }
         __syncthreads();
-        given_x.load_transposed(x);
-        given_dy.load_transposed(dy);
+        given_x.load_transposed(x); given_dy.load_transposed(dy);
         EACH(n, 2) { lag[n] = mma(dy, {x[n], x[n + 2]}, lag[n]); }
-        given_x.load(x);
-        given_dy.load(dy);
+        given_x.load(x); given_dy.load(dy);
         EACH(m, 4) {
             Tile s = f.scan<false>(mma(x, f.e[m]), s0[m], m);
             if (f.g == 0 && t0 + UNIT >= T) { ends[threadIdx.x / 32][4 * m + f.i] = s0[m]; }
@@ -1516,16 +1425,14 @@ __global__ void __launch_bounds__(32 * CHANNELS) cema_backward_blocks_kernel(bf1
     size_t k = lane % CEMA_LANES, at = f.bd * CEMA_LANES + k;
     float2 q = f.coef[k].q, top = f.powers[(SPAN - 1) * CEMA_LANES + k], P = {0, 0}, dP = {0, 0}, *total = totals[w][k];
     for (int n = SPAN - 1; n >= 0; n--) {
-        dP = mul_add(q, dP, P);
-        P = mul_add(q, P, float2{__shfl_sync(~0u, l, n), 0});
+        dP = mul_add(q, dP, P); P = mul_add(q, P, float2{__shfl_sync(~0u, l, n), 0});
     }
     float2 s0 = carries[at], u = mul_add(float2{SPAN * top.x, SPAN * top.y}, total[1], total[2]);
     P = mul_add(q, mul_add(ends[w][k], later(k), mul_add(float2{-s0.x, -s0.y}, total[3], total[0])), P);
     u = mul_add(q, u, total[0]);
     if (lane == 0) { domega[f.bd] = l; }
     if (lane >= CEMA_LANES) { return; }
-    sums[at] = make_float4(P.x, -P.y, dP.x + u.x, -dP.y - u.y);
-    first[at] = {total[3].x, -total[3].y};
+    sums[at] = make_float4(P.x, -P.y, dP.x + u.x, -dP.y - u.y); first[at] = {total[3].x, -total[3].y};
 }
 
 // From the sums to gradients of parameters, as at the end of the CPU's cema_backward. Threads x are the modes of a
@@ -1593,8 +1500,7 @@ static Cema cema_prepare(Gpu& gpu, bool is_bf16, const float* alpha, const float
     r.blocks = is_bf16 && N <= CEMA_LANES && D % CHANNELS == 0 && T >= 4 * SPAN && whole;
     size_t size = (size_t)D * r.K;
     r.coef = (CemaCoef*)gpu_scratch(&gpu, COEFFICIENTS, size * (sizeof(CemaCoef) + POWERS * sizeof(float2)));
-    r.powers = r.blocks ? (float2*)(r.coef + size) : NULL;
-    r.grid = dim3(ceil_div(D, CHANNELS), B);
+    r.powers = r.blocks ? (float2*)(r.coef + size) : NULL; r.grid = dim3(ceil_div(D, CHANNELS), B);
     cema_coefficients_kernel<<<ceil_div(size, 128), 128, 0, gpu.stream>>>(r.coef, r.powers, alpha, delta, theta, gamma,
             D, N, r.K);
     LAUNCHED();
@@ -1602,9 +1508,7 @@ static Cema cema_prepare(Gpu& gpu, bool is_bf16, const float* alpha, const float
 }
 
 // Floats that a layer keeps for the backward pass: the states before each unit of time.
-static size_t cema_carries_size(Gpu*, int B, int T, int D, int) {
-    return ceil_div(T, UNIT) * B * D * CEMA_LANES * 2;
-}
+static size_t cema_carries_size(Gpu*, int B, int T, int D, int) { return ceil_div(T, UNIT) * B * D * CEMA_LANES * 2; }
 
 template <typename X> static void cema_forward(Gpu& gpu, X* out, float* end, float* carries, const float* start,
         const X* inp, const float* alpha, const float* delta, const float* theta, const float* gamma,
@@ -1714,8 +1618,7 @@ template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, 
     Cema r = cema_prepare(gpu, false, alpha, delta, theta, gamma, B, T, D, N);
     int tiles = ceil_div(D, 32), warps = tiles * (r.K / SLICE_MODES) * B;
     int count = ceil_div(32 * gpu.card.multiProcessorCount, warps), length = ceil_div(T, count);
-    length = length < 64 ? 64 : length;
-    count = ceil_div(T, length);
+    length = length < 64 ? 64 : length; count = ceil_div(T, length);
     size_t states = (size_t)B * r.K * D, size = (size_t)B * D * N;
     float2* sums = (float2*)gpu_scratch(&gpu, SLICE_SUMS, sizeof(float2) * states * count);
     float2* all = (float2*)gpu_scratch(&gpu, SLICES, sizeof(float2) * size * (ranks.chunks + 2));
@@ -1756,11 +1659,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void norm_forward_kernel(
         float near = mean ? to_float(next_near) : 0; // sums about one of the values: the variance does not cancel
         if (mean) { next_near = inp[r + step < rows ? (r + step) * D : 0]; }
         s[0] = s[1] = 0;
-        EACH(e, 8) {
-            float y = column<WIDE>(e) < D ? x[e] - near : 0;
-            s[0] += y;
-            s[1] += y * y;
-        }
+        EACH(e, 8) { float y = column<WIDE>(e) < D ? x[e] - near : 0; s[0] += y; s[1] += y * y; }
         row_sum(s, turn);
         float off = mean ? s[0] * share : 0, m = near + off, k = rsqrtf(fmaxf(s[1] * share - off * off, 0) + eps);
         EACH(e, 8) { x[e] = (x[e] - m) * k * (scale[e] + 1) + shift[e]; }
@@ -1783,7 +1682,7 @@ template <typename X> static void norm_forward(Gpu& gpu, X* out, int ldo, float*
 // of dinp, the gradient of wh1's bias. db, dinp_sum and b are NULL where mean is.
 template <typename X, bool WIDE, bool DROP> __global__ void norm_backward_kernel(X* dinp, float* partials, X* again,
         const X* dout, int ld, const float* mean, const float* rstd, const X* inp, const float* w, const float* b,
-                size_t rows, int D, Dropout d) {
+        size_t rows, int D, Dropout d) {
     float scale[8], shift[8] = {0}, dw[8] = {0}, db[8] = {0}, dx[8] = {0}, x[8], dy[8], s[2], share = 1.0f / D;
     int turn = 0, sums = mean ? 3 : 1;
     load_row<WIDE>(scale, w, D);
@@ -1791,34 +1690,26 @@ template <typename X, bool WIDE, bool DROP> __global__ void norm_backward_kernel
     RowPiece<X, WIDE> next_x, next_dy;
     size_t first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
     auto fetch = [&](size_t r) {
-        next_x.load(inp + r * D, r < rows ? D : 0);
-        next_dy.load(dout + r * ld, r < rows ? D : 0);
+        next_x.load(inp + r * D, r < rows ? D : 0); next_dy.load(dout + r * ld, r < rows ? D : 0);
     };
     fetch(first);
     for (size_t r = first; r - threadIdx.y < rows; r += step) {
         int columns = r < rows ? D : 0;
         float m = columns && mean ? mean[r] : 0, k = columns ? rstd[r] : 0;
-        next_x.get(x);
-        next_dy.get(dy);
+        next_x.get(x); next_dy.get(dy);
         fetch(r + step);
         unsigned kept = dropout_kept_row<WIDE, DROP>(d, r);
         drop<DROP>(dy, kept, d);
         s[0] = s[1] = 0;
         EACH(e, 8) {
             x[e] = (x[e] - m) * k;
-            dw[e] += dy[e] * x[e];
-            db[e] += dy[e];
+            dw[e] += dy[e] * x[e]; db[e] += dy[e];
             dy[e] *= scale[e] + 1;
-            s[0] += dy[e];
-            s[1] += dy[e] * x[e];
+            s[0] += dy[e]; s[1] += dy[e] * x[e];
         }
         row_sum(s, turn);
         float f = mean ? s[0] * share : 0, fn = s[1] * share;
-        EACH(e, 8) {
-            dy[e] = k * (dy[e] - f - x[e] * fn);
-            dx[e] += dy[e];
-            x[e] = x[e] * (scale[e] + 1) + shift[e];
-        }
+        EACH(e, 8) { dy[e] = k * (dy[e] - f - x[e] * fn); dx[e] += dy[e]; x[e] = x[e] * (scale[e] + 1) + shift[e]; }
         store_row<WIDE>(dinp + r * D, dy, columns);
         drop<DROP>(x, kept, d);
         if (again) { store_row<WIDE>(again + r * ld, x, columns); }
@@ -1830,7 +1721,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void norm_backward_kernel
 }
 template <typename X> static void norm_backward(Gpu& gpu, X* dinp, float* dw, float* db, float* dinp_sum, X* again,
         const X* dout, int ld, const float* mean, const float* rstd, const X* inp, const float* w, const float* b,
-                size_t rows, int D, Dropout drop = no_dropout) {
+        size_t rows, int D, Dropout drop = no_dropout) {
     RowGrid r = row_grid(&gpu, rows, D, 1, 2);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * 3 * D);
     LAUNCH_DROP(norm_backward_kernel, wide(D, ld), drop, r.grid, r.block, dinp, partials, again, dout, ld, mean, rstd,
@@ -1860,12 +1751,11 @@ __device__ inline void turned(float (&y)[8], const float (&x)[8], const float (&
 // znorm (B,T,H,Z/H) and its rstd are only written if not NULL, for tests.
 template <typename X, bool WIDE> __global__ void qk_forward_kernel(X* q, X* k, X* znorm, float* znorm_rstd, const X* z,
         int ldz, const float* gamma, const float* beta, const float* rotations, unsigned rows, int T, int K, int pos,
-                int at_k, int c, int Z, int zd, float eps) {
+        int at_k, int c, int Z, int zd, float eps) {
     float ga[2][8], be[2][8], x[8], turn8[8], y[8], s[1], share = 1.0f / zd, scale = sqrtf(share);
     int turn = 0, h = blockIdx.y;
     for (int i = 0; i < 2; i++) {
-        load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd);
-        load_row<WIDE>(be[i], beta + i * Z + h * zd, zd);
+        load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd); load_row<WIDE>(be[i], beta + i * Z + h * zd, zd);
     }
     RowPiece<X, WIDE> next;
     unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
@@ -1892,7 +1782,7 @@ template <typename X, bool WIDE> __global__ void qk_forward_kernel(X* q, X* k, X
 }
 template <typename X> static void qk_forward(Gpu& gpu, X* q, X* k, X* znorm, float* znorm_rstd, const X* z, int ldz,
         const float* gamma, const float* beta, const float* rotations, int B, int T, int K, int pos, int at_k, int c,
-                int Z, int H, float eps) {
+        int Z, int H, float eps) {
     RowGrid r = row_grid(&gpu, (size_t)B * T, Z / H, H, 8);
     LAUNCH(qk_forward_kernel, wide(Z / H, ldz), r.grid, r.block, q, k, znorm, znorm_rstd, z, ldz, gamma, beta,
            rotations, B * T, T, K, pos, at_k, c, Z, Z / H, eps);
@@ -1902,7 +1792,7 @@ template <typename X> static void qk_forward(Gpu& gpu, X* q, X* k, X* znorm, flo
 // NULL.
 template <typename X, bool WIDE> __global__ void qk_backward_kernel(X* dz, float* partials, X* dznorm, const X* dq,
         const X* dk, const X* z, int ldz, const float* gamma, const float* rotations, unsigned rows, int T, int c,
-                int Z, int zd, float eps) {
+        int Z, int zd, float eps) {
     float ga[2][8], sums[5][8] = {{0}}, x[8], turn8[8], d[8], dx[8], s[1], share = 1.0f / zd, scale = sqrtf(share);
     int turn = 0, h = blockIdx.y;
     for (int i = 0; i < 2; i++) { load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd); }
@@ -1927,8 +1817,8 @@ template <typename X, bool WIDE> __global__ void qk_backward_kernel(X* dz, float
         EACH(i, 2) {
             d_now[i].get(d);
             EACH(e, 8) { // turned back by the same angle
-                float v = e & 1 ? d[e] * turn8[e - 1] - d[e - 1] * turn8[e] : d[e] * turn8[e] + d[e + 1 & 7] * turn8[e
-                        + 1 & 7];
+                float v = e & 1 ? d[e] * turn8[e - 1] - d[e - 1] * turn8[e] : d[e] * turn8[e]
+                        + d[e + 1 & 7] * turn8[e + 1 & 7];
                 sums[i][e] += v * x[e] * scale;
                 sums[2 + i][e] += v;
                 dx[e] += v * ((ga[i][e] + 1) * scale);
@@ -1938,17 +1828,14 @@ template <typename X, bool WIDE> __global__ void qk_backward_kernel(X* dz, float
         s[0] = 0;
         EACH(e, 8) { s[0] += dx[e] * x[e]; }
         row_sum(s, turn);
-        EACH(e, 8) {
-            dx[e] = rstd * (dx[e] - x[e] * (s[0] * share));
-            sums[4][e] += columns ? dx[e] : 0;
-        }
+        EACH(e, 8) { dx[e] = rstd * (dx[e] - x[e] * (s[0] * share)); sums[4][e] += columns ? dx[e] : 0; }
         store_row<WIDE>(dz + (size_t)r * ldz + h * zd, dx, columns);
     }
     EACH(i, 5) { store_partial<WIDE>(partials, 5, Z, i, sums[i], zd, h * zd); }
 }
 template <typename X> static void qk_backward(Gpu& gpu, X* dz, float* dgamma, float* dbeta, float* dz_sum, X* dznorm,
         const X* dq, const X* dk, const X* z, int ldz, const float* gamma, const float* rotations, int B, int T, int c,
-                int Z, int H, float eps) {
+        int Z, int H, float eps) {
     RowGrid r = row_grid(&gpu, (size_t)B * T, Z / H, H, 2);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * 5 * Z);
     LAUNCH(qk_backward_kernel, wide(Z / H, ldz), r.grid, r.block, dz, partials, dznorm, dq, dk, z, ldz, gamma,
@@ -1957,8 +1844,9 @@ template <typename X> static void qk_backward(Gpu& gpu, X* dz, float* dgamma, fl
 }
 
 // exp and the sigmoid as exactly as X deserves: the fast exp is off by 1e-7 |x|.
-template <typename X> __device__ inline float exp_of(float x) { return std::is_same<X,
-        float>::value ? expf(x) : __expf(x); }
+template <typename X> __device__ inline float exp_of(float x) {
+    return std::is_same<X, float>::value ? expf(x) : __expf(x);
+}
 template <typename X> __device__ inline float sigmoid_of(float x) { return __fdividef(1, 1 + exp_of<X>(-x)); }
 
 // out = silu(inp) * attention, where inp (B,T,V) has rows ldi apart. Values (attention NULL stands for ones): out
@@ -1974,8 +1862,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void gate_forward_kernel(
     fetch(first);
     for (unsigned r = first; r < rows; r += step) {
         float x[8], o[8];
-        next_x.get(x);
-        next_o.get(o);
+        next_x.get(x); next_o.get(o);
         fetch(r + step);
         EACH(e, 8) { x[e] *= sigmoid_of<X>(x[e]) * (attention ? o[e] : 1); }
         drop<DROP>(x, dropout_kept_row<WIDE, DROP>(d, r, blockIdx.y * vd), d);
@@ -2008,14 +1895,9 @@ template <typename X, bool WIDE> __global__ void value_backward_kernel(X* dinp, 
     fetch(first);
     for (unsigned r = first; r < rows; r += step) {
         size_t at = (size_t)r * V + blockIdx.y * vd;
-        next_x.get(x);
-        next_d.get(d);
+        next_x.get(x); next_d.get(d);
         fetch(r + step);
-        EACH(e, 8) {
-            float s = sigmoid_of<X>(x[e]);
-            d[e] *= s * (1 + x[e] * (1 - s));
-            sum[e] += d[e];
-        }
+        EACH(e, 8) { float s = sigmoid_of<X>(x[e]); d[e] *= s * (1 + x[e] * (1 - s)); sum[e] += d[e]; }
         store_row<WIDE>(dinp + at, d, vd);
     }
     store_partial<WIDE>(partials, 1, V, 0, sum, vd, blockIdx.y * vd);
@@ -2032,7 +1914,7 @@ template <typename X> static void value_backward(Gpu& gpu, X* dinp, float* dinp_
 // which the backward pass of the softmax needs; dinp_sum (V): the gradient of wr's bias.
 template <typename X, bool WIDE, bool DROP> __global__ void gate_backward_kernel(X* dattention, X* dinp,
         float* partials, float* dot, X* again, const X* dgated, int ldg, const X* attention, const X* inp, int ldi,
-                unsigned rows, int T, int V, int vd, Dropout dropped) {
+        unsigned rows, int T, int V, int vd, Dropout dropped) {
     float sum[8] = {0}, x[8], o[8], d[8], y[8], s[1];
     int turn = 0;
     for (unsigned r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
@@ -2040,8 +1922,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void gate_backward_kernel
         int columns = r < rows ? vd : 0;
         size_t at = head_major(r, T, T, 0, vd), at_g = (size_t)r * ldg + blockIdx.y * vd,
                 at_i = (size_t)r * ldi + blockIdx.y * vd;
-        load_row<WIDE>(x, inp + at_i, columns);
-        load_row<WIDE>(o, attention + at, columns);
+        load_row<WIDE>(x, inp + at_i, columns); load_row<WIDE>(o, attention + at, columns);
         load_row<WIDE>(d, dgated + at_g, columns);
         unsigned kept = dropout_kept_row<WIDE, DROP>(dropped, r, blockIdx.y * vd);
         drop<DROP>(d, kept, dropped);
@@ -2063,9 +1944,9 @@ template <typename X, bool WIDE, bool DROP> __global__ void gate_backward_kernel
     }
     store_partial<WIDE>(partials, 1, V, 0, sum, vd, blockIdx.y * vd);
 }
-template <typename X> static void gate_backward(Gpu& gpu, X* dattention, X* dinp, float* dinp_sum, float* dot,
-        X* again, const X* dgated, int ldg, const X* attention, const X* inp, int ldi, int B, int T, int V, int H,
-                Dropout drop = no_dropout) {
+template <typename X> static void gate_backward(Gpu& gpu, X* dattention, X* dinp, float* dinp_sum, float* dot, X* again,
+        const X* dgated, int ldg, const X* attention, const X* inp, int ldi, int B, int T, int V, int H,
+        Dropout drop = no_dropout) {
     RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * V);
     LAUNCH_DROP(gate_backward_kernel, wide(V / H, ldg, ldi), drop, r.grid, r.block, dattention, dinp, partials, dot,
@@ -2109,18 +1990,14 @@ template <typename X, bool WIDE, bool DROP> __global__ void silu_backward_kernel
         Piece<X, E> a, b, c;
         float x[E], y[E], d[E], o[E];
         size_t at = (size_t)r * ld + f, at_out = (size_t)r * F + f;
-        a.load(inp + at);
-        c.load(dout + at_out);
+        a.load(inp + at); c.load(dout + at_out);
         if (mul) { b.load(mul + at); b.get(y); }
-        a.get(x);
-        c.get(d);
+        a.get(x); c.get(d);
         unsigned kept = DROP ? dropout_kept<E>(dropped, dropout_bits(dropped, r / dropped.T, r % dropped.T, 0), f) : 0;
         drop<DROP>(d, kept, dropped);
         EACH(e, E) {
             float s = sigmoid_of<X>(x[e]), silu = x[e] * s, m = mul ? y[e] : 1;
-            o[e] = silu * m;
-            x[e] = d[e] * m * (s * (1 + x[e] * (1 - s)));
-            y[e] = d[e] * silu;
+            o[e] = silu * m; x[e] = d[e] * m * (s * (1 + x[e] * (1 - s))); y[e] = d[e] * silu;
         }
         drop<DROP>(o, kept, dropped);
         if (WIDE) {
@@ -2147,12 +2024,8 @@ template <typename X, bool WIDE> __global__ void rescale_kernel(X* out, float* p
     float scale[8], sum[8] = {0}, x[8], y[8];
     load_row<WIDE>(scale, w, D);
     for (size_t r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
-        load_row<WIDE>(x, inp + r * D, D);
-        load_row<WIDE>(y, other + r * D, D);
-        EACH(e, 8) {
-            sum[e] += x[e] * y[e];
-            x[e] = x[e] * scale[e] + (partials ? 0 : y[e]);
-        }
+        load_row<WIDE>(x, inp + r * D, D); load_row<WIDE>(y, other + r * D, D);
+        EACH(e, 8) { sum[e] += x[e] * y[e]; x[e] = x[e] * scale[e] + (partials ? 0 : y[e]); }
         store_row<WIDE>(out + r * D, x, D);
     }
     if (partials) { store_partial<WIDE>(partials, 1, D, 0, sum, D); }
@@ -2246,7 +2119,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(25
 // bf16 dot is the sum of dout * out, which is more exact than that of the rounded P dP.
 template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(256) softmax_backward_kernel(X* S, X* dP,
         int ld, size_t step, const float* lse, const float* dot, size_t stride, int rows, size_t at_q, int H,
-                Dropout dropped) {
+        Dropout dropped) {
     enum { E = WIDE ? 8 : 1 };
     int i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (i >= rows) { return; }
@@ -2268,22 +2141,12 @@ template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(25
     for (int j = lane * E; j < keys; j += 32 * E) {
         Piece<X, E> a, b;
         float x[E], y[E];
-        a.load(S + at + j);
-        b.load(dP + at + j);
-        a.get(x);
-        b.get(y);
+        a.load(S + at + j); b.load(dP + at + j);
+        a.get(x); b.get(y);
         drop<DROP>(x, DROP ? dropout_kept<E>(dropped, bits, j) : 0, dropped);
-        EACH(e, E) {
-            x[e] = j + e <= i ? exp_of<X>(x[e] - norm) : 0;
-            y[e] = j + e <= i ? x[e] * (y[e] - d) : 0;
-        }
-        if (WIDE) {
-            store8(S + at + j, x);
-            store8(dP + at + j, y);
-        } else {
-            S[at + j] = from_float<X>(x[0]);
-            dP[at + j] = from_float<X>(y[0]);
-        }
+        EACH(e, E) { x[e] = j + e <= i ? exp_of<X>(x[e] - norm) : 0; y[e] = j + e <= i ? x[e] * (y[e] - d) : 0; }
+        if (WIDE) { store8(S + at + j, x); store8(dP + at + j, y); }
+        else { S[at + j] = from_float<X>(x[0]); dP[at + j] = from_float<X>(y[0]); }
     }
 }
 
@@ -2330,7 +2193,7 @@ template <typename X> static void attention_forward(Gpu& gpu, X* out, float* lse
 // fp32. dot (B,H,T): row sums of dout * out.
 template <typename X> static void attention_backward(Gpu& gpu, X* dq, X* dk, X* dv, const X* dout, const float* dot,
         const float* lse, const X* q, const X* k, const X* v, int B, int T, int c, int H, int Z, int V,
-                Dropout drop = no_dropout) {
+        Dropout drop = no_dropout) {
     int zd = Z / H, vd = V / H;
     Spans a = attention_spans(B, T, T, c, H);
     for (int n = 0, first = 0; n < a.count; n++, first += c) {
@@ -2345,11 +2208,9 @@ template <typename X> static void attention_backward(Gpu& gpu, X* dq, X* dk, X* 
             for (int i = 0; i < rows; i += BLOCK) {
                 int m = min_int(BLOCK, rows - i);
                 gemm<X, X>(gpu, S + (size_t)i * ld, ld, qp + (size_t)i * zd, zd, false, kp, zd, true, m, i + m, zd,
-                           NULL, 0, NULL,
-                           batch, step_q, step_q, step);
+                           NULL, 0, NULL, batch, step_q, step_q, step);
                 gemm<X, X>(gpu, dS + (size_t)i * ld, ld, dp + (size_t)i * vd, vd, false, vp, vd, true, m, i + m, vd,
-                           NULL, 0, NULL,
-                           batch, step_v, step_v, step);
+                           NULL, 0, NULL, batch, step_v, step_v, step);
             }
             LAUNCH_DROP(softmax_backward_kernel, wide(rows), drop, dim3(ceil_div(rows, 8), batch), 256, S, dS, ld, step,
                         lse + at, dot + at, a.step_q, rows, at, H);
@@ -2358,14 +2219,11 @@ template <typename X> static void attention_backward(Gpu& gpu, X* dq, X* dk, X* 
                 // queries from i on, keys of this block
                 const X *Sc = S + (size_t)i * ld + i, *dSc = dS + (size_t)i * ld + i;
                 gemm<X, X>(gpu, dq + (at + i) * zd, zd, dS + (size_t)i * ld, ld, false, kp, zd, false, m, zd, i + m,
-                           NULL, 0, NULL,
-                           batch, step, step_q, step_q);
+                           NULL, 0, NULL, batch, step, step_q, step_q);
                 gemm<X, X>(gpu, dk + (at + i) * zd, zd, dSc, ld, true, qp + (size_t)i * zd, zd, false, m, zd, rows - i,
-                           NULL, 0, NULL,
-                           batch, step, step_q, step_q);
+                           NULL, 0, NULL, batch, step, step_q, step_q);
                 gemm<X, X>(gpu, dv + (at + i) * vd, vd, Sc, ld, true, dp + (size_t)i * vd, vd, false, m, vd, rows - i,
-                           NULL, 0, NULL,
-                           batch, step, step_v, step_v);
+                           NULL, 0, NULL, batch, step, step_v, step_v);
             }
         }
     }
@@ -2483,7 +2341,9 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 4) produ
             if (o < p.O && i + k * STRIDE < I) { weights[k].load(p.weight + (size_t)o * I + i + k * STRIDE); }
         }
     };
-    auto put = [&](X* to, const float* v) { if (WIDE) { store8(to, v); } else { *to = from_float<X>(v[0]); } };
+    auto put = [&](X* to, const float* v) {
+        if (WIDE) { store8(to, v); } else { *to = from_float<X>(v[0]); }
+    };
     fetch(o, lane * E);
     EACH(k, 2) { // the rest of this row and the next one
         int row = o + k * step, i = k ? 0 : AHEAD * STRIDE;
@@ -2503,8 +2363,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 4) produ
         }
         row_sum(s, turn);
         float off = p.mean ? s[0] / I : 0;
-        mean = near + off;
-        rstd = rsqrtf(fmaxf(s[1] / I - off * off, 0) + products.eps);
+        mean = near + off; rstd = rsqrtf(fmaxf(s[1] / I - off * off, 0) + products.eps);
         if (p.mean) { *p.mean = mean; }
         *p.rstd = rstd; // the same by all blocks
     }
@@ -2534,8 +2393,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 4) produ
             EACH(k, AHEAD) {
                 if (i + k * STRIDE >= I) { break; }
                 piece.load(x + i + k * STRIDE);
-                piece.get(b);
-                weights[k].get(a);
+                piece.get(b); weights[k].get(a);
                 EACH(e, E) { sum[e & 1] = fmaf(a[e], b[e], sum[e & 1]); }
             }
             bool more = i + AHEAD * STRIDE < I + lane * E;
@@ -2594,10 +2452,7 @@ template <typename X> __global__ void __launch_bounds__(512) memory_step_kernel(
             double share = sigmoid_double(alpha[d * N + k]), radius = 1 - share * sigmoid_double(delta[d * N + k]);
             double sine, cosine;
             sincospi(2.0 / N * (k + 1) * sigmoid_double(theta[d]), &sine, &cosine);
-            c[j] = gamma[d * N + k];
-            p[j] = share;
-            q_re[j] = radius * cosine;
-            q_im[j] = radius * sine;
+            c[j] = gamma[d * N + k]; p[j] = share; q_re[j] = radius * cosine; q_im[j] = radius * sine;
             prefetch(h + ((size_t)blockIdx.y * D + d) * N + k, 1, 0, 1);
         }
         if (f0 == 0) { wait_for_inputs(); }
@@ -2650,15 +2505,11 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) attenti
     float x[8], y[8], ga[2][8], be[2][8], angle[8], acc[8] = {0}, s[1] = {0}, top = -INFINITY, sum = 0;
     int turn = 0;
     bool owner = first <= pos && last == pos + 1; // of this timestep
-    K += pair * c * zd;
-    V += pair * c * vd;
+    K += pair * c * zd; V += pair * c * vd;
     prefetch(K + (size_t)first * zd, min(last - first, (int)SOON) * zd, threadIdx.x, blockDim.x);
     prefetch(V + (size_t)first * vd, min(last - first, (int)SOON) * vd, threadIdx.x, blockDim.x);
     load_row<WIDE>(angle, rotations + (size_t)pos * zd, zd);
-    EACH(i, 2) {
-        load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd);
-        load_row<WIDE>(be[i], beta + i * Z + h * zd, zd);
-    }
+    EACH(i, 2) { load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd); load_row<WIDE>(be[i], beta + i * Z + h * zd, zd); }
     wait_for_inputs();
     load_row<WIDE>(x, z + (size_t)blockIdx.z * ldz + h * zd, zd);
     EACH(e, 8) { s[0] += x[e] * x[e]; }
@@ -2666,8 +2517,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) attenti
     EACH(e, 8) { x[e] *= rsqrtf(s[0] / zd + eps); }
     EACH(i, 2) {
         turned(y, x, ga[i], be[i], angle, rsqrtf(zd));
-        if (i == 0) { store_row<WIDE>(q, y, zd); }
-        else if (owner) { store_row<WIDE>(K + (size_t)pos * zd, y, zd); }
+        if (i == 0) { store_row<WIDE>(q, y, zd); } else if (owner) { store_row<WIDE>(K + (size_t)pos * zd, y, zd); }
     }
     if (owner) {
         load_row<WIDE>(y, v + pair * vd, vd);
@@ -2727,8 +2577,7 @@ template <typename X> __global__ void attention_merge_kernel(X* gated, int ldg, 
 #pragma unroll 4
     for (int k = threadIdx.y; k < count; k += blockDim.y) {
         float weight = exp_of<X>(parts[k * step + vd] - top);
-        sum += weight * parts[k * step + vd + 1];
-        out += weight * (i < vd ? parts[k * step + i] : 0);
+        sum += weight * parts[k * step + vd + 1]; out += weight * (i < vd ? parts[k * step + i] : 0);
     }
     lines[threadIdx.y][threadIdx.x] = make_float2(sum, out);
     __syncthreads();
@@ -2764,11 +2613,12 @@ enum { ACTIVATIONS(ROW_INDEX_A) };
 // Statistics and losses are floats, all other activations of type X.
 constexpr bool act_is_float(int i) {
     return i == A_timenorm_mean || i == A_timenorm_rstd || i == A_rmsnorm_rstd || i == A_znorm_rstd
-            || i == A_attention_lse
-           || i == A_norm_mean || i == A_norm_rstd || i == A_final_mean || i == A_final_rstd || i == A_losses;
+            || i == A_attention_lse || i == A_norm_mean || i == A_norm_rstd || i == A_final_mean || i == A_final_rstd
+            || i == A_losses;
 }
-static bool act_is_head_major(int i) { return i == A_q || i == A_k || i == A_v || i == A_attention
-        || i == A_attention_lse; }
+static bool act_is_head_major(int i) {
+    return i == A_q || i == A_k || i == A_v || i == A_attention || i == A_attention_lse;
+}
 // Cheap to compute again in the backward pass: not kept for every layer.
 static bool act_is_cheap(int i) {
     return i == A_timenorm || i == A_rmsnorm || i == A_q || i == A_k || i == A_v || i == A_gated || i == A_norm
@@ -2776,8 +2626,9 @@ static bool act_is_cheap(int i) {
 }
 // Rows of the tables that stand side by side, as one product makes or takes both.
 static int act_joined_to(int i) { return i == A_gated ? A_rmsnorm : i == A_wr ? A_wz : i == A_fc3 ? A_fc1 : -1; }
-static int param_joined_to(int i) { return i == P_wr ? P_wz : i == P_wr_b ? P_wz_b : i == P_fc3 ? P_fc1 : i == P_wh2
-        ? P_wh1 : -1; }
+static int param_joined_to(int i) {
+    return i == P_wr ? P_wz : i == P_wr_b ? P_wz_b : i == P_fc3 ? P_fc1 : i == P_wh2 ? P_wh1 : -1;
+}
 
 #define FIELD_OF_X(field, ...) X* field;
 #define FIELD_OF_ACT(field, ...) std::conditional_t<act_is_float(A_##field), float, X>* field;
@@ -2820,8 +2671,7 @@ template <typename X> static Share model_share(const ModelOf<X>* m, int u) {
                : u == m->units - 1 ? m->ends[2] : m->ends[1] + (u - 2) * m->layer;
     };
     Share s = {start(u), start(u + 1), 0, 0, 0};
-    s.size = (s.end - s.begin) / m->shards;
-    s.at = s.begin + (m->shards > 1 ? ranks.rank * s.size : 0);
+    s.size = (s.end - s.begin) / m->shards; s.at = s.begin + (m->shards > 1 ? ranks.rank * s.size : 0);
     s.shard = s.begin / m->shards;
     return s;
 }
@@ -2887,8 +2737,7 @@ template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Con
     m->masters = m->params = floats(m->shards > 1 ? m->ends[0] : m->size);
     if (m->shards > 1) { m->masters = floats(m->size / m->shards); }
     if (training) {
-        m->grads = floats(m->size);
-        m->adam_m = floats(m->size / m->shards);
+        m->grads = floats(m->size); m->adam_m = floats(m->size / m->shards);
         m->adam_v = floats(m->size / m->shards);
     }
     bool same = std::is_same<X, float>::value && m->shards == 1;
@@ -2962,8 +2811,7 @@ template <typename X> static void model_part_copy(Gpu& gpu, ModelOf<X>* m, int b
         to = to > at ? min_size(to - at, span) : 0;
         return to / p->pitch * p->columns + min_size(to % p->pitch, p->columns);
     };
-    part[0] = index(s.at);
-    part[1] = index(s.at + s.size);
+    part[0] = index(s.at); part[1] = index(s.at + s.size);
     float *shares = block == WEIGHTS ? m->masters : block == ADAM_M ? m->adam_m : m->adam_v;
     float *whole = sharded ? m->grads : shares, *mine = shares + s.shard;
     size_t bytes = s.size * sizeof(float);
@@ -3069,10 +2917,7 @@ template <typename X> static void pass_alloc(Gpu& gpu, PassOf<X>* s, const Confi
     size_t BT = (size_t)B * T;
     if (BT > INT_MAX / 2) { die("%d x %d tokens in one pass are too many for the GPU program", B, T); }
     memset(s, 0, sizeof(*s));
-    s->B = B;
-    s->T = T;
-    s->keep = keep;
-    s->keep_grads = keep_grads;
+    s->B = B; s->T = T; s->keep = keep; s->keep_grads = keep_grads;
     act_specs(s->specs, c, BT, KEEP_ALL);
     s->acts_size = acts_place<X>(s->places, s->specs, c, BT, keep, false, keep_grads == KEEP_ALL);
     s->acts = (char*)gpu_alloc(&gpu, s->acts_size);
@@ -3089,19 +2934,14 @@ template <typename X> static void pass_alloc(Gpu& gpu, PassOf<X>* s, const Confi
         state_alloc(gpu, s->before, c, B, false);
     }
     if (gpu.dry) { free(s->before); return; }
-    s->targets = s->tokens + BT;
-    s->order = s->targets + BT;
-    s->begin = s->order + BT;
+    s->targets = s->tokens + BT; s->order = s->targets + BT; s->begin = s->order + BT;
     CUDA(cudaMallocHost((void**)&s->host, sizeof(int) * (4 * BT + 1)));
     CUDA(cudaEventCreateWithFlags(&s->copied, cudaEventDisableTiming));
 }
 
 template <typename X> static void pass_free(Gpu& gpu, PassOf<X>* s) {
     gpu_sync(&gpu);
-    cudaFree(s->acts);
-    cudaFree(s->grads);
-    cudaFree(s->carries);
-    cudaFree(s->tokens);
+    cudaFree(s->acts); cudaFree(s->grads); cudaFree(s->carries); cudaFree(s->tokens);
     cudaFreeHost(s->host);
     if (s->before) { state_free(gpu, s->before); free(s->before); }
     cudaEventDestroy(s->copied);
@@ -3133,8 +2973,7 @@ template <typename X> static bool pass_fetch(Gpu& gpu, const PassOf<X>* s, const
     void* raw = xcalloc(BT * n, bytes);
     gpu_sync(&gpu);
     CUDA(cudaMemcpy2D(raw, n * bytes, (grads ? s->grads : s->acts) + p->offset + l * p->step, p->pitch * bytes,
-                      n * bytes, BT,
-                      cudaMemcpyDeviceToHost));
+                      n * bytes, BT, cudaMemcpyDeviceToHost));
     for (size_t k = 0; k < BT * n; k++) { // from head-major, or with H = 1 as it is
         size_t d = n / H, b = k / (s->T * n), t = k / n % s->T, h = k % n / d;
         size_t at = ((b * H + h) * s->T + t) * d + k % d;
@@ -3193,10 +3032,7 @@ template <typename X> static StateOf<X> state_layer(const StateOf<X>* s, const C
     r = *s;
     r.norm += (size_t)l * s->B * c->norm_num_groups;
     r.h += (size_t)l * s->B * c->model_dim * c->cema_ndim * 2;
-    if (s->k && l < c->num_layers) {
-        r.k += l * chunk * c->z_dim;
-        r.v += l * chunk * c->value_dim;
-    }
+    if (s->k && l < c->num_layers) { r.k += l * chunk * c->z_dim; r.v += l * chunk * c->value_dim; }
     return r;
 }
 
@@ -3234,8 +3070,7 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
     value_forward(gpu, v, a.wv, B, T, keys, at_k, V, H);
     if (before.h) { in.h = cema_slice_carry(gpu, before.h, in.h, false, B, T, D, N); }
     cema_forward(gpu, a.cema, next.h, s->carries + l * s->carries_step, in.h, a.timenorm, w.cema_alpha, w.cema_delta,
-                 w.cema_theta,
-                 w.cema_gamma, w.cema_omega, B, T, D, N);
+                 w.cema_theta, w.cema_gamma, w.cema_omega, B, T, D, N);
     norm_forward<X>(gpu, a.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema, w.rmsnorm_w, NULL, rows, D, eps, drop.rmsnorm);
 
     // Short memory: attention inside the chunk, to the cache where there is one. z and the gate's r come from one
@@ -3307,19 +3142,14 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
     X *hidden = again ? a.hidden : NULL, *norm = again ? a.norm : NULL, *gated = again ? a.gated : NULL;
     X *rmsnorm = again ? a.rmsnorm : NULL;
     const X* dffn = d.out;
-    if (c->rescale_nffn) {
-        rescale_backward(gpu, d.fc2, g.rescale, d.out, a.fc2, w.rescale, rows, D);
-        dffn = d.fc2;
-    }
+    if (c->rescale_nffn) { rescale_backward(gpu, d.fc2, g.rescale, d.out, a.fc2, w.rescale, rows, D); dffn = d.fc2; }
     dffn = dropout<X>(gpu, d.timenorm, NULL, dffn, NULL, drop.fc2, rows, D);
     matmul_backward(gpu, d.hidden, F, dffn, D, p.fc2, rows, F, D, false);
     silu_backward(gpu, d.fc1, d.fc3, hidden, d.hidden, a.fc1, a.fc3, FF, rows, F, drop.hidden);
     matmul_backward_weight(gpu, g.fc2, dffn, D, a.hidden, F, rows, F, D);
     matmul_backward(gpu, d.norm, D, d.fc1, FF, p.fc1, rows, D, FF, false);
     norm_backward<X>(gpu, d.mega, g.norm_w, g.norm_b, drop.mega.drop ? NULL : g.wh1_b, norm, d.norm, D, a.norm_mean,
-                     a.norm_rstd, a.mega,
-                     w.norm_w, w.norm_b,
-                     rows, D);
+                     a.norm_rstd, a.mega, w.norm_w, w.norm_b, rows, D);
     matmul_backward_weight(gpu, g.fc1, d.fc1, FF, a.norm, D, rows, D, FF);
 
     const X* dsum = dropout<X>(gpu, d.timenorm, g.wh1_b, d.mega, NULL, drop.mega, rows, D);
@@ -3338,8 +3168,7 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
                 eps);
     matmul_backward(gpu, d.rmsnorm, MU, d.wz, ZR, p.wz, rows, D, ZR, true);
     norm_backward<X>(gpu, d.cema, g.rmsnorm_w, NULL, NULL, rmsnorm, d.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema,
-                     w.rmsnorm_w, NULL,
-                     rows, D, drop.rmsnorm);
+                     w.rmsnorm_w, NULL, rows, D, drop.rmsnorm);
     if (s->before) {
         cema_slice(gpu, d.cema, true, w.cema_alpha, w.cema_delta, w.cema_theta, w.cema_gamma, B, T, D, N);
     }
@@ -3355,10 +3184,8 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
 
     // x has three readers: the second hop, the first hop and the timestep norm. (dx may be d.out itself.)
     timestepnorm_backward<X>(gpu, dx, g.timenorm_w, g.timenorm_b, din.norm, d.out, d.mega, d.timenorm, a.timenorm_mean,
-                             a.timenorm_rstd,
-                             in.norm, x, w.timenorm_w, B, T, D, G, [&] {
-        matmul_backward_weight(gpu, g.wv, d.wv, V, a.timenorm, D, rows, D, V);
-    });
+                             a.timenorm_rstd, in.norm, x, w.timenorm_w, B, T, D, G, [&] { matmul_backward_weight(gpu,
+                             g.wv, d.wv, V, a.timenorm, D, rows, D, V); });
 }
 
 // Copies n ints to the device from pinned memory, which is free again when the last copies are done.
@@ -3421,14 +3248,16 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
 }
 
 __device__ inline double square_or_self(float x) { return x; }
-__device__ inline double square_or_self(float4 v) { return (double)v.x * v.x + (double)v.y * v.y + ((double)v.z * v.z
-        + (double)v.w * v.w); }
+__device__ inline double square_or_self(float4 v) {
+    return (double)v.x * v.x + (double)v.y * v.y + ((double)v.z * v.z + (double)v.w * v.w);
+}
 // Each block's part of the sum of n floats, or of the squares of n float4, in double.
 template <typename V> __global__ void sum_kernel(double* sums, const V* inp, size_t n) {
     __shared__ double part[256];
     double s = 0;
-    for (size_t i = blockIdx.x * (size_t)256
-         + threadIdx.x; i < n; i += (size_t)gridDim.x * 256) { s += square_or_self(inp[i]); }
+    for (size_t i = blockIdx.x * (size_t)256 + threadIdx.x; i < n; i += (size_t)gridDim.x * 256) {
+        s += square_or_self(inp[i]);
+    }
     part[threadIdx.x] = s;
     __syncthreads();
     for (int o = 128; o; o /= 2) {
@@ -3499,12 +3328,9 @@ template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, 
     matmul_backward(gpu, d.final, D, a.logits, vocab, c->share_emb ? p.embed : p.output, rows, D, vocab, false);
     matmul_backward_weight(gpu, c->share_emb ? g.embed : g.output, a.logits, vocab, a.final, D, rows, D, vocab);
     if (gpu.reduce) { unit_reduce(gpu, m, m->units - 1); }
-    timestepnorm_backward<X>(gpu, block_input<X>(s->dplaces, s->grads, L), g.final_w, g.final_b,
-                             state_layer(dstart, c, L).norm, NULL, NULL,
-                             d.final, a.final_mean, a.final_rstd,
-                             state_layer(s->before ? s->before : start, c, L).norm,
-                                     block_input<X>(s->places, s->acts, L),
-                             w.final_w, B, T, D, c->norm_num_groups);
+    timestepnorm_backward<X>(gpu, block_input<X>(s->dplaces, s->grads, L), g.final_w, g.final_b, state_layer(dstart, c,
+            L).norm, NULL, NULL, d.final, a.final_mean, a.final_rstd, state_layer(s->before ? s->before : start, c,
+            L).norm, block_input<X>(s->places, s->acts, L), w.final_w, B, T, D, c->norm_num_groups);
     for (int l = L - 1; l >= 0; l--) { // with --recompute, only the last layer's activations are still there
         if (s->keep == KEEP_BLOCKS && l < L - 1) { block_forward<X>(gpu, m, s, l, start, NULL, true); }
         block_backward(gpu, m, s, l, start, dstart);
@@ -3541,7 +3367,7 @@ template <typename X> static double model_grad_norm(Gpu& gpu, const ModelOf<X>* 
 // AdamW, see the CPU's; the new weights are rounded to X in the same pass.
 template <typename X> __global__ void update_kernel(float4* w, X* rounded, const float4* g, float4* m1, float4* m2,
         size_t n, float keep, float size, float correction, float beta1, float beta2, float beta1c, float beta2c,
-                float eps, float scale) {
+        float eps, float scale) {
     size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
     if (i >= n) { return; }
     float4 wv = w[i], gv = g[i], mv = m1[i], vv = m2[i];
@@ -3549,14 +3375,11 @@ template <typename X> __global__ void update_kernel(float4* w, X* rounded, const
     X out[4];
     EACH(k, 4) {
         float grad = gs[k] * scale;
-        ms[k] = beta1 * ms[k] + beta1c * grad;
-        vs[k] = beta2 * vs[k] + beta2c * grad * grad;
+        ms[k] = beta1 * ms[k] + beta1c * grad; vs[k] = beta2 * vs[k] + beta2c * grad * grad;
         ws[k] = ws[k] * keep - size * ms[k] / (sqrtf(vs[k]) * correction + eps);
         out[k] = from_float<X>(ws[k]);
     }
-    w[i] = wv;
-    m1[i] = mv;
-    m2[i] = vv;
+    w[i] = wv; m1[i] = mv; m2[i] = vv;
     if ((void*)rounded == w) { return; }
     if (sizeof(X) == 2) { *(uint2*)(rounded + 4 * i) = *(uint2*)out; } else { *(float4*)(rounded + 4 * i) = wv; }
 }
@@ -3655,8 +3478,7 @@ template <typename X> static void gpu_open(void* self, const Options* o, bool tr
     model_alloc(r->gpu, &r->m, c, training);
     if (training) {
         pass_alloc(r->gpu, &r->pass, c, o->batch, o->seq / ranks.chunks, what_to_keep<X>(r->gpu, o), KEEP_NONE);
-        r->pass.masks = masks_of(o);
-        r->sums = (double*)gpu_alloc(&r->gpu, o->accum * sizeof(double));
+        r->pass.masks = masks_of(o); r->sums = (double*)gpu_alloc(&r->gpu, o->accum * sizeof(double));
         r->losses = (double*)xcalloc(o->accum, sizeof(double));
     }
     if (training && o->carry) {
@@ -3682,8 +3504,7 @@ template <typename X> static void gpu_close(void* self) {
     free(r->carried);
     cudaFree(r->sums);
     cudaFreeHost(r->raw);
-    free(r->losses);
-    free(r->logits);
+    free(r->losses); free(r->logits);
     gpu_close(&r->gpu);
 }
 
@@ -3703,11 +3524,8 @@ template <typename X> static void gpu_copy(void* self, int block, int i, int l, 
 template <typename X> static void gpu_micro_step(void* self, const int* tokens, const int* targets, double dloss,
         bool first, uint64_t row, const bool* fresh) {
     GpuBackend<X>* r = of<X>(self);
-    r->pass.masks.row = row;
-    r->micro = first ? 0 : r->micro + 1;
-    r->gpu.accumulate = !first;
-    r->gpu.reduce = ranks.count > 1 && r->micro == r->accum - 1;
-    r->dloss = dloss;
+    r->pass.masks.row = row; r->micro = first ? 0 : r->micro + 1; r->gpu.accumulate = !first;
+    r->gpu.reduce = ranks.count > 1 && r->micro == r->accum - 1; r->dloss = dloss;
     StateOf<X> *past = fresh ? &r->carried[r->micro] : NULL, *next = fresh ? &r->next : NULL;
     if (fresh) { state_carry(r->gpu, past, &r->m.config, fresh); }
     model_forward<X>(r->gpu, &r->m, &r->pass, tokens, past, next);
@@ -3767,10 +3585,9 @@ template <typename X> static void gpu_reset(void* self) {
 
 // Dense peak in bf16 of the cards whose data sheets we know; 0 for the others.
 static double peak_flops(const cudaDeviceProp* card) {
-    static const struct { const char* name; double peak; } cards[] = {
-        {"A100", 312e12}, {"H100 PCIe", 756e12}, {"H100 NVL", 835e12}, {"H100", 989e12}, {"H200 NVL", 835e12},
-        {"H200", 989e12}, {"GH200", 989e12}, {"L40S", 362e12}, {"RTX 4090", 165e12}, {"RTX 3090", 71e12}
-    };
+    static const struct { const char* name; double peak; } cards[] = {{"A100", 312e12}, {"H100 PCIe", 756e12},
+            {"H100 NVL", 835e12}, {"H100", 989e12}, {"H200 NVL", 835e12}, {"H200", 989e12}, {"GH200", 989e12},
+            {"L40S", 362e12}, {"RTX 4090", 165e12}, {"RTX 3090", 71e12}};
     for (size_t i = 0; i < sizeof(cards) / sizeof(cards[0]); i++) {
         if (strstr(card->name, cards[i].name)) { return cards[i].peak; }
     }
