@@ -278,7 +278,6 @@ template <> struct Eight<bf16> {
         }
     }
 };
-template <typename X> __device__ inline void load8(float* v, const X* p) { Eight<X> e; e.load(p); e.get(v); }
 __device__ inline void store8(float* p, const float* v) {
     ((float4*)p)[0] = make_float4(v[0], v[1], v[2], v[3]);
     ((float4*)p)[1] = make_float4(v[4], v[5], v[6], v[7]);
@@ -288,6 +287,29 @@ __device__ inline void store8(bf16* p, const float* v) {
     uint32_t* w = (uint32_t*)&a;
     EACH(i, 4) { __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]); w[i] = *(uint32_t*)&pair; }
     *(uint4*)p = a;
+}
+
+// The same of E = 8 elements or of one.
+template <typename X, int E> struct Piece : Eight<X> { __device__ void clear() { *(Eight<X>*)this = Eight<X>(); } };
+template <typename X> struct Piece<X, 1> {
+    X x;
+    __device__ void clear() { x = from_float<X>(0); }
+    __device__ void load(const X* p) { x = *p; }
+    __device__ void get(float* v) const { v[0] = to_float(x); }
+};
+template <int E, typename X> __device__ inline void load(float (&v)[E], const X* p) {
+    Piece<X, E> piece;
+    piece.load(p);
+    piece.get(v);
+}
+template <int E, typename X> __device__ inline void store(X* p, const float (&v)[E]) {
+    if (E == 8) { store8(p, v); } else { *p = from_float<X>(v[0]); }
+}
+
+// Over the threads of a warp.
+__device__ inline float warp_sum(float v) {
+    EACH(i, 5) { v += __shfl_xor_sync(~0u, v, 16 >> i); }
+    return v;
 }
 
 // Row kernels: threads x of a block share a row and own 8 of its columns each, fixed while the threads y and the blocks
@@ -354,10 +376,7 @@ template <bool DROP, int E> __device__ inline void drop(float (&v)[E], unsigned 
 // barrier.
 template <int N> __device__ inline void row_sum(float (&v)[N], int& turn) {
     __shared__ float sums[2][32][N];
-    EACH(i, N) {
-#pragma unroll
-        for (int o = 16; o; o /= 2) { v[i] += __shfl_xor_sync(~0u, v[i], o); }
-    }
+    EACH(i, N) { v[i] = warp_sum(v[i]); }
     if (blockDim.x == 32) { return; }
     int warps = blockDim.x / 32, first = threadIdx.y * warps, warp = first + threadIdx.x / 32;
     EACH(i, N) { if (threadIdx.x % 32 == 0) { sums[turn][warp][i] = v[i]; } }
@@ -396,8 +415,7 @@ __global__ void reduce_columns_kernel(Sums sums, const float* partials, int part
     lines[threadIdx.y][threadIdx.x] = s;
     __syncthreads();
     s = lines[threadIdx.x][threadIdx.y]; // transposed, so that a warp adds the 32 sums of one column
-#pragma unroll
-    for (int o = 16; o; o /= 2) { s += __shfl_xor_sync(~0u, s, o); }
+    s = warp_sum(s);
     c = (size_t)blockIdx.x * 32 + threadIdx.y;
     if (threadIdx.x == 0 && c < columns) {
         float* to = NULL;
@@ -443,17 +461,16 @@ static int alignment(const void* p) { return p ? min_size(256, (size_t)p & -(siz
 // operands in full fp32). The algorithm is the first one that cuBLASLt's heuristics name without a split sum in no
 // fixed order: a function of shape, card and library version.
 template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, const X* a, int64_t lda, bool ta,
-        const X* b, int64_t ldb, bool tb, int64_t M, int64_t N, int64_t K, const Y* c = NULL, int64_t ldc = 0,
-        const X* bias = NULL, int batch = 1, int64_t stride_a = 0, int64_t stride_b = 0, int64_t stride_d = 0) {
+        const X* b, int64_t ldb, bool tb, int64_t M, int64_t N, int64_t K, int batch = 1, int64_t stride_a = 0,
+        int64_t stride_b = 0, int64_t stride_d = 0, const Y* c = NULL, int64_t ldc = 0, const X* bias = NULL) {
     GemmShape s;
     memset(&s, 0, sizeof(s));
-    s.M = M; s.N = N; s.K = K; s.lda = lda;
-    s.ldb = ldb; s.ldc = c ? ldc : ldd; s.ldd = ldd; s.stride_a = stride_a;
-    s.stride_b = stride_b; s.stride_c = stride_d; s.stride_d = stride_d; s.ta = ta;
-    s.tb = tb; s.batch = batch; s.accumulate = c != NULL; s.bias = bias != NULL;
+    s.M = M; s.N = N; s.K = K; s.ta = ta; s.tb = tb; s.accumulate = c != NULL; s.bias = bias != NULL;
+    s.lda = lda; s.ldb = ldb; s.ldc = c ? ldc : ldd; s.ldd = ldd;
+    s.batch = batch; s.stride_a = stride_a; s.stride_b = stride_b; s.stride_c = stride_d; s.stride_d = stride_d;
+    s.align_a = alignment(a); s.align_b = alignment(b); s.align_c = alignment(c ? c : d); s.align_d = alignment(d);
     s.type = std::is_same<X, float>::value ? CUDA_R_32F : CUDA_R_16BF;
-    s.type_out = std::is_same<Y, float>::value ? CUDA_R_32F : CUDA_R_16BF; s.align_a = alignment(a);
-    s.align_b = alignment(b); s.align_c = alignment(c ? c : d); s.align_d = alignment(d);
+    s.type_out = std::is_same<Y, float>::value ? CUDA_R_32F : CUDA_R_16BF;
     uint64_t hash = 0;
     for (size_t i = 0; i < sizeof(s) / 4; i++) {
         hash = (hash ^ ((const uint32_t*)&s)[i]) * 0x9E3779B97F4A7C15u;
@@ -465,18 +482,19 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
         if (++tried == NUM_PLANS) { plans_clear(gpu); }
     }
     GemmPlan* p = &gpu.plans[slot];
+    auto describe = [&](cublasLtMatmulDescAttributes_t name, const auto& value) {
+        CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, name, &value, sizeof(value)));
+    };
     if (!p->ready) { // cuBLASLt is column-major: a row-major (M,N) is its (N,M), so it computes D^T = B^T A^T
         if (!gpu.workspace) { gpu.workspace = gpu_alloc(&gpu, WORKSPACE); }
-        cublasOperation_t op_a = tb ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = ta ? CUBLAS_OP_T : CUBLAS_OP_N;
         cudaDataType type = (cudaDataType)s.type, type_out = (cudaDataType)s.type_out;
         p->shape = s;
         CUBLAS(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-        CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof(op_a)));
-        CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof(op_b)));
+        describe(CUBLASLT_MATMUL_DESC_TRANSA, tb ? CUBLAS_OP_T : CUBLAS_OP_N);
+        describe(CUBLASLT_MATMUL_DESC_TRANSB, ta ? CUBLAS_OP_T : CUBLAS_OP_N);
         if (bias) {
-            cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
-            CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue)));
-            CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
+            describe(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+            describe(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
         }
         CUBLAS(cublasLtMatrixLayoutCreate(&p->a, type, tb ? K : N, tb ? N : K, ldb));
         CUBLAS(cublasLtMatrixLayoutCreate(&p->b, type, ta ? M : K, ta ? K : M, lda));
@@ -484,38 +502,34 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
         CUBLAS(cublasLtMatrixLayoutCreate(&p->d, type_out, N, M, ldd));
         cublasLtMatrixLayout_t layouts[4] = {p->a, p->b, p->c, p->d};
         int64_t strides[4] = {stride_b, stride_a, stride_d, stride_d};
+        auto lay_out = [&](int i, cublasLtMatrixLayoutAttribute_t name, const auto& value) {
+            CUBLAS(cublasLtMatrixLayoutSetAttribute(layouts[i], name, &value, sizeof(value)));
+        };
         for (int i = 0; i < 4 && batch > 1; i++) {
-            CUBLAS(cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch,
-                                                    sizeof(batch)));
-            CUBLAS(cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
-                                                    &strides[i], sizeof(strides[i])));
+            lay_out(i, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, batch);
+            lay_out(i, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, strides[i]);
         }
         cublasLtMatmulPreference_t wish;
         cublasLtMatmulHeuristicResult_t found;
-        size_t workspace = WORKSPACE;
-        uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE;
-        uint32_t aligns[4] = {(uint32_t)s.align_b, (uint32_t)s.align_a, (uint32_t)s.align_c, (uint32_t)s.align_d};
         int count = 0;
         CUBLAS(cublasLtMatmulPreferenceCreate(&wish));
-        CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
-                                                    sizeof(workspace)));
-        CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions,
-                                                    sizeof(reductions)));
-        const cublasLtMatmulPreferenceAttributes_t names[4] = {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
-                CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-                CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
-        for (int i = 0; i < 4; i++) {
-            CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, names[i], &aligns[i], sizeof(aligns[i])));
-        }
+        auto prefer = [&](cublasLtMatmulPreferenceAttributes_t name, const auto& value) {
+            CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, name, &value, sizeof(value)));
+        };
+        prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (size_t)WORKSPACE);
+        prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+               (uint32_t)(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE));
+        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, (uint32_t)s.align_b);
+        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, (uint32_t)s.align_a);
+        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (uint32_t)s.align_c);
+        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint32_t)s.align_d);
         CUBLAS(cublasLtMatmulAlgoGetHeuristic(gpu.lt, p->desc, p->a, p->b, p->c, p->d, wish, 1, &found, &count));
         if (!count) { die("cuBLASLt has no algorithm for a product of %ld x %ld x %ld", (long)M, (long)N, (long)K); }
         CUBLAS(cublasLtMatmulPreferenceDestroy(wish));
         p->algo = found.algo; p->ready = true;
     }
     float alpha = 1, beta = c ? 1 : 0;
-    if (bias) {
-        CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
-    }
+    if (bias) { describe(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias); }
     CUBLAS(cublasLtMatmul(gpu.lt, p->desc, &alpha, b, p->a, a, p->b, &beta, c ? c : d, p->c, d, p->d, &p->algo,
                           gpu.workspace, WORKSPACE, gpu.stream));
 }
@@ -523,20 +537,22 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
 // out (rows,O) = inp (rows,I) weight (O,I)^T + bias (O) + add (rows,O); bias and add may be NULL, add may be out.
 template <typename X> static void matmul_forward(Gpu& gpu, X* out, int ldo, const X* inp, int ldi, const X* weight,
         const X* bias, const X* add, int lda, size_t rows, int I, int O) {
-    gemm<X, X>(gpu, out, ldo, inp, ldi, false, weight, I, true, rows, O, I, add, lda, bias);
+    gemm<X, X>(gpu, out, ldo, inp, ldi, false, weight, I, true, rows, O, I, 1, 0, 0, 0, add, lda, bias);
 }
 
 // dinp (rows,I) = dout (rows,O) weight (O,I), added to what dinp holds if accumulate.
 template <typename X> static void matmul_backward(Gpu& gpu, X* dinp, int ldi, const X* dout, int ldo, const X* weight,
         size_t rows, int I, int O, bool accumulate) {
-    gemm<X, X>(gpu, dinp, ldi, dout, ldo, false, weight, I, false, rows, I, O, accumulate ? dinp : NULL, ldi);
+    gemm<X, X>(gpu, dinp, ldi, dout, ldo, false, weight, I, false, rows, I, O, 1, 0, 0, 0,
+               accumulate ? dinp : NULL, ldi);
 }
 
 // dweight (O,I) = dout^T inp in fp32, added to what it holds if gpu.accumulate. Gradients of biases are column sums
 // that the kernels that make dout leave behind.
 template <typename X> static void matmul_backward_weight(Gpu& gpu, float* dweight, const X* dout, int ldo,
         const X* inp, int ldi, size_t rows, int I, int O) {
-    gemm<X, float>(gpu, dweight, I, dout, ldo, true, inp, ldi, false, O, I, rows, gpu.accumulate ? dweight : NULL, I);
+    gemm<X, float>(gpu, dweight, I, dout, ldo, true, inp, ldi, false, O, I, rows, 1, 0, 0, 0,
+                   gpu.accumulate ? dweight : NULL, I);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -623,14 +639,6 @@ template <typename X> static const X* dropout(Gpu& gpu, X* out, float* sum, cons
 // the usual groups of 32 and 64 features (LANES = 4 and 8) a thread keeps its features in registers; for all others
 // (LANES = 0) it reads them as often as they are needed.
 enum { STEPS = 4, WARPS = 8, SEGMENT = STEPS * WARPS };
-
-template <typename X, int VEC> struct Piece : Eight<X> { __device__ void clear() { *(Eight<X>*)this = Eight<X>(); } };
-template <typename X> struct Piece<X, 1> {
-    X x;
-    __device__ void clear() { x = from_float<X>(0); }
-    __device__ void load(const X* p) { x = *p; }
-    __device__ void get(float* v) const { v[0] = to_float(x); }
-};
 
 // Where a thread of the timestep norm's kernels stands. The second pass goes backwards: what the first one read last is
 // still in the cache.
@@ -741,8 +749,7 @@ template <typename X, int VEC, int LANES, bool APPLY>
             get(i, f);
             if (!LANES) { get_weights(f); }
             EACH(e, VEC) { a[e] = (a[e] - mu) * r * scale[e] + shift[e]; }
-            X* to = out + p.at + (size_t)i * D + f;
-            if (VEC == 8) { store8(to, a); } else { *to = from_float<X>(a[0]); }
+            store(out + p.at + (size_t)i * D + f, a);
             if (LANES) { break; }
         }
         if (p.sub == 0) { size_t k = (p.row * T + p.t0 + i) * G + p.g; mean[k] = mu; rstd[k] = r; }
@@ -803,18 +810,15 @@ static NormGrid norm_grid(int B, int T, int D, int G) {
     r.count = ceil_div(T, SEGMENT); r.blocks = (size_t)B * r.count * ceil_div(G, 32 / r.lanes);
     return r;
 }
+#define NORM_KERNEL(kernel, APPLY) (r.fixed == 4 ? kernel<X, 8, 4, APPLY> : r.fixed == 8 ? kernel<X, 8, 8, APPLY> \
+                                    : r.wide ? kernel<X, 8, 0, APPLY> : kernel<X, 1, 0, APPLY>)
 
 template <typename X> static void timestepnorm_forward(Gpu& gpu, X* out, float* mean, float* rstd, NormState* end,
         NormState* before, const NormState* start, const X* inp, const float* w, const float* b, int B, int T, int D,
         int G, float eps) {
     NormGrid r = norm_grid(B, T, D, G);
     float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
-    auto pass = r.fixed == 4 ? timestepnorm_forward_kernel<X, 8, 4, false> : r.fixed == 8
-            ? timestepnorm_forward_kernel<X, 8, 8, false> : r.wide ? timestepnorm_forward_kernel<X, 8, 0, false>
-            : timestepnorm_forward_kernel<X, 1, 0, false>;
-    auto apply = r.fixed == 4 ? timestepnorm_forward_kernel<X, 8, 4, true> : r.fixed == 8
-            ? timestepnorm_forward_kernel<X, 8, 8, true> : r.wide ? timestepnorm_forward_kernel<X, 8, 0, true>
-            : timestepnorm_forward_kernel<X, 1, 0, true>;
+    auto pass = NORM_KERNEL(timestepnorm_forward_kernel, false), apply = NORM_KERNEL(timestepnorm_forward_kernel, true);
     pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(out, mean, rstd, segments, inp, w, b, T, D, G, r.lanes, eps);
     size_t lines = (size_t)B * G, bytes = sizeof(NormState) * lines;
     NormState* all = NULL;
@@ -928,9 +932,8 @@ template <typename X, int VEC, int LANES, bool APPLY>
                 get(i, f);
                 EACH(e, VEC) { dw[e] += dy[e] * (x[e] - mu[i]) * r[i]; db[e] += dy[e]; }
             }
-            float *to_dw = &lines[0][p.warp][threadIdx.x % 32 * VEC],
-                    *to_db = &lines[1][p.warp][threadIdx.x % 32 * VEC];
-            if (VEC == 8) { store8(to_dw, dw); store8(to_db, db); } else { *to_dw = dw[0]; *to_db = db[0]; }
+            store(&lines[0][p.warp][threadIdx.x % 32 * VEC], dw);
+            store(&lines[1][p.warp][threadIdx.x % 32 * VEC], db);
             __syncthreads();
             for (int i = threadIdx.x; i < 2 * 32 * VEC; i += 32 * WARPS) {
                 int which = i / (32 * VEC), j = i % (32 * VEC), g = p.g0 + j / p.width, k = f0 + j % p.width;
@@ -964,8 +967,7 @@ template <typename X, int VEC, int LANES, bool APPLY>
                 added[i][k].get(a);
                 EACH(e, VEC) { dy[e] += a[e]; }
             }
-            X* to = dinp + p.at + (size_t)i * D + f;
-            if (VEC == 8) { store8(to, dy); } else { *to = from_float<X>(dy[0]); }
+            store(dinp + p.at + (size_t)i * D + f, dy);
             if (LANES) { break; }
         }
     }
@@ -1015,12 +1017,7 @@ template <typename X, typename F = void (*)()> static void timestepnorm_backward
     NormGrid r = norm_grid(B, T, D, G);
     float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * B * r.count * 2 * D);
-    auto pass = r.fixed == 4 ? timestepnorm_backward_kernel<X, 8, 4, false> : r.fixed == 8
-            ? timestepnorm_backward_kernel<X, 8, 8, false> : r.wide ? timestepnorm_backward_kernel<X, 8, 0, false>
-            : timestepnorm_backward_kernel<X, 1, 0, false>;
-    auto apply = r.fixed == 4 ? timestepnorm_backward_kernel<X, 8, 4, true> : r.fixed == 8
-            ? timestepnorm_backward_kernel<X, 8, 8, true> : r.wide ? timestepnorm_backward_kernel<X, 8, 0, true>
-            : timestepnorm_backward_kernel<X, 1, 0, true>;
+    auto pass = NORM_KERNEL(timestepnorm_backward_kernel, false), apply = NORM_KERNEL(timestepnorm_backward_kernel, true);
     pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start, inp,
                                                   w, T, D, G, r.lanes);
     size_t lines = (size_t)B * G, bytes = sizeof(NormSums) * lines;
@@ -1968,8 +1965,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void silu_forward_kernel(
         a.get(x);
         EACH(e, E) { x[e] *= sigmoid_of<X>(x[e]) * (mul ? y[e] : 1); }
         drop<DROP>(x, DROP ? dropout_kept<E>(d, dropout_bits(d, r / d.T, r % d.T, 0), f) : 0, d);
-        X* to = out + (size_t)r * F + f;
-        if (WIDE) { store8(to, x); } else { *to = from_float<X>(x[0]); }
+        store(out + (size_t)r * F + f, x);
     }
 }
 static dim3 flat_grid(size_t rows, int columns) { return dim3(ceil_div(columns, 256), min_size(rows, 65535)); }
@@ -2000,15 +1996,9 @@ template <typename X, bool WIDE, bool DROP> __global__ void silu_backward_kernel
             o[e] = silu * m; x[e] = d[e] * m * (s * (1 + x[e] * (1 - s))); y[e] = d[e] * silu;
         }
         drop<DROP>(o, kept, dropped);
-        if (WIDE) {
-            store8(dinp + at, x);
-            if (mul) { store8(dmul + at, y); }
-            if (again) { store8(again + at_out, o); }
-        } else {
-            dinp[at] = from_float<X>(x[0]);
-            if (mul) { dmul[at] = from_float<X>(y[0]); }
-            if (again) { again[at_out] = from_float<X>(o[0]); }
-        }
+        store(dinp + at, x);
+        if (mul) { store(dmul + at, y); }
+        if (again) { store(again + at_out, o); }
     }
 }
 template <typename X> static void silu_backward(Gpu& gpu, X* dinp, X* dmul, X* again, const X* dout, const X* inp,
@@ -2134,19 +2124,15 @@ template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(25
             if (DROP && !dropout_kept<1>(dropped, bits, j)) { continue; }
             d += exp_of<X>(to_float(S[at + j]) - norm) * to_float(dP[at + j]);
         }
-#pragma unroll
-        for (int o = 16; o; o /= 2) { d += __shfl_xor_sync(~0u, d, o); }
+        d = warp_sum(d);
     }
 #pragma unroll 4
     for (int j = lane * E; j < keys; j += 32 * E) {
-        Piece<X, E> a, b;
         float x[E], y[E];
-        a.load(S + at + j); b.load(dP + at + j);
-        a.get(x); b.get(y);
+        load(x, S + at + j); load(y, dP + at + j);
         drop<DROP>(x, DROP ? dropout_kept<E>(dropped, bits, j) : 0, dropped);
         EACH(e, E) { x[e] = j + e <= i ? exp_of<X>(x[e] - norm) : 0; y[e] = j + e <= i ? x[e] * (y[e] - d) : 0; }
-        if (WIDE) { store8(S + at + j, x); store8(dP + at + j, y); }
-        else { S[at + j] = from_float<X>(x[0]); dP[at + j] = from_float<X>(y[0]); }
+        store(S + at + j, x); store(dP + at + j, y);
     }
 }
 
@@ -2178,12 +2164,10 @@ template <typename X> static void attention_forward(Gpu& gpu, X* out, float* lse
                 int m = min_int(BLOCK, rows - i), keys = pos + i + m;
                 if (K > T) { keys = min_int(K, ceil_div(keys, 128) * 128); } // from a cache: few different shapes
                 size_t at_q = p * a.step_q + first + i, at_k = p * a.step_k + first, step = (size_t)m * ld;
-                gemm<X, X>(gpu, S, ld, q + at_q * zd, zd, false, k + at_k * zd, zd, true, m, keys, zd, NULL, 0, NULL,
-                           batch, a.step_q * zd, a.step_k * zd, step);
+                gemm<X, X>(gpu, S, ld, q + at_q * zd, zd, false, k + at_k * zd, zd, true, m, keys, zd, batch, a.step_q * zd, a.step_k * zd, step);
                 LAUNCH_DROP(softmax_forward_kernel, wide(keys), drop, dim3(ceil_div(m, 8), batch), 256, S, ld, step,
                             lse + at_q, a.step_q, m, keys, pos + i, at_q, H);
-                gemm<X, X>(gpu, out + at_q * vd, vd, S, ld, false, v + at_k * vd, vd, false, m, vd, keys, NULL, 0, NULL,
-                           batch, step, a.step_k * vd, a.step_q * vd);
+                gemm<X, X>(gpu, out + at_q * vd, vd, S, ld, false, v + at_k * vd, vd, false, m, vd, keys, batch, step, a.step_k * vd, a.step_q * vd);
             }
         }
     }
@@ -2207,10 +2191,8 @@ template <typename X> static void attention_backward(Gpu& gpu, X* dq, X* dk, X* 
             const X *qp = q + at * zd, *kp = k + at * zd, *vp = v + at * vd, *dp = dout + at * vd;
             for (int i = 0; i < rows; i += BLOCK) {
                 int m = min_int(BLOCK, rows - i);
-                gemm<X, X>(gpu, S + (size_t)i * ld, ld, qp + (size_t)i * zd, zd, false, kp, zd, true, m, i + m, zd,
-                           NULL, 0, NULL, batch, step_q, step_q, step);
-                gemm<X, X>(gpu, dS + (size_t)i * ld, ld, dp + (size_t)i * vd, vd, false, vp, vd, true, m, i + m, vd,
-                           NULL, 0, NULL, batch, step_v, step_v, step);
+                gemm<X, X>(gpu, S + (size_t)i * ld, ld, qp + (size_t)i * zd, zd, false, kp, zd, true, m, i + m, zd, batch, step_q, step_q, step);
+                gemm<X, X>(gpu, dS + (size_t)i * ld, ld, dp + (size_t)i * vd, vd, false, vp, vd, true, m, i + m, vd, batch, step_v, step_v, step);
             }
             LAUNCH_DROP(softmax_backward_kernel, wide(rows), drop, dim3(ceil_div(rows, 8), batch), 256, S, dS, ld, step,
                         lse + at, dot + at, a.step_q, rows, at, H);
@@ -2218,12 +2200,9 @@ template <typename X> static void attention_backward(Gpu& gpu, X* dq, X* dk, X* 
                 int m = min_int(BLOCK, rows - i);
                 // queries from i on, keys of this block
                 const X *Sc = S + (size_t)i * ld + i, *dSc = dS + (size_t)i * ld + i;
-                gemm<X, X>(gpu, dq + (at + i) * zd, zd, dS + (size_t)i * ld, ld, false, kp, zd, false, m, zd, i + m,
-                           NULL, 0, NULL, batch, step, step_q, step_q);
-                gemm<X, X>(gpu, dk + (at + i) * zd, zd, dSc, ld, true, qp + (size_t)i * zd, zd, false, m, zd, rows - i,
-                           NULL, 0, NULL, batch, step, step_q, step_q);
-                gemm<X, X>(gpu, dv + (at + i) * vd, vd, Sc, ld, true, dp + (size_t)i * vd, vd, false, m, vd, rows - i,
-                           NULL, 0, NULL, batch, step, step_v, step_v);
+                gemm<X, X>(gpu, dq + (at + i) * zd, zd, dS + (size_t)i * ld, ld, false, kp, zd, false, m, zd, i + m, batch, step, step_q, step_q);
+                gemm<X, X>(gpu, dk + (at + i) * zd, zd, dSc, ld, true, qp + (size_t)i * zd, zd, false, m, zd, rows - i, batch, step, step_q, step_q);
+                gemm<X, X>(gpu, dv + (at + i) * vd, vd, Sc, ld, true, dp + (size_t)i * vd, vd, false, m, vd, rows - i, batch, step, step_v, step_v);
             }
         }
     }
@@ -2239,9 +2218,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) crossen
     int target = targets[blockIdx.x], lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float x[E], top = -INFINITY, sum = 0, at_target = target == IGNORE ? 0 : to_float(row[target]);
     for (int i = threadIdx.x * E; target != IGNORE && i < vocab; i += blockDim.x * E) {
-        Piece<X, E> piece;
-        piece.load(row + i);
-        piece.get(x);
+        load(x, row + i);
         float most = top;
         EACH(e, E) { most = fmaxf(most, x[e]); }
         sum *= exp_of<X>(top - most);
@@ -2268,25 +2245,15 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) crossen
     if (!gradient) { return; }
     float scale = dloss / sum;
     for (int i = threadIdx.x * E; i < vocab; i += blockDim.x * E) {
-        Piece<X, E> piece;
-        piece.load(row + i);
-        piece.get(x);
+        load(x, row + i);
         EACH(e, E) { x[e] = target == IGNORE ? 0 : exp_of<X>(x[e] - all) * scale - (i + e == target ? dloss : 0); }
-        if (WIDE) { store8(row + i, x); } else { row[i] = from_float<X>(x[0]); }
+        store(row + i, x);
     }
 }
 template <typename X> static void crossentropy(Gpu& gpu, float* losses, X* logits, const int* targets, float dloss,
         bool gradient, size_t rows, int vocab) {
     int threads = min_size(1024, ceil_div(ceil_div(vocab, 8), 32) * 32);
     LAUNCH(crossentropy_kernel, wide(vocab), rows, threads, losses, logits, targets, dloss, gradient, vocab);
-}
-template <typename X> static void crossentropy_forward(Gpu& gpu, float* losses, X* logits, const int* targets,
-        size_t rows, int vocab) {
-    crossentropy(gpu, losses, logits, targets, 0, false, rows, vocab);
-}
-template <typename X> static void crossentropy_backward(Gpu& gpu, X* logits, float* losses, const int* targets,
-        float dloss, size_t rows, int vocab) {
-    crossentropy(gpu, losses, logits, targets, dloss, true, rows, vocab);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2334,15 +2301,12 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 4) produ
     const Product<X>& p = products.of[second];
     int lane = threadIdx.x % 32, turn = 0, I = p.I, block = blockIdx.x - (second ? products.blocks : 0);
     int o = block * 8 + threadIdx.x / 32, step = 8 * (second ? gridDim.x - products.blocks : products.blocks);
-    Piece<X, E> weights[AHEAD], piece;
+    Piece<X, E> weights[AHEAD];
     auto fetch = [&](int o, int i) {
         EACH(k, AHEAD) {
             weights[k].clear();
             if (o < p.O && i + k * STRIDE < I) { weights[k].load(p.weight + (size_t)o * I + i + k * STRIDE); }
         }
-    };
-    auto put = [&](X* to, const float* v) {
-        if (WIDE) { store8(to, v); } else { *to = from_float<X>(v[0]); }
     };
     fetch(o, lane * E);
     EACH(k, 2) { // the rest of this row and the next one
@@ -2357,8 +2321,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 4) produ
     float a[E], b[E], near = p.mean ? to_float(from[0]) : 0, s[2] = {0, 0}, mean = 0, rstd = 1;
     if (p.w) {
         for (int i = threadIdx.x * E; i < I; i += 256 * E) {
-            piece.load(from + i);
-            piece.get(a);
+            load(a, from + i);
             EACH(e, E) { s[0] += a[e] - near; s[1] += (a[e] - near) * (a[e] - near); }
         }
         row_sum(s, turn);
@@ -2368,8 +2331,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 4) produ
         *p.rstd = rstd; // the same by all blocks
     }
     for (int i = threadIdx.x * E; i < I; i += 256 * E) {
-        piece.load(from + i);
-        piece.get(a);
+        load(a, from + i);
         if (p.w) {
             Piece<float, E> w, shift;
             shift.clear();
@@ -2380,11 +2342,11 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 4) produ
             shift.get(b);
             EACH(e, E) { a[e] += b[e]; }
         } else if (p.from) {
-            if (p.mul) { piece.load(p.mul + i); piece.get(b); }
+            if (p.mul) { load(b, p.mul + i); }
             EACH(e, E) { a[e] *= sigmoid_of<X>(a[e]) * (p.mul ? b[e] : 1); }
         }
-        put(x + i, a);
-        if (p.from && block == 0) { put(p.inp + i, a); }
+        store(x + i, a);
+        if (p.from && block == 0) { store(p.inp + i, a); }
     }
     __syncthreads();
     for (; o < p.O; o += step) {
@@ -2392,14 +2354,14 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 4) produ
         for (int i = lane * E; i < I + lane * E; i += AHEAD * STRIDE) {
             EACH(k, AHEAD) {
                 if (i + k * STRIDE >= I) { break; }
-                piece.load(x + i + k * STRIDE);
-                piece.get(b); weights[k].get(a);
+                load(b, x + i + k * STRIDE);
+                weights[k].get(a);
                 EACH(e, E) { sum[e & 1] = fmaf(a[e], b[e], sum[e & 1]); }
             }
             bool more = i + AHEAD * STRIDE < I + lane * E;
             fetch(more ? o : o + step, more ? i + AHEAD * STRIDE : lane * E);
         }
-        float y = team_sum<32>(sum[0] + sum[1], 32), more = p.bias ? to_float(p.bias[o]) : 0;
+        float y = warp_sum(sum[0] + sum[1]), more = p.bias ? to_float(p.bias[o]) : 0;
         if (lane == 0) { p.out[o] = from_float<X>(y + more + (p.add ? to_float(p.add[o]) : 0)); }
     }
 }
@@ -2436,10 +2398,10 @@ template <typename X> __global__ void __launch_bounds__(512) memory_step_kernel(
         const X* x = inp + (size_t)row * D + g * F;
         float mean = 0, var = 0;
         for (int f = lane; f < F; f += 32) { mean += to_float(x[f]); }
-        mean = team_sum<32>(mean, 32) / F;
+        mean = warp_sum(mean) / F;
         for (int f = lane; f < F; f += 32) { var += (to_float(x[f]) - mean) * (to_float(x[f]) - mean); }
         NormState s = norm[row * G + g];
-        merge(s.count, s.mean, s.var, 1.0, (double)mean, (double)(team_sum<32>(var, 32) / F));
+        merge(s.count, s.mean, s.var, 1.0, (double)mean, (double)(warp_sum(var) / F));
         return s;
     };
     for (int f0 = 0; f0 < F; f0 += 512 / lanes) {
@@ -2538,7 +2500,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) attenti
                 }
             }
             EACH(u, KEYS) {
-                dot[u] = team_sum<32>(dot[u], 32);
+                dot[u] = warp_sum(dot[u]);
                 if (lane == 0 && j + u < n) { scores[j + u] = dot[u]; }
             }
         }
