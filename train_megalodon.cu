@@ -51,9 +51,7 @@ static void check_cuda(cudaError_t e, const char* what, int line) {
     if (e != cudaSuccess) { die("CUDA: %s (%s, train_megalodon.cu:%d)", cudaGetErrorString(e), what, line); }
 }
 static void check_cublas(cublasStatus_t s, const char* what, int line) {
-    if (s != CUBLAS_STATUS_SUCCESS) {
-        die("cuBLAS: %s (%s, train_megalodon.cu:%d)", cublasLtGetStatusString(s), what, line);
-    }
+    if (s) { die("cuBLAS: %s (%s, train_megalodon.cu:%d)", cublasLtGetStatusString(s), what, line); }
 }
 #define CUDA(call) check_cuda(call, #call, __LINE__)
 #define CUBLAS(call) check_cublas(call, #call, __LINE__)
@@ -79,16 +77,12 @@ struct GemmShape { // all that the choice of an algorithm depends on; compared a
     int ta, tb, type, type_out, batch, accumulate, bias, align_a, align_b, align_c, align_d;
 };
 struct GemmPlan {
-    GemmShape shape;
-    cublasLtMatmulDesc_t desc;
-    cublasLtMatrixLayout_t a, b, c, d;
-    cublasLtMatmulAlgo_t algo;
-    bool ready;
+    GemmShape shape; cublasLtMatmulDesc_t desc; cublasLtMatrixLayout_t a, b, c, d;
+    cublasLtMatmulAlgo_t algo; bool ready;
 };
 enum { NUM_PLANS = 4096, WORKSPACE = 64 << 20 };
 // Scratch memory: partial sums by block, which reduce_columns adds up; what segments of time hand on; coefficients of
-// CEMA; scores of attention and their gradients; what ranks with slices of a sequence tell each other, and CEMA's sums
-// for that.
+// CEMA; scores of attention and their gradients; what ranks with slices of a sequence exchange, and CEMA's sums for it.
 enum { PARTIALS, CARRIES, COEFFICIENTS, SCORES, SLICES, SLICE_SUMS, NUM_SCRATCH };
 
 struct Gpu {
@@ -136,8 +130,7 @@ static void* gpu_alloc(Gpu* gpu, size_t bytes) {
     if (gpu->dry) { gpu->allocated += bytes; return NULL; }
     if (cudaMalloc(&p, bytes) != cudaSuccess) {
         size_t free = 0, total = 0;
-        cudaGetLastError();
-        cudaMemGetInfo(&free, &total);
+        cudaGetLastError(); cudaMemGetInfo(&free, &total);
         die("out of GPU memory: %.1f MB asked for, %.1f MB of %.1f MB are free, this program holds %.1f MB",
             bytes / 1e6, free / 1e6, total / 1e6, gpu->allocated / 1e6);
     }
@@ -160,10 +153,8 @@ static void plans_clear(Gpu& gpu) {
 }
 
 static void gpu_close(Gpu* gpu) {
-    plans_clear(*gpu);
-    free(gpu->plans);
-    cublasLtDestroy(gpu->lt);
-    cudaStreamDestroy(gpu->stream);
+    plans_clear(*gpu); free(gpu->plans);
+    cublasLtDestroy(gpu->lt); cudaStreamDestroy(gpu->stream);
 }
 
 // Scratch memory of at least this size. Grows when a larger need comes up, which is in the first step.
@@ -194,8 +185,7 @@ static void check_nccl(ncclResult_t e, const char* what, int line) {
 static void ranks_connect(Gpu* gpu) {
     if (ranks.count == 1) { return; }
 #ifdef USE_NCCL
-    char name[256] = "";
-    uint32_t machine = 2166136261u;
+    char name[256] = ""; uint32_t machine = 2166136261u;
     gethostname(name, sizeof(name) - 1);
     for (const char* c = name; *c; c++) { machine = (machine ^ *c) * 16777619u; }
     double* cards = (double*)xcalloc(ranks.count, sizeof(double)); // NCCL may hang if two ranks use one
@@ -263,8 +253,7 @@ template <> struct Eight<float> {
     float4 a, b;
     __device__ void load(const float* p) { a = ((const float4*)p)[0]; b = ((const float4*)p)[1]; }
     __device__ void get(float* v) const {
-        v[0] = a.x; v[1] = a.y; v[2] = a.z; v[3] = a.w;
-        v[4] = b.x; v[5] = b.y; v[6] = b.z; v[7] = b.w;
+        v[0] = a.x; v[1] = a.y; v[2] = a.z; v[3] = a.w; v[4] = b.x; v[5] = b.y; v[6] = b.z; v[7] = b.w;
     }
 };
 template <> struct Eight<bf16> {
@@ -283,8 +272,7 @@ __device__ inline void store8(float* p, const float* v) {
     ((float4*)p)[1] = make_float4(v[4], v[5], v[6], v[7]);
 }
 __device__ inline void store8(bf16* p, const float* v) {
-    uint4 a;
-    uint32_t* w = (uint32_t*)&a;
+    uint4 a; uint32_t* w = (uint32_t*)&a;
     EACH(i, 4) { __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]); w[i] = *(uint32_t*)&pair; }
     *(uint4*)p = a;
 }
@@ -299,8 +287,7 @@ template <typename X> struct Piece<X, 1> {
 };
 template <int E, typename X> __device__ inline void load(float (&v)[E], const X* p) {
     Piece<X, E> piece;
-    piece.load(p);
-    piece.get(v);
+    piece.load(p); piece.get(v);
 }
 template <int E, typename X> __device__ inline void store(X* p, const float (&v)[E]) {
     if (E == 8) { store8(p, v); } else { *p = from_float<X>(v[0]); }
@@ -319,8 +306,7 @@ enum { MAX_ROW = 8192 };
 template <bool WIDE> __device__ inline int column(int e) {
     return WIDE ? 8 * threadIdx.x + e : 2 * ((e / 2) * blockDim.x + threadIdx.x) + (e & 1);
 }
-// A thread's part of a row as it is in memory; zeros past the last column. Kernels load the next row while they work on
-// one.
+// A thread's part of a row as it is in memory; zeros past the last column. Kernels load the next row ahead.
 template <typename X, bool WIDE> struct RowPiece : Eight<X> {
     __device__ void load(const X* row, int columns) {
         *(Eight<X>*)this = Eight<X>();
@@ -336,8 +322,7 @@ template <typename X> struct RowPiece<X, false> {
 };
 template <bool WIDE, typename X> __device__ inline void load_row(float (&v)[8], const X* row, int columns) {
     RowPiece<X, WIDE> piece;
-    piece.load(row, columns);
-    piece.get(v);
+    piece.load(row, columns); piece.get(v);
 }
 template <bool WIDE, typename X> __device__ inline void store_row(X* row, const float (&v)[8], int columns) {
     if (WIDE) {
@@ -347,8 +332,7 @@ template <bool WIDE, typename X> __device__ inline void store_row(X* row, const 
     }
 }
 
-// Which of E neighbouring elements, from i on, dropout keeps: as bits. bits: of the row, see dropout_bits. E is 1, or 8
-// and i a multiple of 4.
+// Which of E (1, or 8 and i % 4 = 0) neighbours from i on dropout keeps: as bits. bits: of the row, see dropout_bits.
 template <int E> __device__ inline unsigned dropout_kept(const Dropout& d, uint64_t bits, int i) {
     unsigned kept = 0;
     EACH(k, (E + 3) / 4) {
@@ -372,8 +356,7 @@ template <bool DROP, int E> __device__ inline void drop(float (&v)[E], unsigned 
 }
 
 // Sums each of N numbers over the threads of a row; all of them get the results. Calls take turns with two buffers,
-// told apart by `turn`, so one barrier a call is enough: nobody writes a buffer before all have passed the next call's
-// barrier.
+// told apart by `turn`, so one barrier a call is enough: nobody writes a buffer before all have passed the next one.
 template <int N> __device__ inline void row_sum(float (&v)[N], int& turn) {
     __shared__ float sums[2][32][N];
     EACH(i, N) { v[i] = warp_sum(v[i]); }
@@ -415,8 +398,7 @@ __global__ void reduce_columns_kernel(Sums sums, const float* partials, int part
     lines[threadIdx.y][threadIdx.x] = s;
     __syncthreads();
     s = lines[threadIdx.x][threadIdx.y]; // transposed, so that a warp adds the 32 sums of one column
-    s = warp_sum(s);
-    c = (size_t)blockIdx.x * 32 + threadIdx.y;
+    s = warp_sum(s); c = (size_t)blockIdx.x * 32 + threadIdx.y;
     if (threadIdx.x == 0 && c < columns) {
         float* to = NULL;
         EACH(i, 5) { if (c / sums.width == i) { to = sums.to[i]; } }
@@ -473,8 +455,7 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
     s.type_out = std::is_same<Y, float>::value ? CUDA_R_32F : CUDA_R_16BF;
     uint64_t hash = 0;
     for (size_t i = 0; i < sizeof(s) / 4; i++) {
-        hash = (hash ^ ((const uint32_t*)&s)[i]) * 0x9E3779B97F4A7C15u;
-        hash ^= hash >> 29;
+        hash = (hash ^ ((const uint32_t*)&s)[i]) * 0x9E3779B97F4A7C15u; hash ^= hash >> 29;
     }
     size_t slot = hash % NUM_PLANS, tried = 0;
     while (gpu.plans[slot].ready && memcmp(&gpu.plans[slot].shape, &s, sizeof(s))) {
@@ -509,8 +490,7 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
             lay_out(i, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, batch);
             lay_out(i, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, strides[i]);
         }
-        cublasLtMatmulPreference_t wish;
-        cublasLtMatmulHeuristicResult_t found;
+        cublasLtMatmulPreference_t wish; cublasLtMatmulHeuristicResult_t found;
         int count = 0;
         CUBLAS(cublasLtMatmulPreferenceCreate(&wish));
         auto prefer = [&](cublasLtMatmulPreferenceAttributes_t name, const auto& value) {
@@ -640,8 +620,7 @@ template <typename X> static const X* dropout(Gpu& gpu, X* out, float* sum, cons
 // (LANES = 0) it reads them as often as they are needed.
 enum { STEPS = 4, WARPS = 8, SEGMENT = STEPS * WARPS };
 
-// Where a thread of the timestep norm's kernels stands. The second pass goes backwards: what the first one read last is
-// still in the cache.
+// Where a thread of the timestep norm's kernels stands. The second pass goes backwards: what was read last is cached.
 struct NormPlace {
     // g0: the block's first group; steps: of this warp, up to STEPS
     int warp, sub, team, g0, g, segment, steps, F, width;
@@ -677,14 +656,12 @@ template <typename R> __device__ inline void merge(R& n, R& mean, R& var, R k, R
     n += k; mean += d * w; var += (v - var) * w + d * d * w * (1 - w);
 }
 
-// segments (B,G,segments) holds (count, mean, var): without APPLY of each segment, written; with APPLY of all before
-// it.
+// segments (B,G,segments) holds (count, mean, var): without APPLY of each segment, written; with it, of all before.
 template <typename X, int VEC, int LANES, bool APPLY>
         __global__ void __launch_bounds__(32 * WARPS) timestepnorm_forward_kernel(X* out, float* mean, float* rstd,
         float4* segments, const X* inp, const float* w, const float* b, int T, int D, int G, int lanes, float eps) {
     __shared__ float3 totals[WARPS][32];
-    NormPlace p(T, D, G, lanes, VEC, APPLY);
-    Piece<X, VEC> kept[STEPS];
+    NormPlace p(T, D, G, lanes, VEC, APPLY); Piece<X, VEC> kept[STEPS];
     float m[STEPS], v[STEPS], a[VEC], n = 0, run_mean = 0, run_var = 0;
     if (LANES) {
         EACH(i, STEPS) {
@@ -764,8 +741,7 @@ __global__ void timestepnorm_scan_kernel(float4* segments, NormState* end, NormS
     size_t line = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
     int lane = threadIdx.x % 32, each = (count + 31) / 32, first = lane * each, last = min(first + each, count);
     if (line >= lines) { return; }
-    double n = 0, mean = 0, var = 0;
-    float4* s = segments + line * count;
+    double n = 0, mean = 0, var = 0; float4* s = segments + line * count;
     auto past = [&] {
         n = mean = var = 0;
         if (start) { n = start[line].count; mean = start[line].mean; var = start[line].var; }
@@ -784,8 +760,7 @@ __global__ void timestepnorm_scan_kernel(float4* segments, NormState* end, NormS
         }
     }
     double n1 = n, mean1 = mean, var1 = var;
-    n = __shfl_up_sync(~0u, n, 1); mean = __shfl_up_sync(~0u, mean, 1);
-    var = __shfl_up_sync(~0u, var, 1);
+    n = __shfl_up_sync(~0u, n, 1); mean = __shfl_up_sync(~0u, mean, 1); var = __shfl_up_sync(~0u, var, 1);
     if (lane == 0) {
         past();
         if (before) { before[line].count = n; before[line].mean = mean; before[line].var = var; }
@@ -802,8 +777,7 @@ __global__ void timestepnorm_scan_kernel(float4* segments, NormState* end, NormS
 // Geometry of the timestep norm's kernels: threads of a group, blocks, segments of time.
 struct NormGrid { int lanes, fixed, count; bool wide; size_t blocks; }; // fixed: LANES
 static NormGrid norm_grid(int B, int T, int D, int G) {
-    NormGrid r;
-    int F = D / G;
+    NormGrid r; int F = D / G;
     r.wide = wide(F); r.lanes = 1;
     while (r.lanes < 32 && r.lanes * (r.wide ? 8 : 1) < F) { r.lanes *= 2; }
     r.fixed = r.wide && r.lanes * 8 >= F && (r.lanes == 4 || r.lanes == 8) ? r.lanes : 0;
@@ -827,8 +801,7 @@ template <typename X> static void timestepnorm_forward(Gpu& gpu, X* out, float* 
         NormState* mine = all + lines * ranks.chunks;
         timestepnorm_scan_kernel<<<ceil_div(lines, 4), 128, 0, gpu.stream>>>(segments, mine, NULL, NULL, NULL, 0, true,
                 r.count, lines);
-        slices_gather(gpu, all, mine, bytes);
-        slices_wait(gpu);
+        slices_gather(gpu, all, mine, bytes); slices_wait(gpu);
     }
     timestepnorm_scan_kernel<<<ceil_div(lines, 4), 128, 0, gpu.stream>>>(segments, end, before, start, all,
             before ? ranks.chunk : 0, false, r.count, lines);
@@ -846,8 +819,7 @@ template <typename X, bool WIDE> __global__ void timestepnorm_again_kernel(X* ou
     next.load(inp + first * D, first < rows ? D : 0);
     for (size_t r = first; r < rows; r += step) {
         int F = D / G;
-        next.get(x);
-        next.load(inp + (r + step) * D, r + step < rows ? D : 0);
+        next.get(x); next.load(inp + (r + step) * D, r + step < rows ? D : 0);
         if (WIDE) { // 8 features of one group
             size_t k = r * G + min(column<WIDE>(0) / F, G - 1);
             float mu = mean[k], s = rstd[k];
@@ -925,8 +897,7 @@ template <typename X, int VEC, int LANES, bool APPLY>
         int count = (T + SEGMENT - 1) / SEGMENT;
         float* part = partials + ((size_t)p.row * count + p.segment) * 2 * D;
         for (int f0 = 0; f0 < p.F; f0 += p.width) { // dw and db of one piece of each group
-            float dw[VEC] = {0}, db[VEC] = {0};
-            int f = f0 + p.sub;
+            float dw[VEC] = {0}, db[VEC] = {0}; int f = f0 + p.sub;
             EACH(i, STEPS) {
                 if (f >= p.F) { break; }
                 get(i, f);
@@ -1017,7 +988,8 @@ template <typename X, typename F = void (*)()> static void timestepnorm_backward
     NormGrid r = norm_grid(B, T, D, G);
     float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * B * r.count * 2 * D);
-    auto pass = NORM_KERNEL(timestepnorm_backward_kernel, false), apply = NORM_KERNEL(timestepnorm_backward_kernel, true);
+    auto pass = NORM_KERNEL(timestepnorm_backward_kernel, false);
+    auto apply = NORM_KERNEL(timestepnorm_backward_kernel, true);
     pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start, inp,
                                                   w, T, D, G, r.lanes);
     size_t lines = (size_t)B * G, bytes = sizeof(NormSums) * lines;
@@ -1083,8 +1055,7 @@ __device__ inline float sum_lanes(float v) {
 
 // The form for any size: CEMA_LANES threads share a feature of a batch row and have M modes each.
 struct CemaPlace {
-    int d, lane;
-    bool active;
+    int d, lane; bool active;
     size_t bd, at; // of (b,d) | of (b,0,d) among (B,T,D)
     __device__ CemaPlace(int T, int D) {
         d = (blockIdx.x * blockDim.x + threadIdx.x) / CEMA_LANES; lane = threadIdx.x % CEMA_LANES;
@@ -1095,8 +1066,7 @@ struct CemaPlace {
 };
 template <typename X, int M> __global__ void cema_forward_kernel(X* out, float* end, const float* start, const X* inp,
         const CemaCoef* coef, const float* omega, int T, int D, int N) {
-    CemaPlace f(T, D);
-    CemaCoef m[M];
+    CemaPlace f(T, D); CemaCoef m[M];
     float2 s[M];
     EACH(j, M) {
         m[j] = coef[(size_t)f.d * CEMA_LANES * M + j * CEMA_LANES + f.lane];
@@ -1124,8 +1094,7 @@ template <typename X, int M> __global__ void cema_forward_kernel(X* out, float* 
 template <typename X, int M> __global__ void cema_backward_kernel(X* dinp, float4* sums, float2* first, float* domega,
         const X* dout, const float* start, const float* after, const X* inp, const CemaCoef* coef, const float* omega,
         int T, int D, int N) {
-    CemaPlace f(T, D);
-    CemaCoef m[M];
+    CemaPlace f(T, D); CemaCoef m[M];
     float2 a[M] = {}, b[M] = {}, Q[M] = {}, R[M] = {}; // b is a'
     float dw = 0;
     EACH(j, M) {
@@ -1305,13 +1274,11 @@ __global__ void __launch_bounds__(32 * CHANNELS, 2) cema_forward_blocks_kernel(b
         int D, int N) {
     __shared__ CemaUnit<bf16> given;
     __shared__ CemaUnit<float> made;
-    CemaBlocks f(coef, powers, omega, T, D);
-    float2 h[4];
+    CemaBlocks f(coef, powers, omega, T, D); float2 h[4];
     EACH(m, 4) { int k = 4 * m + f.i; h[m] = cema_start(start, f.bd, k, N, f.coef[k].p); }
     uint4 next = given.load_row(inp + f.at, threadIdx.x, T, D);
     for (int t0 = 0; t0 < T; t0 += UNIT, carries += (size_t)gridDim.y * D * CEMA_LANES) {
-        uint32_t x[4];
-        Tile s[4];
+        uint32_t x[4]; Tile s[4];
         given.put(threadIdx.x, next);
         next = given.load_row(inp + f.at, t0 + UNIT + threadIdx.x, T, D);
         __syncthreads();
@@ -1389,11 +1356,9 @@ __global__ void __launch_bounds__(32 * CHANNELS) cema_backward_blocks_kernel(bf1
             Tile s = f.scan<false>(mma(x, f.e[m]), s0[m], m);
             if (f.g == 0 && t0 + UNIT >= T) { ends[threadIdx.x / 32][4 * m + f.i] = s0[m]; }
             z[m] = mma(dy, f.e[m]);
-            add(sz[m], s, z[m]);
-            add(rest[m], s, mma(dy, derivative[m]));
+            add(sz[m], s, z[m]); add(rest[m], s, mma(dy, derivative[m]));
             z[m] = f.scan<true>(z[m], a[m], m); // f
-            add(sf[m], s, z[m]);
-            add(rest[m], mma(x, derivative[m]), z[m]);
+            add(sf[m], s, z[m]); add(rest[m], mma(x, derivative[m]), z[m]);
         }
         f.output(made, dy, z);
         __syncthreads();
@@ -1432,8 +1397,7 @@ __global__ void __launch_bounds__(32 * CHANNELS) cema_backward_blocks_kernel(bf1
     sums[at] = make_float4(P.x, -P.y, dP.x + u.x, -dP.y - u.y); first[at] = {total[3].x, -total[3].y};
 }
 
-// From the sums to gradients of parameters, as at the end of the CPU's cema_backward. Threads x are the modes of a
-// feature.
+// From the sums to gradients of parameters, as at the end of the CPU's cema_backward. Threads x: modes.
 __global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega,
         float* dstart, const float4* sums, const float2* first, const float* dw, const float* start,
         const CemaCoef* coef, const float* alpha, const float* delta, const float* theta, const float* gamma,
@@ -1442,14 +1406,12 @@ __global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dthet
     int k = threadIdx.x, d = blockIdx.x * blockDim.y + threadIdx.y;
     double dangle = 0, s_theta = d < D ? sigmoid_double(theta[d]) : 0;
     if (d < D && k < N) {
-        size_t i = (size_t)d * N + k;
-        CemaCoef m = coef[(size_t)d * K + k];
+        size_t i = (size_t)d * N + k; CemaCoef m = coef[(size_t)d * K + k];
         double p = sigmoid_double(alpha[i]), root = sqrt((double)N), dp = 0;
         double2 q = {m.q.x, m.q.y}, g = {gamma[2 * i] / root, gamma[2 * i + 1] / root}, dq = {0, 0}, dg = {0, 0};
         for (int b = 0; b < B; b++) {
             size_t bd = (size_t)b * D + d, at_h = 2 * (bd * N + k);
-            float4 s = sums[bd * K + k];
-            float2 a = first[bd * K + k];
+            float4 s = sums[bd * K + k]; float2 a = first[bd * K + k];
             dp += g.x * s.x + g.y * s.y;
             dq = mul_add(double2{p * g.x, -p * g.y}, double2{s.z, s.w}, dq);
             dg = {dg.x + p * s.x, dg.y + p * s.y};
@@ -1458,8 +1420,7 @@ __global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dthet
             dg = mul_add(double2{start[at_h], -start[at_h + 1]}, qa, dg);
             if (!dstart) { continue; }
             qa = mul_add(double2{g.x, -g.y}, qa, double2{dstart[at_h], dstart[at_h + 1]});
-            dstart[at_h] = qa.x;
-            dstart[at_h + 1] = qa.y;
+            dstart[at_h] = qa.x; dstart[at_h + 1] = qa.y;
         }
         double s_delta = sigmoid_double(delta[i]), sine, cosine;
         sincospi(2.0 / N * (k + 1) * s_theta, &sine, &cosine);
@@ -1481,13 +1442,7 @@ __global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dthet
 }
 
 // How a launch goes about it.
-struct Cema {
-    int K;
-    bool blocks; // on tensor cores
-    CemaCoef* coef;
-    float2* powers;
-    dim3 grid;
-};
+struct Cema { int K; bool blocks; CemaCoef* coef; float2* powers; dim3 grid; }; // blocks: on tensor cores
 static int cema_width(int N) { return CEMA_LANES * (N <= CEMA_LANES ? 1 : MANY); }
 static Cema cema_prepare(Gpu& gpu, bool is_bf16, const float* alpha, const float* delta, const float* theta,
         const float* gamma, int B, int T, int D, int N) {
@@ -1529,8 +1484,7 @@ template <typename X> static void cema_backward(Gpu& gpu, X* dinp, float* dalpha
     size_t states = (size_t)B * D * r.K;
     float4* sums = (float4*)gpu_scratch(&gpu, CARRIES, states * (sizeof(float4) + sizeof(float2))
                                         + sizeof(float) * B * D);
-    float2* first = (float2*)(sums + states);
-    float* dw = (float*)(first + states);
+    float2* first = (float2*)(sums + states); float* dw = (float*)(first + states);
     if (r.blocks) {
         cema_backward_blocks_kernel<<<r.grid, 32 * CHANNELS, 0, gpu.stream>>>((bf16*)dinp, sums, first, dw,
                 (const float2*)carries, after, (const bf16*)dout, (const bf16*)inp, r.coef, r.powers, omega, T, D, N);
@@ -1552,8 +1506,7 @@ enum { SLICE_MODES = 8 };
 template <typename X> __global__ void cema_slice_kernel(float2* sums, const X* inp, const CemaCoef* coef, bool back,
         int length, int T, int D, int K) {
     int d = blockIdx.x * 32 + threadIdx.x, k0 = threadIdx.y * SLICE_MODES, t0 = blockIdx.z * length;
-    int n = min(length, T - t0);
-    float2 q[SLICE_MODES], s[SLICE_MODES] = {};
+    int n = min(length, T - t0); float2 q[SLICE_MODES], s[SLICE_MODES] = {};
     if (d >= D) { return; }
     EACH(k, SLICE_MODES) { q[k] = coef[(size_t)d * K + k0 + k].q; }
     const X* x = inp + ((size_t)blockIdx.y * T + t0) * D + d;
@@ -1581,8 +1534,7 @@ __global__ void cema_slice_end_kernel(float2* end, const float2* sums, const Cem
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, step = (size_t)B * K * D;
     int d = i % D, k = i / D % K, b = i / D / K;
     if (i >= step || k >= N) { return; }
-    CemaCoef m = coef[(size_t)d * K + k];
-    double2 q = {m.q.x, m.q.y}, s = {0, 0};
+    CemaCoef m = coef[(size_t)d * K + k]; double2 q = {m.q.x, m.q.y}, s = {0, 0};
     double2 power = complex_power(q, length), last_power = complex_power(q, T - (count - 1) * length);
 #pragma unroll 8
     for (int j = 0; j < count; j++) {
@@ -1629,8 +1581,7 @@ template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, 
 }
 // state (B,D,N,2): h before this slice, start being that before the first; or a after it. NULL: in scratch memory.
 static float* cema_slice_carry(Gpu& gpu, float* state, const float* start, bool back, int B, int T, int D, int N) {
-    size_t size = (size_t)B * D * N;
-    float2* all = (float2*)gpu.scratch[SLICES];
+    size_t size = (size_t)B * D * N; float2* all = (float2*)gpu.scratch[SLICES];
     if (!state) { state = (float*)(all + size * (ranks.chunks + 1)); }
     slices_wait(gpu);
     cema_slice_carry_kernel<<<ceil_div(size, 128), 128, 0, gpu.stream>>>((float2*)state, (const float2*)start, all,
@@ -1651,8 +1602,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void norm_forward_kernel(
     next.load(inp + first * D, first < rows ? D : 0);
     X next_near = inp[first < rows ? first * D : 0];
     for (size_t r = first; r - threadIdx.y < rows; r += step) { // all threads of a block take part in the last round
-        next.get(x);
-        next.load(inp + (r + step) * D, r + step < rows ? D : 0);
+        next.get(x); next.load(inp + (r + step) * D, r + step < rows ? D : 0);
         float near = mean ? to_float(next_near) : 0; // sums about one of the values: the variance does not cancel
         if (mean) { next_near = inp[r + step < rows ? (r + step) * D : 0]; }
         s[0] = s[1] = 0;
@@ -1785,8 +1735,7 @@ template <typename X> static void qk_forward(Gpu& gpu, X* q, X* k, X* znorm, flo
            rotations, B * T, T, K, pos, at_k, c, Z, Z / H, eps);
 }
 
-// dz (B,T,Z) with rows ldz apart, from dq and dk (B,H,T,Z/H); dz_sum (Z): the gradient of wz's bias. dznorm may be
-// NULL.
+// dz (B,T,Z), rows ldz apart, from dq and dk (B,H,T,Z/H); dz_sum (Z): the gradient of wz's bias. dznorm may be NULL.
 template <typename X, bool WIDE> __global__ void qk_backward_kernel(X* dz, float* partials, X* dznorm, const X* dq,
         const X* dk, const X* z, int ldz, const float* gamma, const float* rotations, unsigned rows, int T, int c,
         int Z, int zd, float eps) {
@@ -1803,8 +1752,7 @@ template <typename X, bool WIDE> __global__ void qk_backward_kernel(X* dz, float
     for (unsigned r = first; r - threadIdx.y < rows; r += step) {
         int columns = r < rows ? zd : 0;
         RowPiece<X, WIDE> d_now[2] = {next_d[0], next_d[1]};
-        next_z.get(x);
-        fetch(r + step);
+        next_z.get(x); fetch(r + step);
         load_row<WIDE>(turn8, rotations + (size_t)(r % T % c) * zd, columns);
         s[0] = 0;
         EACH(e, 8) { s[0] += x[e] * x[e]; dx[e] = 0; }
@@ -1816,8 +1764,7 @@ template <typename X, bool WIDE> __global__ void qk_backward_kernel(X* dz, float
             EACH(e, 8) { // turned back by the same angle
                 float v = e & 1 ? d[e] * turn8[e - 1] - d[e - 1] * turn8[e] : d[e] * turn8[e]
                         + d[e + 1 & 7] * turn8[e + 1 & 7];
-                sums[i][e] += v * x[e] * scale;
-                sums[2 + i][e] += v;
+                sums[i][e] += v * x[e] * scale; sums[2 + i][e] += v;
                 dx[e] += v * ((ga[i][e] + 1) * scale);
             }
         }
@@ -1882,8 +1829,7 @@ template <typename X> static void gate_forward(Gpu& gpu, X* gated, int ldg, cons
 // dinp = dv silu'(inp); dinp_sum (V): the gradient of wv's bias.
 template <typename X, bool WIDE> __global__ void value_backward_kernel(X* dinp, float* partials, const X* dv,
         const X* inp, unsigned rows, int T, int V, int vd) {
-    float sum[8] = {0}, x[8], d[8];
-    RowPiece<X, WIDE> next_x, next_d;
+    float sum[8] = {0}, x[8], d[8]; RowPiece<X, WIDE> next_x, next_d;
     unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
     auto fetch = [&](unsigned r) {
         next_x.load(inp + (size_t)r * V + blockIdx.y * vd, r < rows ? vd : 0);
@@ -1912,11 +1858,9 @@ template <typename X> static void value_backward(Gpu& gpu, X* dinp, float* dinp_
 template <typename X, bool WIDE, bool DROP> __global__ void gate_backward_kernel(X* dattention, X* dinp,
         float* partials, float* dot, X* again, const X* dgated, int ldg, const X* attention, const X* inp, int ldi,
         unsigned rows, int T, int V, int vd, Dropout dropped) {
-    float sum[8] = {0}, x[8], o[8], d[8], y[8], s[1];
-    int turn = 0;
+    float sum[8] = {0}, x[8], o[8], d[8], y[8], s[1]; int turn = 0;
     for (unsigned r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
-        unsigned r = r0 + threadIdx.y;
-        int columns = r < rows ? vd : 0;
+        unsigned r = r0 + threadIdx.y; int columns = r < rows ? vd : 0;
         size_t at = head_major(r, T, T, 0, vd), at_g = (size_t)r * ldg + blockIdx.y * vd,
                 at_i = (size_t)r * ldi + blockIdx.y * vd;
         load_row<WIDE>(x, inp + at_i, columns); load_row<WIDE>(o, attention + at, columns);
@@ -1926,10 +1870,8 @@ template <typename X, bool WIDE, bool DROP> __global__ void gate_backward_kernel
         s[0] = 0;
         EACH(e, 8) {
             float g = sigmoid_of<X>(x[e]), silu = x[e] * g;
-            y[e] = o[e] * silu;
-            s[0] += d[e] * y[e];
-            x[e] = d[e] * o[e] * (g * (1 + x[e] * (1 - g)));
-            sum[e] += x[e];
+            y[e] = o[e] * silu; s[0] += d[e] * y[e];
+            x[e] = d[e] * o[e] * (g * (1 + x[e] * (1 - g))); sum[e] += x[e];
             d[e] *= silu;
         }
         row_sum(s, turn);
@@ -1958,8 +1900,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void silu_forward_kernel(
     int f = (blockIdx.x * blockDim.x + threadIdx.x) * E;
     if (f >= F) { return; }
     for (unsigned r = blockIdx.y; r < rows; r += gridDim.y) {
-        Piece<X, E> a, b;
-        float x[E], y[E];
+        Piece<X, E> a, b; float x[E], y[E];
         a.load(inp + (size_t)r * ld + f);
         if (mul) { b.load(mul + (size_t)r * ld + f); b.get(y); }
         a.get(x);
@@ -1983,8 +1924,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void silu_backward_kernel
     int f = (blockIdx.x * blockDim.x + threadIdx.x) * E;
     if (f >= F) { return; }
     for (unsigned r = blockIdx.y; r < rows; r += gridDim.y) {
-        Piece<X, E> a, b, c;
-        float x[E], y[E], d[E], o[E];
+        Piece<X, E> a, b, c; float x[E], y[E], d[E], o[E];
         size_t at = (size_t)r * ld + f, at_out = (size_t)r * F + f;
         a.load(inp + at); c.load(dout + at_out);
         if (mul) { b.load(mul + at); b.get(y); }
@@ -2007,8 +1947,7 @@ template <typename X> static void silu_backward(Gpu& gpu, X* dinp, X* dmul, X* a
                 again, dout, inp, mul, ld, rows, F);
 }
 
-// out (rows,D) = inp * w + add (may be out); and dinp = dout * w with dw the column sums of dout * inp. With
-// rescale_nffn.
+// With rescale_nffn: out (rows,D) = inp * w + add (may be out); dinp = dout * w, dw the column sums of dout * inp.
 template <typename X, bool WIDE> __global__ void rescale_kernel(X* out, float* partials, const X* inp, const X* other,
         const float* w, size_t rows, int D) {
     float scale[8], sum[8] = {0}, x[8], y[8];
@@ -2048,8 +1987,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(25
     enum { E = WIDE ? 8 : 1, KEPT = 8 }; // a warp has a row, a thread keeps KEPT pieces of it in registers
     int i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32, n = seen + i + 1;
     if (i >= rows) { return; }
-    X* s = S + blockIdx.y * step + (size_t)i * ld;
-    Piece<X, E> kept[KEPT];
+    X* s = S + blockIdx.y * step + (size_t)i * ld; Piece<X, E> kept[KEPT];
     float x[E], top = -INFINITY, sum = 0;
     uint64_t bits = DROP ? dropout_bits_of_query(d, at + blockIdx.y * stride + i, H) : 0;
     auto fetch = [&](Piece<X, E>& piece, int j) { // dropped scores become -infinity
@@ -2152,8 +2090,7 @@ template <typename X> static int pairs_at_once(int pairs, size_t elements) {
 // out (B,H,T,V/H), q (B,H,T,Z/H), k (B,H,K,Z/H), v (B,H,K,V/H), lse (B,H,T)
 template <typename X> static void attention_forward(Gpu& gpu, X* out, float* lse, const X* q, const X* k, const X* v,
         int B, int T, int K, int pos, int c, int H, int Z, int V, Dropout drop = no_dropout) {
-    int zd = Z / H, vd = V / H;
-    Spans a = attention_spans(B, T, K, c, H);
+    int zd = Z / H, vd = V / H; Spans a = attention_spans(B, T, K, c, H);
     for (int n = 0, first = 0; n < a.count; n++, first += c) {
         int rows = min_int(a.rows, T - first), block = min_int(rows, BLOCK), ld = ceil_div(pos + rows, 128) * 128;
         int most = pairs_at_once<X>(a.pairs, (size_t)block * ld);
@@ -2164,10 +2101,12 @@ template <typename X> static void attention_forward(Gpu& gpu, X* out, float* lse
                 int m = min_int(BLOCK, rows - i), keys = pos + i + m;
                 if (K > T) { keys = min_int(K, ceil_div(keys, 128) * 128); } // from a cache: few different shapes
                 size_t at_q = p * a.step_q + first + i, at_k = p * a.step_k + first, step = (size_t)m * ld;
-                gemm<X, X>(gpu, S, ld, q + at_q * zd, zd, false, k + at_k * zd, zd, true, m, keys, zd, batch, a.step_q * zd, a.step_k * zd, step);
+                gemm<X, X>(gpu, S, ld, q + at_q * zd, zd, false, k + at_k * zd, zd, true, m, keys, zd, batch,
+                           a.step_q * zd, a.step_k * zd, step);
                 LAUNCH_DROP(softmax_forward_kernel, wide(keys), drop, dim3(ceil_div(m, 8), batch), 256, S, ld, step,
                             lse + at_q, a.step_q, m, keys, pos + i, at_q, H);
-                gemm<X, X>(gpu, out + at_q * vd, vd, S, ld, false, v + at_k * vd, vd, false, m, vd, keys, batch, step, a.step_k * vd, a.step_q * vd);
+                gemm<X, X>(gpu, out + at_q * vd, vd, S, ld, false, v + at_k * vd, vd, false, m, vd, keys, batch, step,
+                           a.step_k * vd, a.step_q * vd);
             }
         }
     }
@@ -2178,8 +2117,7 @@ template <typename X> static void attention_forward(Gpu& gpu, X* out, float* lse
 template <typename X> static void attention_backward(Gpu& gpu, X* dq, X* dk, X* dv, const X* dout, const float* dot,
         const float* lse, const X* q, const X* k, const X* v, int B, int T, int c, int H, int Z, int V,
         Dropout drop = no_dropout) {
-    int zd = Z / H, vd = V / H;
-    Spans a = attention_spans(B, T, T, c, H);
+    int zd = Z / H, vd = V / H; Spans a = attention_spans(B, T, T, c, H);
     for (int n = 0, first = 0; n < a.count; n++, first += c) {
         int rows = min_int(a.rows, T - first), ld = ceil_div(rows, 8) * 8;
         size_t step = (size_t)rows * ld, step_q = a.step_q * zd, step_v = a.step_q * vd;
@@ -2191,8 +2129,10 @@ template <typename X> static void attention_backward(Gpu& gpu, X* dq, X* dk, X* 
             const X *qp = q + at * zd, *kp = k + at * zd, *vp = v + at * vd, *dp = dout + at * vd;
             for (int i = 0; i < rows; i += BLOCK) {
                 int m = min_int(BLOCK, rows - i);
-                gemm<X, X>(gpu, S + (size_t)i * ld, ld, qp + (size_t)i * zd, zd, false, kp, zd, true, m, i + m, zd, batch, step_q, step_q, step);
-                gemm<X, X>(gpu, dS + (size_t)i * ld, ld, dp + (size_t)i * vd, vd, false, vp, vd, true, m, i + m, vd, batch, step_v, step_v, step);
+                gemm<X, X>(gpu, S + (size_t)i * ld, ld, qp + (size_t)i * zd, zd, false, kp, zd, true, m, i + m, zd,
+                           batch, step_q, step_q, step);
+                gemm<X, X>(gpu, dS + (size_t)i * ld, ld, dp + (size_t)i * vd, vd, false, vp, vd, true, m, i + m, vd,
+                           batch, step_v, step_v, step);
             }
             LAUNCH_DROP(softmax_backward_kernel, wide(rows), drop, dim3(ceil_div(rows, 8), batch), 256, S, dS, ld, step,
                         lse + at, dot + at, a.step_q, rows, at, H);
@@ -2200,9 +2140,12 @@ template <typename X> static void attention_backward(Gpu& gpu, X* dq, X* dk, X* 
                 int m = min_int(BLOCK, rows - i);
                 // queries from i on, keys of this block
                 const X *Sc = S + (size_t)i * ld + i, *dSc = dS + (size_t)i * ld + i;
-                gemm<X, X>(gpu, dq + (at + i) * zd, zd, dS + (size_t)i * ld, ld, false, kp, zd, false, m, zd, i + m, batch, step, step_q, step_q);
-                gemm<X, X>(gpu, dk + (at + i) * zd, zd, dSc, ld, true, qp + (size_t)i * zd, zd, false, m, zd, rows - i, batch, step, step_q, step_q);
-                gemm<X, X>(gpu, dv + (at + i) * vd, vd, Sc, ld, true, dp + (size_t)i * vd, vd, false, m, vd, rows - i, batch, step, step_v, step_v);
+                gemm<X, X>(gpu, dq + (at + i) * zd, zd, dS + (size_t)i * ld, ld, false, kp, zd, false, m, zd, i + m,
+                           batch, step, step_q, step_q);
+                gemm<X, X>(gpu, dk + (at + i) * zd, zd, dSc, ld, true, qp + (size_t)i * zd, zd, false, m, zd, rows - i,
+                           batch, step, step_q, step_q);
+                gemm<X, X>(gpu, dv + (at + i) * vd, vd, Sc, ld, true, dp + (size_t)i * vd, vd, false, m, vd, rows - i,
+                           batch, step, step_v, step_v);
             }
         }
     }
@@ -2221,8 +2164,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) crossen
         load(x, row + i);
         float most = top;
         EACH(e, E) { most = fmaxf(most, x[e]); }
-        sum *= exp_of<X>(top - most);
-        top = most;
+        sum *= exp_of<X>(top - most); top = most;
         EACH(e, E) { sum += exp_of<X>(x[e] - top); }
     }
     float all = top;
@@ -2296,8 +2238,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 4) produ
         const __grid_constant__ Products<X> products) {
     enum { E = WIDE ? 8 : 1, AHEAD = 8, STRIDE = 32 * E };
     extern __shared__ uint4 memory[];
-    X* x = (X*)memory;
-    bool second = blockIdx.x >= products.blocks;
+    X* x = (X*)memory; bool second = blockIdx.x >= products.blocks;
     const Product<X>& p = products.of[second];
     int lane = threadIdx.x % 32, turn = 0, I = p.I, block = blockIdx.x - (second ? products.blocks : 0);
     int o = block * 8 + threadIdx.x / 32, step = 8 * (second ? gridDim.x - products.blocks : products.blocks);
@@ -2395,8 +2336,7 @@ template <typename X> __global__ void __launch_bounds__(512) memory_step_kernel(
     enum { K = CEMA_MAX_NDIM / 32 };
     int F = D / G, g = blockIdx.x, lane = threadIdx.x % 32, lanes = N <= 16 ? 16 : 32, k0 = threadIdx.x % lanes;
     auto statistics = [&](int row) { // up to this timestep; each warp for itself
-        const X* x = inp + (size_t)row * D + g * F;
-        float mean = 0, var = 0;
+        const X* x = inp + (size_t)row * D + g * F; float mean = 0, var = 0;
         for (int f = lane; f < F; f += 32) { mean += to_float(x[f]); }
         mean = warp_sum(mean) / F;
         for (int f = lane; f < F; f += 32) { var += (to_float(x[f]) - mean) * (to_float(x[f]) - mean); }
@@ -2419,8 +2359,7 @@ template <typename X> __global__ void __launch_bounds__(512) memory_step_kernel(
         }
         if (f0 == 0) { wait_for_inputs(); }
         for (int row = blockIdx.y; row < B; row += gridDim.y) {
-            size_t at = (size_t)row * D + d;
-            float2 v[K];
+            size_t at = (size_t)row * D + d; float2 v[K];
             EACH(j, K) { if (h && k0 + j * lanes < N) { v[j] = h[at * N + k0 + j * lanes]; } }
             NormState s = statistics(row);
             X stored = from_float<X>((to_float(inp[at]) - (float)s.mean) * rsqrtf((float)s.var + eps) * scale + shift);
@@ -2429,8 +2368,7 @@ template <typename X> __global__ void __launch_bounds__(512) memory_step_kernel(
                 int k = k0 + j * lanes;
                 if (!h || k >= N || f >= F) { continue; }
                 v[j] = make_float2(q_re[j] * v[j].x - q_im[j] * v[j].y + p[j] * x, q_re[j] * v[j].y + q_im[j] * v[j].x);
-                h[at * N + k] = v[j];
-                y += c[j].x * v[j].x - c[j].y * v[j].y;
+                h[at * N + k] = v[j]; y += c[j].x * v[j].x - c[j].y * v[j].y;
             }
             for (int o = lanes / 2; o; o /= 2) { y += __shfl_xor_sync(~0u, y, o); }
             if (k0 == 0 && f < F) {
@@ -2569,8 +2507,7 @@ template <typename X> static void attention_step(Gpu& gpu, X* gated, int ldg, fl
 
 #define ROW_INDEX_P(field, ...) P_##field,
 #define ROW_INDEX_A(field, ...) A_##field,
-enum { PARAMETERS(ROW_INDEX_P) };
-enum { ACTIVATIONS(ROW_INDEX_A) };
+enum { PARAMETERS(ROW_INDEX_P) }; enum { ACTIVATIONS(ROW_INDEX_A) };
 
 // Statistics and losses are floats, all other activations of type X.
 constexpr bool act_is_float(int i) {
@@ -2597,8 +2534,7 @@ static int param_joined_to(int i) {
 template <typename X> struct ParamsOf { PARAMETERS(FIELD_OF_X) };
 template <typename X> struct ActsOf { ACTIVATIONS(FIELD_OF_ACT) };
 
-// A tensor in device memory: elements from the start of the block to layer 0's, between layers, and between rows
-// (wh1|wh2).
+// A tensor on the device: elements from the start of the block to layer 0's, between layers, between rows (wh1|wh2).
 struct ParamPlace { size_t offset, step, rows, columns, pitch; };
 
 // Rows that kernels read in fp32 whatever X is.
@@ -2638,8 +2574,7 @@ template <typename X> static Share model_share(const ModelOf<X>* m, int u) {
     return s;
 }
 
-// Lays out the tensors, each on a multiple of 64 elements but the joined ones, which follow their partner. wh1 and wh2
-// share rows.
+// Lays out the tensors, each at a multiple of 64 elements; the joined ones follow their partner, wh2 row by row.
 template <typename X> static void params_place(ModelOf<X>* m, const Config* c) {
     size_t at = 0, pitch = m->specs[P_wh1].dims[1] + m->specs[P_wh2].dims[1];
     enum { FLOATS_OF_LAYERS, FLOATS, EMBEDDING, LAYERS, REST };
@@ -2685,8 +2620,7 @@ template <typename P, typename Y> static P params_layer(const ParamPlace* places
 
 enum { NORM_BLOCKS = 1024 };
 template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Config* c, bool training) {
-    Model host;
-    Config small = *c;
+    Model host; Config small = *c;
     config_check(c);
     memset(m, 0, sizeof(*m));
     m->config = *c;
@@ -2846,8 +2780,7 @@ template <typename X> struct PassOf {
 // Lays out activations (or their gradients) and returns their size in bytes. everything: also what only tests look at.
 template <typename X> static size_t acts_place(ActPlace* places, const Spec* specs, const Config* c, size_t BT,
         int keep, bool grads, bool everything) {
-    Spec blocks[NUM_ACTS];
-    size_t at = 0;
+    Spec blocks[NUM_ACTS]; size_t at = 0;
     act_specs(blocks, c, BT, KEEP_BLOCKS);
     memset(places, 0, sizeof(ActPlace) * NUM_ACTS);
     for (int i = 0; i < NUM_ACTS; i++) {
@@ -2991,31 +2924,30 @@ template <typename X> static StateOf<X> state_layer(const StateOf<X>* s, const C
     StateOf<X> r = {};
     if (!s) { return r; }
     size_t chunk = (size_t)s->B * c->chunk_size;
-    r = *s;
-    r.norm += (size_t)l * s->B * c->norm_num_groups;
+    r = *s; r.norm += (size_t)l * s->B * c->norm_num_groups;
     r.h += (size_t)l * s->B * c->model_dim * c->cema_ndim * 2;
     if (s->k && l < c->num_layers) { r.k += l * chunk * c->z_dim; r.v += l * chunk * c->value_dim; }
     return r;
 }
 
-// Sizes that every function of the model needs.
-#define SIZES(c) \
+// What every function of a block needs: sizes, its input, weights, those in fp32, activations.
+#define OF_BLOCK(m, s, l) \
+    const Config* c = &(m)->config; \
     int D = c->model_dim, H = c->num_heads, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim, N = c->cema_ndim; \
     int G = c->norm_num_groups, FF = c->swiglu ? 2 * F : F, ZR = Z + V, MU = D + V; /* of fc1|fc3, wz|wr, m|u */ \
-    float eps = c->norm_eps
+    float eps = c->norm_eps; \
+    const X* x = block_input<X>((s)->places, (s)->acts, l); \
+    ParamsOf<X> p = params_layer<ParamsOf<X>>((m)->places, (m)->weights, l); \
+    Params w = params_layer<Params>((m)->places, (m)->params, l); \
+    ActsOf<X> a = acts_layer<X>((s)->places, (s)->acts, l)
 
 // One block, Figure 3 of the paper: x (B,T,D) to out (B,T,D). start and end: see State; either may be NULL. again: in
 // the backward pass; what comes before a slice is known then.
 template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l,
         const StateOf<X>* start, const StateOf<X>* end, bool again = false) {
-    const Config* c = &m->config;
-    SIZES(c);
+    OF_BLOCK(m, s, l);
     int B = s->B, T = s->T, pos = start ? start->pos : 0;
     size_t rows = (size_t)B * T;
-    const X* x = block_input<X>(s->places, s->acts, l);
-    ParamsOf<X> p = params_layer<ParamsOf<X>>(m->places, m->weights, l);
-    Params w = params_layer<Params>(m->places, m->params, l); // in fp32
-    ActsOf<X> a = acts_layer<X>(s->places, s->acts, l);
     Dropouts drop = dropouts_at(s->masks, T, l);
     StateOf<X> in = state_layer(again && s->before ? s->before : start, c, l), next = state_layer(end, c, l);
     StateOf<X> before = state_layer(again ? NULL : s->before, c, l);
@@ -3035,8 +2967,7 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
                  w.cema_theta, w.cema_gamma, w.cema_omega, B, T, D, N);
     norm_forward<X>(gpu, a.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema, w.rmsnorm_w, NULL, rows, D, eps, drop.rmsnorm);
 
-    // Short memory: attention inside the chunk, to the cache where there is one. z and the gate's r come from one
-    // product.
+    // Short memory: attention inside the chunk, to the cache where there is one. One product makes z and the gate's r.
     matmul_forward<X>(gpu, a.wz, ZR, a.rmsnorm, MU, p.wz, p.wz_b, NULL, 0, rows, D, ZR);
     qk_forward<X>(gpu, a.q, k, a.znorm, a.znorm_rstd, a.wz, ZR, w.gamma, w.beta, m->rotations, B, T, keys, pos, at_k,
                   c->chunk_size, Z, H, eps);
@@ -3062,14 +2993,8 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
 // The same for one token more of each stream.
 template <typename X> static void block_step(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l,
         const StateOf<X>* state) {
-    const Config* c = &m->config;
-    SIZES(c);
-    int B = s->B;
-    bool rescale = c->rescale_nffn;
-    const X* x = block_input<X>(s->places, s->acts, l);
-    ParamsOf<X> p = params_layer<ParamsOf<X>>(m->places, m->weights, l);
-    Params w = params_layer<Params>(m->places, m->params, l);
-    ActsOf<X> a = acts_layer<X>(s->places, s->acts, l);
+    OF_BLOCK(m, s, l);
+    int B = s->B; bool rescale = c->rescale_nffn;
     StateOf<X> past = state_layer(state, c, l);
     memory_step(gpu, a.timenorm, a.cema, past.norm, past.h, x, w.timenorm_w, w.timenorm_b, w, B, D, G, N, eps);
     product_forward<X>(gpu, B, eps, {a.wz, a.rmsnorm, MU, D, ZR, p.wz, p.wz_b, NULL, a.cema, NULL, w.rmsnorm_w, NULL,
@@ -3088,15 +3013,11 @@ template <typename X> static void block_step(Gpu& gpu, const ModelOf<X>* m, cons
 // so gradients of weights come after those.
 template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l,
         const StateOf<X>* start, const StateOf<X>* dstart) {
-    const Config* c = &m->config;
-    SIZES(c);
-    int B = s->B, T = s->T, C = c->chunk_size;
-    size_t rows = (size_t)B * T;
-    const X* x = block_input<X>(s->places, s->acts, l);
+    OF_BLOCK(m, s, l);
+    int B = s->B, T = s->T, C = c->chunk_size; size_t rows = (size_t)B * T;
     X* dx = block_input<X>(s->dplaces, s->grads, l);
-    ParamsOf<X> p = params_layer<ParamsOf<X>>(m->places, m->weights, l);
-    Params w = params_layer<Params>(m->places, m->params, l), g = params_layer<Params>(m->places, m->grads, l);
-    ActsOf<X> a = acts_layer<X>(s->places, s->acts, l), d = acts_layer<X>(s->dplaces, s->grads, l);
+    Params g = params_layer<Params>(m->places, m->grads, l);
+    ActsOf<X> d = acts_layer<X>(s->dplaces, s->grads, l);
     Dropouts drop = dropouts_at(s->masks, T, l);
     StateOf<X> in = state_layer(s->before ? s->before : start, c, l), din = state_layer(dstart, c, l);
 
@@ -3182,8 +3103,7 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
                           dropouts_at(s->masks, T, 0).embed);
         for (int l = 0; l < L; l++) {
             if (step) { block_step(gpu, m, s, l, end); continue; }
-            model_wait(gpu, m, 2 + l);
-            block_forward(gpu, m, s, l, start, end);
+            model_wait(gpu, m, 2 + l); block_forward(gpu, m, s, l, start, end);
         }
         const X* x = block_input<X>(s->places, s->acts, L);
         NormState *before = state_layer(start, c, L).norm, *after = state_layer(end, c, L).norm;
@@ -3228,8 +3148,7 @@ template <typename V> __global__ void sum_kernel(double* sums, const V* inp, siz
     }
     if (threadIdx.x == 0) { sums[blockIdx.x] = part[0]; }
 }
-// Losses of the last forward pass and their sum, on the device; with dloss != 0 logits become dlogits, and so the
-// backward pass has begun.
+// Losses of the last forward pass and their sum, on the device; with dloss != 0 logits become dlogits.
 template <typename X> static void model_losses(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* targets,
         float dloss, double* sum) {
     ActsOf<X> a = acts_layer<X>(s->places, s->acts, 0);
@@ -3350,8 +3269,7 @@ template <typename X> static void model_update(Gpu& gpu, ModelOf<X>* m, const Op
     float keep = 1.0 - lr * o->weight_decay, size = lr / (1.0 - pow(o->beta1, step)),
             correction = 1.0 / sqrt(1.0 - pow(o->beta2, step));
     for (int u = 0; u < m->units; u++) { // while one is updated, those before it go to all ranks, as model_wait knows
-        Share s = model_share(m, u);
-        bool floats = m->shards > 1 && u == 0;
+        Share s = model_share(m, u); bool floats = m->shards > 1 && u == 0;
         auto launch = [&](auto* to) {
             update_kernel<<<ceil_div(s.size / 4, 256), 256, 0, gpu.stream>>>((float4*)(m->masters + s.shard),
                 to + s.at, (const float4*)(m->grads + s.at), (float4*)(m->adam_m + s.shard),
@@ -3375,7 +3293,7 @@ template <typename X> struct GpuBackend {
     Gpu gpu;
     ModelOf<X> m;
     PassOf<X> pass, stream; // of a micro-step, of at most a chunk
-    StateOf<X> state;          // what the stream carries
+    StateOf<X> state;       // what the stream carries
     StateOf<X> next, *carried; // with --carry: a micro-step's state after it; all of theirs before them
     double *sums, *losses;  // sum of the losses of each micro-step: on the device, on the host
     double dloss;
@@ -3388,10 +3306,7 @@ template <typename X> static GpuBackend<X>* of(void* self) { return (GpuBackend<
 // Counted by asking for all of it without taking it; scratch memory as it will be at its largest.
 template <typename X> static size_t memory_needed(const Gpu& gpu, const Options* o, int keep) {
     const Config* c = &o->model;
-    Gpu count = gpu;
-    ModelOf<X> m;
-    PassOf<X> s;
-    StateOf<X> state;
+    Gpu count = gpu; ModelOf<X> m; PassOf<X> s; StateOf<X> state;
     int T = o->seq / ranks.chunks;
     size_t rows = (size_t)o->batch * T, chunk = min_int(c->chunk_size, T), D = c->model_dim, V = c->value_dim;
     size_t scores = sizeof(X) * 2 * chunk * chunk, least = 2 * (size_t)SCORES_BYTES;
@@ -3433,8 +3348,7 @@ template <typename X> static void memory_check(Gpu& gpu, const Options* o) {
 }
 
 template <typename X> static void gpu_open(void* self, const Options* o, bool training) {
-    GpuBackend<X>* r = of<X>(self);
-    const Config* c = &o->model;
+    GpuBackend<X>* r = of<X>(self); const Config* c = &o->model;
     if (training) { ranks_connect(&r->gpu); memory_check<X>(r->gpu, o); }
     r->accum = o->accum;
     model_alloc(r->gpu, &r->m, c, training);
@@ -3459,12 +3373,10 @@ template <typename X> static void gpu_close(void* self) {
     GpuBackend<X>* r = of<X>(self);
     model_free(r->gpu, &r->m);
     if (r->losses) { pass_free(r->gpu, &r->pass); }
-    pass_free(r->gpu, &r->stream);
-    state_free(r->gpu, &r->state);
+    pass_free(r->gpu, &r->stream); state_free(r->gpu, &r->state);
     state_free(r->gpu, &r->next);
     for (int i = 0; r->carried && i < r->accum; i++) { state_free(r->gpu, &r->carried[i]); }
-    free(r->carried);
-    cudaFree(r->sums);
+    free(r->carried); cudaFree(r->sums);
     cudaFreeHost(r->raw);
     free(r->losses); free(r->logits);
     gpu_close(&r->gpu);
@@ -3500,13 +3412,11 @@ template <typename X> static void gpu_micro_step(void* self, const int* tokens, 
     state_alloc(&host, &r->m.config, past->B, false);
     state_copy(r->gpu, past, &host, &r->m.config, true);
     state_share(&host, &r->m.config);
-    state_copy(r->gpu, past, &host, &r->m.config, false);
-    state_free(&host);
+    state_copy(r->gpu, past, &host, &r->m.config, false); state_free(&host);
 }
 
 template <typename X> static double gpu_finish_step(void* self, double* loss) {
-    GpuBackend<X>* r = of<X>(self);
-    double norm = model_grad_norm(r->gpu, &r->m);
+    GpuBackend<X>* r = of<X>(self); double norm = model_grad_norm(r->gpu, &r->m);
     CUDA(cudaMemcpy(r->losses, r->sums, (r->micro + 1) * sizeof(double), cudaMemcpyDeviceToHost));
     *loss = 0;
     for (int i = 0; i <= r->micro; i++) { *loss += r->losses[i] * r->dloss; }
@@ -3564,13 +3474,11 @@ template <typename X> static void gpu_run(const Options* o, SafeTensors* st) {
     Backend b = {r, text_of("%s, %s", r->gpu.card.name, fast ? "bf16" : "fp32"), fast ? peak_flops(&r->gpu.card) : 0,
                  o->model.chunk_size, gpu_memory_needed<X>, gpu_open<X>, gpu_close<X>, gpu_copy<X>, gpu_micro_step<X>,
                  gpu_finish_step<X>, gpu_update<X>, gpu_stream<X>, gpu_logits<X>, gpu_reset<X>};
-    run(&b, o, st);
-    free(r);
+    run(&b, o, st); free(r);
 }
 
 int main(int argc, char** argv) {
-    Options o;
-    SafeTensors st;
+    Options o; SafeTensors st;
     ranks_open();
     options_parse(&o, argc, argv, &st);
     bool fp32 = !strcmp(o.precision, "fp32");
