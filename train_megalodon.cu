@@ -1,18 +1,14 @@
 /*
 Megalodon (arXiv 2404.08801) on a GPU: train_megalodon.c again, layer by layer and under the same names, in CUDA.
 
-    --precision bf16   weights and activations in bfloat16; master weights, Adam's moments, weight gradients,
-            statistics of
-                       norms, the coefficients and states of CEMA, softmax and loss in fp32 or better   (the default)
+    --precision bf16   weights and activations in bfloat16; master weights, Adam's moments, weight gradients, statistics
+                       of norms, the coefficients and states of CEMA, softmax and loss in fp32 or better   (the default)
     --precision fp32   everything in fp32, no tf32: the CPU's numbers up to the order of sums
 
 Both come from this one source: X stands for the type of weights and activations. What is not GPU work - options,
-        tables,
-files, data, random numbers - is taken from train_megalodon.c,
-        which is included here with its main switched off. Read that
-file first: it has the equations; here the comments say how they are computed fast. Matrix products are cuBLASLt's,
-        all else
-is in this file, each kernel above the function that launches it.
+tables, files, data, random numbers - is taken from train_megalodon.c, which is included here with its main switched
+off. Read that file first: it has the equations; here the comments say how they are computed fast. Matrix products are
+cuBLASLt's, all else is in this file, each kernel above the function that launches it.
 
     make train_megalodon_cuda && ./train_megalodon_cuda
 
@@ -21,9 +17,8 @@ Conventions, where they differ from the CPU's:
   - What attention reads and writes is head-major, (B,H,T,.): one product then covers many heads and chunks.
   - Tensors that are multiplied by one product stand side by side: wz|wr, fc1|fc3, and wh1|wh2 with their inputs m|u. So
     rows have a pitch, the distance from one timestep to the next.
-  - Gradients of parameters are added up in fp32,
-          or assigned where gpu.accumulate is off (the first micro-step of a step),
-    so that nothing has to be zeroed.
+  - Gradients of parameters are added up in fp32, or assigned where gpu.accumulate is off (the first micro-step of a
+    step), so that nothing has to be zeroed.
   - No atomic adds: sums over timesteps are partial sums that a second kernel adds in a fixed order. With algorithms of
     cuBLASLt that depend on shapes alone, every run gives the same bits.
   - Kernels come in a wide form (8 neighbouring elements a thread, 16-byte accesses in bf16) where all dimensions are
@@ -56,9 +51,7 @@ static void check_cuda(cudaError_t e, const char* what, int line) {
     if (e != cudaSuccess) { die("CUDA: %s (%s, train_megalodon.cu:%d)", cudaGetErrorString(e), what, line); }
 }
 static void check_cublas(cublasStatus_t s, const char* what, int line) {
-    if (s != CUBLAS_STATUS_SUCCESS) {
-        die("cuBLAS: %s (%s, train_megalodon.cu:%d)", cublasLtGetStatusString(s), what, line);
-    }
+    if (s) { die("cuBLAS: %s (%s, train_megalodon.cu:%d)", cublasLtGetStatusString(s), what, line); }
 }
 #define CUDA(call) check_cuda(call, #call, __LINE__)
 #define CUBLAS(call) check_cublas(call, #call, __LINE__)
@@ -84,16 +77,12 @@ struct GemmShape { // all that the choice of an algorithm depends on; compared a
     int ta, tb, type, type_out, batch, accumulate, bias, align_a, align_b, align_c, align_d;
 };
 struct GemmPlan {
-    GemmShape shape;
-    cublasLtMatmulDesc_t desc;
-    cublasLtMatrixLayout_t a, b, c, d;
-    cublasLtMatmulAlgo_t algo;
-    bool ready;
+    GemmShape shape; cublasLtMatmulDesc_t desc; cublasLtMatrixLayout_t a, b, c, d;
+    cublasLtMatmulAlgo_t algo; bool ready;
 };
 enum { NUM_PLANS = 4096, WORKSPACE = 64 << 20 };
 // Scratch memory: partial sums by block, which reduce_columns adds up; what segments of time hand on; coefficients of
-// CEMA; scores of attention and their gradients; what ranks with slices of a sequence tell each other, and CEMA's sums
-// for that.
+// CEMA; scores of attention and their gradients; what ranks with slices of a sequence exchange, and CEMA's sums for it.
 enum { PARTIALS, CARRIES, COEFFICIENTS, SCORES, SLICES, SLICE_SUMS, NUM_SCRATCH };
 
 struct Gpu {
@@ -141,8 +130,7 @@ static void* gpu_alloc(Gpu* gpu, size_t bytes) {
     if (gpu->dry) { gpu->allocated += bytes; return NULL; }
     if (cudaMalloc(&p, bytes) != cudaSuccess) {
         size_t free = 0, total = 0;
-        cudaGetLastError();
-        cudaMemGetInfo(&free, &total);
+        cudaGetLastError(); cudaMemGetInfo(&free, &total);
         die("out of GPU memory: %.1f MB asked for, %.1f MB of %.1f MB are free, this program holds %.1f MB",
             bytes / 1e6, free / 1e6, total / 1e6, gpu->allocated / 1e6);
     }
@@ -165,10 +153,8 @@ static void plans_clear(Gpu& gpu) {
 }
 
 static void gpu_close(Gpu* gpu) {
-    plans_clear(*gpu);
-    free(gpu->plans);
-    cublasLtDestroy(gpu->lt);
-    cudaStreamDestroy(gpu->stream);
+    plans_clear(*gpu); free(gpu->plans);
+    cublasLtDestroy(gpu->lt); cudaStreamDestroy(gpu->stream);
 }
 
 // Scratch memory of at least this size. Grows when a larger need comes up, which is in the first step.
@@ -199,8 +185,7 @@ static void check_nccl(ncclResult_t e, const char* what, int line) {
 static void ranks_connect(Gpu* gpu) {
     if (ranks.count == 1) { return; }
 #ifdef USE_NCCL
-    char name[256] = "";
-    uint32_t machine = 2166136261u;
+    char name[256] = ""; uint32_t machine = 2166136261u;
     gethostname(name, sizeof(name) - 1);
     for (const char* c = name; *c; c++) { machine = (machine ^ *c) * 16777619u; }
     double* cards = (double*)xcalloc(ranks.count, sizeof(double)); // NCCL may hang if two ranks use one
@@ -282,23 +267,36 @@ template <> struct Eight<bf16> {
         }
     }
 };
-template <typename X> __device__ inline void load8(float* v, const X* p) {
-    Eight<X> e;
-    e.load(p);
-    e.get(v);
-}
 __device__ inline void store8(float* p, const float* v) {
     ((float4*)p)[0] = make_float4(v[0], v[1], v[2], v[3]);
     ((float4*)p)[1] = make_float4(v[4], v[5], v[6], v[7]);
 }
 __device__ inline void store8(bf16* p, const float* v) {
-    uint4 a;
-    uint32_t* w = (uint32_t*)&a;
-    EACH(i, 4) {
-        __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
-        w[i] = *(uint32_t*)&pair;
-    }
+    uint4 a; uint32_t* w = (uint32_t*)&a;
+    EACH(i, 4) { __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]); w[i] = *(uint32_t*)&pair; }
     *(uint4*)p = a;
+}
+
+// The same of E = 8 elements or of one.
+template <typename X, int E> struct Piece : Eight<X> { __device__ void clear() { *(Eight<X>*)this = Eight<X>(); } };
+template <typename X> struct Piece<X, 1> {
+    X x;
+    __device__ void clear() { x = from_float<X>(0); }
+    __device__ void load(const X* p) { x = *p; }
+    __device__ void get(float* v) const { v[0] = to_float(x); }
+};
+template <int E, typename X> __device__ inline void load(float (&v)[E], const X* p) {
+    Piece<X, E> piece;
+    piece.load(p); piece.get(v);
+}
+template <int E, typename X> __device__ inline void store(X* p, const float (&v)[E]) {
+    if (E == 8) { store8(p, v); } else { *p = from_float<X>(v[0]); }
+}
+
+// Over the threads of a warp.
+__device__ inline float warp_sum(float v) {
+    EACH(i, 5) { v += __shfl_xor_sync(~0u, v, 16 >> i); }
+    return v;
 }
 
 // Row kernels: threads x of a block share a row and own 8 of its columns each, fixed while the threads y and the blocks
@@ -308,8 +306,7 @@ enum { MAX_ROW = 8192 };
 template <bool WIDE> __device__ inline int column(int e) {
     return WIDE ? 8 * threadIdx.x + e : 2 * ((e / 2) * blockDim.x + threadIdx.x) + (e & 1);
 }
-// A thread's part of a row as it is in memory; zeros past the last column. Kernels load the next row while they work on
-// one.
+// A thread's part of a row as it is in memory; zeros past the last column. Kernels load the next row ahead.
 template <typename X, bool WIDE> struct RowPiece : Eight<X> {
     __device__ void load(const X* row, int columns) {
         *(Eight<X>*)this = Eight<X>();
@@ -321,14 +318,11 @@ template <typename X> struct RowPiece<X, false> {
     __device__ void load(const X* row, int columns) {
         EACH(e, 8) { x[e] = column<false>(e) < columns ? row[column<false>(e)] : from_float<X>(0); }
     }
-    __device__ void get(float* v) const {
-        EACH(e, 8) { v[e] = to_float(x[e]); }
-    }
+    __device__ void get(float* v) const { EACH(e, 8) { v[e] = to_float(x[e]); } }
 };
 template <bool WIDE, typename X> __device__ inline void load_row(float (&v)[8], const X* row, int columns) {
     RowPiece<X, WIDE> piece;
-    piece.load(row, columns);
-    piece.get(v);
+    piece.load(row, columns); piece.get(v);
 }
 template <bool WIDE, typename X> __device__ inline void store_row(X* row, const float (&v)[8], int columns) {
     if (WIDE) {
@@ -338,8 +332,7 @@ template <bool WIDE, typename X> __device__ inline void store_row(X* row, const 
     }
 }
 
-// Which of E neighbouring elements, from i on, dropout keeps: as bits. bits: of the row, see dropout_bits. E is 1, or 8
-// and i a multiple of 4.
+// Which of E (1, or 8 and i % 4 = 0) neighbours from i on dropout keeps: as bits. bits: of the row, see dropout_bits.
 template <int E> __device__ inline unsigned dropout_kept(const Dropout& d, uint64_t bits, int i) {
     unsigned kept = 0;
     EACH(k, (E + 3) / 4) {
@@ -363,14 +356,10 @@ template <bool DROP, int E> __device__ inline void drop(float (&v)[E], unsigned 
 }
 
 // Sums each of N numbers over the threads of a row; all of them get the results. Calls take turns with two buffers,
-// told apart by `turn`, so one barrier a call is enough: nobody writes a buffer before all have passed the next call's
-// barrier.
+// told apart by `turn`, so one barrier a call is enough: nobody writes a buffer before all have passed the next one.
 template <int N> __device__ inline void row_sum(float (&v)[N], int& turn) {
     __shared__ float sums[2][32][N];
-    EACH(i, N) {
-#pragma unroll
-        for (int o = 16; o; o /= 2) { v[i] += __shfl_xor_sync(~0u, v[i], o); }
-    }
+    EACH(i, N) { v[i] = warp_sum(v[i]); }
     if (blockDim.x == 32) { return; }
     int warps = blockDim.x / 32, first = threadIdx.y * warps, warp = first + threadIdx.x / 32;
     EACH(i, N) { if (threadIdx.x % 32 == 0) { sums[turn][warp][i] = v[i]; } }
@@ -395,9 +384,7 @@ static RowGrid row_grid(Gpu* gpu, size_t rows, int columns, int heads, int per_s
     int x = ceil_div(ceil_div(columns, 8), 32) * 32, y = x < 256 ? 256 / x : 1;
     size_t blocks = (size_t)gpu->card.multiProcessorCount * (x > 512 ? 2 : per_sm);
     blocks = min_size(ceil_div(blocks, heads), ceil_div(rows, y));
-    r.block = dim3(x, y);
-    r.grid = dim3(blocks, heads);
-    r.parts = blocks;
+    r.block = dim3(x, y); r.grid = dim3(blocks, heads); r.parts = blocks;
     return r;
 }
 
@@ -411,9 +398,7 @@ __global__ void reduce_columns_kernel(Sums sums, const float* partials, int part
     lines[threadIdx.y][threadIdx.x] = s;
     __syncthreads();
     s = lines[threadIdx.x][threadIdx.y]; // transposed, so that a warp adds the 32 sums of one column
-#pragma unroll
-    for (int o = 16; o; o /= 2) { s += __shfl_xor_sync(~0u, s, o); }
-    c = (size_t)blockIdx.x * 32 + threadIdx.y;
+    s = warp_sum(s); c = (size_t)blockIdx.x * 32 + threadIdx.y;
     if (threadIdx.x == 0 && c < columns) {
         float* to = NULL;
         EACH(i, 5) { if (c / sums.width == i) { to = sums.to[i]; } }
@@ -424,8 +409,7 @@ __global__ void reduce_columns_kernel(Sums sums, const float* partials, int part
 static void reduce_columns(Gpu& gpu, int parts, Sums sums) {
     size_t columns = (size_t)sums.count * sums.width;
     reduce_columns_kernel<<<ceil_div(columns, 32), dim3(32, 32), 0, gpu.stream>>>(sums, (float*)gpu.scratch[PARTIALS],
-            parts,
-                                                                                gpu.accumulate);
+            parts, gpu.accumulate);
     LAUNCHED();
 }
 // Adds v over the threads y of the block and writes it as row number i (of count) of the block's partial sums; columns
@@ -459,17 +443,16 @@ static int alignment(const void* p) { return p ? min_size(256, (size_t)p & -(siz
 // operands in full fp32). The algorithm is the first one that cuBLASLt's heuristics name without a split sum in no
 // fixed order: a function of shape, card and library version.
 template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, const X* a, int64_t lda, bool ta,
-        const X* b, int64_t ldb, bool tb, int64_t M, int64_t N, int64_t K, const Y* c = NULL, int64_t ldc = 0,
-                const X* bias = NULL, int batch = 1, int64_t stride_a = 0, int64_t stride_b = 0, int64_t stride_d = 0) {
+        const X* b, int64_t ldb, bool tb, int64_t M, int64_t N, int64_t K, int batch = 1, int64_t stride_a = 0,
+        int64_t stride_b = 0, int64_t stride_d = 0, const Y* c = NULL, int64_t ldc = 0, const X* bias = NULL) {
     GemmShape s;
     memset(&s, 0, sizeof(s));
-    s.M = M; s.N = N; s.K = K;
+    s.M = M; s.N = N; s.K = K; s.ta = ta; s.tb = tb; s.accumulate = c != NULL; s.bias = bias != NULL;
     s.lda = lda; s.ldb = ldb; s.ldc = c ? ldc : ldd; s.ldd = ldd;
-    s.stride_a = stride_a; s.stride_b = stride_b; s.stride_c = stride_d; s.stride_d = stride_d;
-    s.ta = ta; s.tb = tb; s.batch = batch; s.accumulate = c != NULL; s.bias = bias != NULL;
+    s.batch = batch; s.stride_a = stride_a; s.stride_b = stride_b; s.stride_c = stride_d; s.stride_d = stride_d;
+    s.align_a = alignment(a); s.align_b = alignment(b); s.align_c = alignment(c ? c : d); s.align_d = alignment(d);
     s.type = std::is_same<X, float>::value ? CUDA_R_32F : CUDA_R_16BF;
     s.type_out = std::is_same<Y, float>::value ? CUDA_R_32F : CUDA_R_16BF;
-    s.align_a = alignment(a); s.align_b = alignment(b); s.align_c = alignment(c ? c : d); s.align_d = alignment(d);
     uint64_t hash = 0;
     for (size_t i = 0; i < sizeof(s) / 4; i++) {
         hash = (hash ^ ((const uint32_t*)&s)[i]) * 0x9E3779B97F4A7C15u; hash ^= hash >> 29;
@@ -480,18 +463,19 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
         if (++tried == NUM_PLANS) { plans_clear(gpu); }
     }
     GemmPlan* p = &gpu.plans[slot];
+    auto describe = [&](cublasLtMatmulDescAttributes_t name, const auto& value) {
+        CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, name, &value, sizeof(value)));
+    };
     if (!p->ready) { // cuBLASLt is column-major: a row-major (M,N) is its (N,M), so it computes D^T = B^T A^T
         if (!gpu.workspace) { gpu.workspace = gpu_alloc(&gpu, WORKSPACE); }
-        cublasOperation_t op_a = tb ? CUBLAS_OP_T : CUBLAS_OP_N, op_b = ta ? CUBLAS_OP_T : CUBLAS_OP_N;
         cudaDataType type = (cudaDataType)s.type, type_out = (cudaDataType)s.type_out;
         p->shape = s;
         CUBLAS(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-        CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &op_a, sizeof(op_a)));
-        CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSB, &op_b, sizeof(op_b)));
+        describe(CUBLASLT_MATMUL_DESC_TRANSA, tb ? CUBLAS_OP_T : CUBLAS_OP_N);
+        describe(CUBLASLT_MATMUL_DESC_TRANSB, ta ? CUBLAS_OP_T : CUBLAS_OP_N);
         if (bias) {
-            cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
-            CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof(epilogue)));
-            CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
+            describe(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+            describe(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
         }
         CUBLAS(cublasLtMatrixLayoutCreate(&p->a, type, tb ? K : N, tb ? N : K, ldb));
         CUBLAS(cublasLtMatrixLayoutCreate(&p->b, type, ta ? M : K, ta ? K : M, lda));
@@ -499,40 +483,33 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
         CUBLAS(cublasLtMatrixLayoutCreate(&p->d, type_out, N, M, ldd));
         cublasLtMatrixLayout_t layouts[4] = {p->a, p->b, p->c, p->d};
         int64_t strides[4] = {stride_b, stride_a, stride_d, stride_d};
+        auto lay_out = [&](int i, cublasLtMatrixLayoutAttribute_t name, const auto& value) {
+            CUBLAS(cublasLtMatrixLayoutSetAttribute(layouts[i], name, &value, sizeof(value)));
+        };
         for (int i = 0; i < 4 && batch > 1; i++) {
-            CUBLAS(cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch,
-                                                    sizeof(batch)));
-            CUBLAS(cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
-                                                    &strides[i],
-                                                    sizeof(strides[i])));
+            lay_out(i, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, batch);
+            lay_out(i, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, strides[i]);
         }
-        cublasLtMatmulPreference_t wish;
-        cublasLtMatmulHeuristicResult_t found;
-        size_t workspace = WORKSPACE;
-        uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE;
-        uint32_t aligns[4] = {(uint32_t)s.align_b, (uint32_t)s.align_a, (uint32_t)s.align_c, (uint32_t)s.align_d};
+        cublasLtMatmulPreference_t wish; cublasLtMatmulHeuristicResult_t found;
         int count = 0;
         CUBLAS(cublasLtMatmulPreferenceCreate(&wish));
-        CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace,
-                                                    sizeof(workspace)));
-        CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions,
-                                                    sizeof(reductions)));
-        const cublasLtMatmulPreferenceAttributes_t names[4] = {
-            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
-        for (int i = 0; i < 4; i++) {
-            CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, names[i], &aligns[i], sizeof(aligns[i])));
-        }
+        auto prefer = [&](cublasLtMatmulPreferenceAttributes_t name, const auto& value) {
+            CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, name, &value, sizeof(value)));
+        };
+        prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (size_t)WORKSPACE);
+        prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+               (uint32_t)(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE));
+        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, (uint32_t)s.align_b);
+        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, (uint32_t)s.align_a);
+        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (uint32_t)s.align_c);
+        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint32_t)s.align_d);
         CUBLAS(cublasLtMatmulAlgoGetHeuristic(gpu.lt, p->desc, p->a, p->b, p->c, p->d, wish, 1, &found, &count));
         if (!count) { die("cuBLASLt has no algorithm for a product of %ld x %ld x %ld", (long)M, (long)N, (long)K); }
         CUBLAS(cublasLtMatmulPreferenceDestroy(wish));
-        p->algo = found.algo;
-        p->ready = true;
+        p->algo = found.algo; p->ready = true;
     }
     float alpha = 1, beta = c ? 1 : 0;
-    if (bias) {
-        CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof(bias)));
-    }
+    if (bias) { describe(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias); }
     CUBLAS(cublasLtMatmul(gpu.lt, p->desc, &alpha, b, p->a, a, p->b, &beta, c ? c : d, p->c, d, p->d, &p->algo,
                           gpu.workspace, WORKSPACE, gpu.stream));
 }
@@ -540,20 +517,22 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
 // out (rows,O) = inp (rows,I) weight (O,I)^T + bias (O) + add (rows,O); bias and add may be NULL, add may be out.
 template <typename X> static void matmul_forward(Gpu& gpu, X* out, int ldo, const X* inp, int ldi, const X* weight,
         const X* bias, const X* add, int lda, size_t rows, int I, int O) {
-    gemm<X, X>(gpu, out, ldo, inp, ldi, false, weight, I, true, rows, O, I, add, lda, bias);
+    gemm<X, X>(gpu, out, ldo, inp, ldi, false, weight, I, true, rows, O, I, 1, 0, 0, 0, add, lda, bias);
 }
 
 // dinp (rows,I) = dout (rows,O) weight (O,I), added to what dinp holds if accumulate.
 template <typename X> static void matmul_backward(Gpu& gpu, X* dinp, int ldi, const X* dout, int ldo, const X* weight,
         size_t rows, int I, int O, bool accumulate) {
-    gemm<X, X>(gpu, dinp, ldi, dout, ldo, false, weight, I, false, rows, I, O, accumulate ? dinp : NULL, ldi);
+    gemm<X, X>(gpu, dinp, ldi, dout, ldo, false, weight, I, false, rows, I, O, 1, 0, 0, 0,
+               accumulate ? dinp : NULL, ldi);
 }
 
 // dweight (O,I) = dout^T inp in fp32, added to what it holds if gpu.accumulate. Gradients of biases are column sums
 // that the kernels that make dout leave behind.
 template <typename X> static void matmul_backward_weight(Gpu& gpu, float* dweight, const X* dout, int ldo,
         const X* inp, int ldi, size_t rows, int I, int O) {
-    gemm<X, float>(gpu, dweight, I, dout, ldo, true, inp, ldi, false, O, I, rows, gpu.accumulate ? dweight : NULL, I);
+    gemm<X, float>(gpu, dweight, I, dout, ldo, true, inp, ldi, false, O, I, rows, 1, 0, 0, 0,
+                   gpu.accumulate ? dweight : NULL, I);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -617,10 +596,7 @@ template <typename X, bool WIDE> __global__ void dropout_kernel(X* out, float* p
         load_row<WIDE>(x, inp + r * D, D);
         if (add) { load_row<WIDE>(y, add + r * D, D); }
         drop<true>(x, dropout_kept_row<WIDE, true>(d, r), d);
-        EACH(e, 8) {
-            x[e] += y[e];
-            sum[e] += x[e];
-        }
+        EACH(e, 8) { x[e] += y[e]; sum[e] += x[e]; }
         store_row<WIDE>(out + r * D, x, D);
     }
     if (partials) { store_partial<WIDE>(partials, 1, D, 0, sum, D); }
@@ -644,18 +620,7 @@ template <typename X> static const X* dropout(Gpu& gpu, X* out, float* sum, cons
 // (LANES = 0) it reads them as often as they are needed.
 enum { STEPS = 4, WARPS = 8, SEGMENT = STEPS * WARPS };
 
-template <typename X, int VEC> struct Piece : Eight<X> {
-    __device__ void clear() { *(Eight<X>*)this = Eight<X>(); }
-};
-template <typename X> struct Piece<X, 1> {
-    X x;
-    __device__ void clear() { x = from_float<X>(0); }
-    __device__ void load(const X* p) { x = *p; }
-    __device__ void get(float* v) const { v[0] = to_float(x); }
-};
-
-// Where a thread of the timestep norm's kernels stands. The second pass goes backwards: what the first one read last is
-// still in the cache.
+// Where a thread of the timestep norm's kernels stands. The second pass goes backwards: what was read last is cached.
 struct NormPlace {
     // g0: the block's first group; steps: of this warp, up to STEPS
     int warp, sub, team, g0, g, segment, steps, F, width;
@@ -666,21 +631,12 @@ struct NormPlace {
         int lane = threadIdx.x % 32, teams = 32 / lanes, tiles = (G + teams - 1) / teams,
                 count = (T + SEGMENT - 1) / SEGMENT;
         size_t block = back ? gridDim.x - 1 - blockIdx.x : blockIdx.x, b = block / tiles;
-        warp = threadIdx.x / 32;
-        sub = lane % lanes * VEC;
-        team = lane / lanes;
-        g0 = block % tiles * teams;
-        g = g0 + team;
-        segment = b % count;
-        row = b / count;
+        warp = threadIdx.x / 32; sub = lane % lanes * VEC; team = lane / lanes;
+        g0 = block % tiles * teams; g = g0 + team; segment = b % count; row = b / count;
         t0 = (size_t)segment * SEGMENT + warp * STEPS;
-        steps = t0 < T ? (int)(T - t0 < STEPS ? T - t0 : STEPS) : 0;
-        active = g < G;
+        steps = t0 < T ? (int)(T - t0 < STEPS ? T - t0 : STEPS) : 0; active = g < G;
         if (!active) { g = G - 1; steps = 0; }
-        F = D / G;
-        share = 1.0f / F;
-        width = lanes * VEC;
-        at = (row * T + t0) * D + (size_t)g * F;
+        F = D / G; share = 1.0f / F; width = lanes * VEC; at = (row * T + t0) * D + (size_t)g * F;
         line = (row * G + g) * count + segment;
     }
 };
@@ -697,20 +653,15 @@ __device__ inline double quotient(double a, double b) { return a / b; }
 template <typename R> __device__ inline void merge(R& n, R& mean, R& var, R k, R m, R v) {
     if (k == 0) { return; }
     R w = quotient(k, n + k), d = m - mean;
-    n += k;
-    mean += d * w;
-    var += (v - var) * w + d * d * w * (1 - w);
+    n += k; mean += d * w; var += (v - var) * w + d * d * w * (1 - w);
 }
 
-// segments (B,G,segments) holds (count, mean, var): without APPLY of each segment, written; with APPLY of all before
-// it.
-template <typename X, int VEC, int LANES,
-        bool APPLY> __global__ void __launch_bounds__(32 * WARPS) timestepnorm_forward_kernel(X* out, float* mean,
-                float* rstd, float4* segments, const X* inp, const float* w, const float* b, int T, int D, int G,
-                        int lanes, float eps) {
+// segments (B,G,segments) holds (count, mean, var): without APPLY of each segment, written; with it, of all before.
+template <typename X, int VEC, int LANES, bool APPLY>
+        __global__ void __launch_bounds__(32 * WARPS) timestepnorm_forward_kernel(X* out, float* mean, float* rstd,
+        float4* segments, const X* inp, const float* w, const float* b, int T, int D, int G, int lanes, float eps) {
     __shared__ float3 totals[WARPS][32];
-    NormPlace p(T, D, G, lanes, VEC, APPLY);
-    Piece<X, VEC> kept[STEPS];
+    NormPlace p(T, D, G, lanes, VEC, APPLY); Piece<X, VEC> kept[STEPS];
     float m[STEPS], v[STEPS], a[VEC], n = 0, run_mean = 0, run_var = 0;
     if (LANES) {
         EACH(i, STEPS) {
@@ -745,11 +696,9 @@ template <typename X, int VEC, int LANES,
         if (i < p.steps) { // merge(), with weights known when compiling
             const float w = 1.0f / (i + 1), d = m[i] - run_mean;
             n = i + 1;
-            run_mean += d * w;
-            run_var += (v[i] - run_var) * w + d * d * (w * (1 - w));
+            run_mean += d * w; run_var += (v[i] - run_var) * w + d * d * (w * (1 - w));
         }
-        m[i] = run_mean;
-        v[i] = run_var;
+        m[i] = run_mean; v[i] = run_var;
     }
     if (p.sub == 0) { totals[p.warp][p.team] = make_float3(n, run_mean, run_var); }
     __syncthreads();
@@ -777,15 +726,10 @@ template <typename X, int VEC, int LANES,
             get(i, f);
             if (!LANES) { get_weights(f); }
             EACH(e, VEC) { a[e] = (a[e] - mu) * r * scale[e] + shift[e]; }
-            X* to = out + p.at + (size_t)i * D + f;
-            if (VEC == 8) { store8(to, a); } else { *to = from_float<X>(a[0]); }
+            store(out + p.at + (size_t)i * D + f, a);
             if (LANES) { break; }
         }
-        if (p.sub == 0) {
-            size_t k = (p.row * T + p.t0 + i) * G + p.g;
-            mean[k] = mu;
-            rstd[k] = r;
-        }
+        if (p.sub == 0) { size_t k = (p.row * T + p.t0 + i) * G + p.g; mean[k] = mu; rstd[k] = r; }
     }
 }
 
@@ -797,8 +741,7 @@ __global__ void timestepnorm_scan_kernel(float4* segments, NormState* end, NormS
     size_t line = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
     int lane = threadIdx.x % 32, each = (count + 31) / 32, first = lane * each, last = min(first + each, count);
     if (line >= lines) { return; }
-    double n = 0, mean = 0, var = 0;
-    float4* s = segments + line * count;
+    double n = 0, mean = 0, var = 0; float4* s = segments + line * count;
     auto past = [&] {
         n = mean = var = 0;
         if (start) { n = start[line].count; mean = start[line].mean; var = start[line].var; }
@@ -834,28 +777,22 @@ __global__ void timestepnorm_scan_kernel(float4* segments, NormState* end, NormS
 // Geometry of the timestep norm's kernels: threads of a group, blocks, segments of time.
 struct NormGrid { int lanes, fixed, count; bool wide; size_t blocks; }; // fixed: LANES
 static NormGrid norm_grid(int B, int T, int D, int G) {
-    NormGrid r;
-    int F = D / G;
-    r.wide = wide(F);
-    r.lanes = 1;
+    NormGrid r; int F = D / G;
+    r.wide = wide(F); r.lanes = 1;
     while (r.lanes < 32 && r.lanes * (r.wide ? 8 : 1) < F) { r.lanes *= 2; }
     r.fixed = r.wide && r.lanes * 8 >= F && (r.lanes == 4 || r.lanes == 8) ? r.lanes : 0;
-    r.count = ceil_div(T, SEGMENT);
-    r.blocks = (size_t)B * r.count * ceil_div(G, 32 / r.lanes);
+    r.count = ceil_div(T, SEGMENT); r.blocks = (size_t)B * r.count * ceil_div(G, 32 / r.lanes);
     return r;
 }
+#define NORM_KERNEL(kernel, APPLY) (r.fixed == 4 ? kernel<X, 8, 4, APPLY> : r.fixed == 8 ? kernel<X, 8, 8, APPLY> \
+                                    : r.wide ? kernel<X, 8, 0, APPLY> : kernel<X, 1, 0, APPLY>)
 
 template <typename X> static void timestepnorm_forward(Gpu& gpu, X* out, float* mean, float* rstd, NormState* end,
         NormState* before, const NormState* start, const X* inp, const float* w, const float* b, int B, int T, int D,
         int G, float eps) {
     NormGrid r = norm_grid(B, T, D, G);
     float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
-    auto pass = r.fixed == 4 ? timestepnorm_forward_kernel<X, 8, 4, false> : r.fixed == 8
-            ? timestepnorm_forward_kernel<X, 8, 8, false>
-                : r.wide ? timestepnorm_forward_kernel<X, 8, 0, false> : timestepnorm_forward_kernel<X, 1, 0, false>;
-    auto apply = r.fixed == 4 ? timestepnorm_forward_kernel<X, 8, 4, true> : r.fixed == 8
-            ? timestepnorm_forward_kernel<X, 8, 8, true>
-                : r.wide ? timestepnorm_forward_kernel<X, 8, 0, true> : timestepnorm_forward_kernel<X, 1, 0, true>;
+    auto pass = NORM_KERNEL(timestepnorm_forward_kernel, false), apply = NORM_KERNEL(timestepnorm_forward_kernel, true);
     pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(out, mean, rstd, segments, inp, w, b, T, D, G, r.lanes, eps);
     size_t lines = (size_t)B * G, bytes = sizeof(NormState) * lines;
     NormState* all = NULL;
@@ -864,8 +801,7 @@ template <typename X> static void timestepnorm_forward(Gpu& gpu, X* out, float* 
         NormState* mine = all + lines * ranks.chunks;
         timestepnorm_scan_kernel<<<ceil_div(lines, 4), 128, 0, gpu.stream>>>(segments, mine, NULL, NULL, NULL, 0, true,
                 r.count, lines);
-        slices_gather(gpu, all, mine, bytes);
-        slices_wait(gpu);
+        slices_gather(gpu, all, mine, bytes); slices_wait(gpu);
     }
     timestepnorm_scan_kernel<<<ceil_div(lines, 4), 128, 0, gpu.stream>>>(segments, end, before, start, all,
             before ? ranks.chunk : 0, false, r.count, lines);
@@ -877,15 +813,13 @@ template <typename X> static void timestepnorm_forward(Gpu& gpu, X* out, float* 
 template <typename X, bool WIDE> __global__ void timestepnorm_again_kernel(X* out, const float* mean,
         const float* rstd, const X* inp, const float* w, const float* b, size_t rows, int D, int G) {
     float scale[8], shift[8], x[8];
-    load_row<WIDE>(scale, w, D);
-    load_row<WIDE>(shift, b, D);
+    load_row<WIDE>(scale, w, D); load_row<WIDE>(shift, b, D);
     RowPiece<X, WIDE> next;
     size_t first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
     next.load(inp + first * D, first < rows ? D : 0);
     for (size_t r = first; r < rows; r += step) {
         int F = D / G;
-        next.get(x);
-        next.load(inp + (r + step) * D, r + step < rows ? D : 0);
+        next.get(x); next.load(inp + (r + step) * D, r + step < rows ? D : 0);
         if (WIDE) { // 8 features of one group
             size_t k = r * G + min(column<WIDE>(0) / F, G - 1);
             float mu = mean[k], s = rstd[k];
@@ -908,11 +842,10 @@ template <typename X> static void timestepnorm_again(Gpu& gpu, X* out, const flo
 // With u and v the terms of the CPU's sums U and V, which run from the end: a first pass over dout and inp leaves their
 // sums by segment and the partial sums of dw and db; these are scanned; a second pass adds up inside the segments and
 // writes dinp = dout (w+1) rstd + (U + 2 (inp - c) V)/F + add1 + add2. add1 and add2 may be NULL, and add1 may be dinp.
-template <typename X, int VEC, int LANES,
-        bool APPLY> __global__ void __launch_bounds__(32 * WARPS) timestepnorm_backward_kernel(X* dinp,
-                float* partials, float4* segments, const X* add1, const X* add2, const X* dout, const float* mean,
-                        const float* rstd, const NormState* start, const X* inp, const float* w, int T, int D, int G,
-                                int lanes) {
+template <typename X, int VEC, int LANES, bool APPLY>
+        __global__ void __launch_bounds__(32 * WARPS) timestepnorm_backward_kernel(X* dinp, float* partials,
+        float4* segments, const X* add1, const X* add2, const X* dout, const float* mean, const float* rstd,
+        const NormState* start, const X* inp, const float* w, int T, int D, int G, int lanes) {
     __shared__ float2 totals[WARPS][32];
     __shared__ alignas(16) float lines[2][APPLY ? 1 : WARPS][32 * VEC];
     NormPlace p(T, D, G, lanes, VEC, APPLY);
@@ -921,81 +854,57 @@ template <typename X, int VEC, int LANES,
     float n0 = start ? start[p.row * G + p.g].count : 0, c = mean[(p.row * T + T - 1) * G + p.g];
     EACH(i, STEPS) {
         size_t k = (p.row * T + p.t0 + i) * G + p.g;
-        mu[i] = i < p.steps ? mean[k] : 0;
-        r[i] = i < p.steps ? rstd[k] : 0;
+        mu[i] = i < p.steps ? mean[k] : 0; r[i] = i < p.steps ? rstd[k] : 0;
         if (!LANES) { continue; }
-        kept_x[i].clear();
-        kept_dy[i].clear();
+        kept_x[i].clear(); kept_dy[i].clear();
         if (i < p.steps && p.sub < p.F) {
-            kept_x[i].load(inp + p.at + (size_t)i * D + p.sub);
-            kept_dy[i].load(dout + p.at + (size_t)i * D + p.sub);
+            kept_x[i].load(inp + p.at + (size_t)i * D + p.sub); kept_dy[i].load(dout + p.at + (size_t)i * D + p.sub);
         }
     }
     auto get = [&](int i, int f) {
         if (LANES) { kept_x[i].get(x); kept_dy[i].get(dy); return; }
         Piece<X, VEC> px, pdy;
-        px.clear();
-        pdy.clear();
-        if (i < p.steps) {
-            px.load(inp + p.at + (size_t)i * D + f);
-            pdy.load(dout + p.at + (size_t)i * D + f);
-        }
-        px.get(x);
-        pdy.get(dy);
+        px.clear(); pdy.clear();
+        if (i < p.steps) { px.load(inp + p.at + (size_t)i * D + f); pdy.load(dout + p.at + (size_t)i * D + f); }
+        px.get(x); pdy.get(dy);
     };
     float scale[VEC];
-    auto get_weights = [&](int f) {
-        EACH(e, VEC) { scale[e] = w[p.g * p.F + f + e] + 1; }
-    };
+    auto get_weights = [&](int f) { EACH(e, VEC) { scale[e] = w[p.g * p.F + f + e] + 1; } };
     if (LANES && p.sub < p.F) { get_weights(p.sub); }
     EACH(i, STEPS) {
         float A = 0, E = 0;
         for (int f = p.sub; f < p.F; f += p.width) {
             get(i, f);
             if (!LANES) { get_weights(f); }
-            EACH(e, VEC) {
-                float d = dy[e] * scale[e];
-                A += d * (x[e] - mu[i]);
-                E += d;
-            }
+            EACH(e, VEC) { float d = dy[e] * scale[e]; A += d * (x[e] - mu[i]); E += d; }
             if (LANES) { break; }
         }
         float share = quotient(1.0f, n0 + (float)(p.t0 + i + 1)), da = -r[i] * team_sum<LANES>(E, lanes);
         float dv = -0.5f * r[i] * r[i] * r[i] * team_sum<LANES>(A, lanes);
-        u[i] = (da - 2 * (mu[i] - c) * dv) * share;
-        v[i] = dv * share;
+        u[i] = (da - 2 * (mu[i] - c) * dv) * share; v[i] = dv * share;
     }
 #pragma unroll
-    for (int i = STEPS - 2; i >= 0; i--) {
-        u[i] += u[i + 1];
-        v[i] += v[i + 1];
-    }
+    for (int i = STEPS - 2; i >= 0; i--) { u[i] += u[i + 1]; v[i] += v[i + 1]; }
     if (p.sub == 0) { totals[p.warp][p.team] = make_float2(u[0], v[0]); }
     __syncthreads();
     float4 later = make_float4(0, 0, 0, 0);
     if (APPLY) { later = segments[p.line]; }
     for (int k = WARPS - 1; k > (APPLY ? p.warp : -1); k--) {
-        later.x += totals[k][p.team].x;
-        later.y += totals[k][p.team].y;
+        later.x += totals[k][p.team].x; later.y += totals[k][p.team].y;
     }
     if (!APPLY) {
         if (p.warp == 0 && p.sub == 0 && p.active) { segments[p.line] = later; }
         int count = (T + SEGMENT - 1) / SEGMENT;
         float* part = partials + ((size_t)p.row * count + p.segment) * 2 * D;
         for (int f0 = 0; f0 < p.F; f0 += p.width) { // dw and db of one piece of each group
-            float dw[VEC] = {0}, db[VEC] = {0};
-            int f = f0 + p.sub;
+            float dw[VEC] = {0}, db[VEC] = {0}; int f = f0 + p.sub;
             EACH(i, STEPS) {
                 if (f >= p.F) { break; }
                 get(i, f);
-                EACH(e, VEC) {
-                    dw[e] += dy[e] * (x[e] - mu[i]) * r[i];
-                    db[e] += dy[e];
-                }
+                EACH(e, VEC) { dw[e] += dy[e] * (x[e] - mu[i]) * r[i]; db[e] += dy[e]; }
             }
-            float *to_dw = &lines[0][p.warp][threadIdx.x % 32 * VEC],
-                    *to_db = &lines[1][p.warp][threadIdx.x % 32 * VEC];
-            if (VEC == 8) { store8(to_dw, dw); store8(to_db, db); } else { *to_dw = dw[0]; *to_db = db[0]; }
+            store(&lines[0][p.warp][threadIdx.x % 32 * VEC], dw);
+            store(&lines[1][p.warp][threadIdx.x % 32 * VEC], db);
             __syncthreads();
             for (int i = threadIdx.x; i < 2 * 32 * VEC; i += 32 * WARPS) {
                 int which = i / (32 * VEC), j = i % (32 * VEC), g = p.g0 + j / p.width, k = f0 + j % p.width;
@@ -1029,8 +938,7 @@ template <typename X, int VEC, int LANES,
                 added[i][k].get(a);
                 EACH(e, VEC) { dy[e] += a[e]; }
             }
-            X* to = dinp + p.at + (size_t)i * D + f;
-            if (VEC == 8) { store8(to, dy); } else { *to = from_float<X>(dy[0]); }
+            store(dinp + p.at + (size_t)i * D + f, dy);
             if (LANES) { break; }
         }
     }
@@ -1048,8 +956,7 @@ __global__ void timestepnorm_scan_back_kernel(float4* segments, NormSums* alone,
     float4* s = segments + line * count;
     for (int r = first_slice; r < slices; r++) {
         NormSums sums = all[r * lines + line];
-        U_later += sums.U + 2 * (c - sums.c) * sums.V;
-        V_later += sums.V;
+        U_later += sums.U + 2 * (c - sums.c) * sums.V; V_later += sums.V;
     }
     if (lane == 0) { U = U_later; V = V_later; } // it has the latest segments
     for (int i = last - 1; i >= first; i--) { U += s[i].x; V += s[i].y; }
@@ -1063,17 +970,14 @@ __global__ void timestepnorm_scan_back_kernel(float4* segments, NormSums* alone,
     }
     if (lane == 31 && dstart && start) {
         double n0 = start[line].count;
-        dstart[line].mean += n0 * (U + 2 * (start[line].mean - c) * V);
-        dstart[line].var += n0 * V;
+        dstart[line].mean += n0 * (U + 2 * (start[line].mean - c) * V); dstart[line].var += n0 * V;
     }
     double U1 = __shfl_up_sync(~0u, U, 1), V1 = __shfl_up_sync(~0u, V, 1);
-    U = lane ? U1 : U_later;
-    V = lane ? V1 : V_later;
+    U = lane ? U1 : U_later; V = lane ? V1 : V_later;
     for (int i = last - 1; i >= first; i--) {
         float4 own = s[i];
         s[i] = make_float4(U, V, 0, 0);
-        U += own.x;
-        V += own.y;
+        U += own.x; V += own.y;
     }
 }
 
@@ -1084,12 +988,8 @@ template <typename X, typename F = void (*)()> static void timestepnorm_backward
     NormGrid r = norm_grid(B, T, D, G);
     float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * B * r.count * 2 * D);
-    auto pass = r.fixed == 4 ? timestepnorm_backward_kernel<X, 8, 4, false> : r.fixed == 8
-            ? timestepnorm_backward_kernel<X, 8, 8, false>
-                : r.wide ? timestepnorm_backward_kernel<X, 8, 0, false> : timestepnorm_backward_kernel<X, 1, 0, false>;
-    auto apply = r.fixed == 4 ? timestepnorm_backward_kernel<X, 8, 4, true> : r.fixed == 8
-            ? timestepnorm_backward_kernel<X, 8, 8, true>
-                : r.wide ? timestepnorm_backward_kernel<X, 8, 0, true> : timestepnorm_backward_kernel<X, 1, 0, true>;
+    auto pass = NORM_KERNEL(timestepnorm_backward_kernel, false);
+    auto apply = NORM_KERNEL(timestepnorm_backward_kernel, true);
     pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start, inp,
                                                   w, T, D, G, r.lanes);
     size_t lines = (size_t)B * G, bytes = sizeof(NormSums) * lines;
@@ -1135,8 +1035,7 @@ __global__ void cema_coefficients_kernel(CemaCoef* coef, float2* powers, const f
         double p = sigmoid_double(alpha[at]), radius = 1 - p * sigmoid_double(delta[at]), scale = p / sqrt((double)N);
         double2 turn;
         sincospi(2.0 / N * (k + 1) * sigmoid_double(theta[d]), &turn.y, &turn.x);
-        m.p = p;
-        m.q = make_float2(radius * turn.x, radius * turn.y);
+        m.p = p; m.q = make_float2(radius * turn.x, radius * turn.y);
         m.c = make_float2(scale * gamma[2 * at], scale * gamma[2 * at + 1]);
     }
     coef[i] = m;
@@ -1156,22 +1055,18 @@ __device__ inline float sum_lanes(float v) {
 
 // The form for any size: CEMA_LANES threads share a feature of a batch row and have M modes each.
 struct CemaPlace {
-    int d, lane;
-    bool active;
+    int d, lane; bool active;
     size_t bd, at; // of (b,d) | of (b,0,d) among (B,T,D)
     __device__ CemaPlace(int T, int D) {
-        d = (blockIdx.x * blockDim.x + threadIdx.x) / CEMA_LANES;
-        lane = threadIdx.x % CEMA_LANES;
+        d = (blockIdx.x * blockDim.x + threadIdx.x) / CEMA_LANES; lane = threadIdx.x % CEMA_LANES;
         active = d < D;
         if (!active) { d = D - 1; }
-        bd = (size_t)blockIdx.y * D + d;
-        at = (size_t)blockIdx.y * T * D + d;
+        bd = (size_t)blockIdx.y * D + d; at = (size_t)blockIdx.y * T * D + d;
     }
 };
 template <typename X, int M> __global__ void cema_forward_kernel(X* out, float* end, const float* start, const X* inp,
         const CemaCoef* coef, const float* omega, int T, int D, int N) {
-    CemaPlace f(T, D);
-    CemaCoef m[M];
+    CemaPlace f(T, D); CemaCoef m[M];
     float2 s[M];
     EACH(j, M) {
         m[j] = coef[(size_t)f.d * CEMA_LANES * M + j * CEMA_LANES + f.lane];
@@ -1183,10 +1078,7 @@ template <typename X, int M> __global__ void cema_forward_kernel(X* out, float* 
         EACH(i, AHEAD) {
             float y = 0;
             if (t0 + i >= T) { break; }
-            EACH(j, M) {
-                s[j] = mul_add(m[j].q, s[j], float2{x[i], 0});
-                y += m[j].c.x * s[j].x - m[j].c.y * s[j].y;
-            }
+            EACH(j, M) { s[j] = mul_add(m[j].q, s[j], float2{x[i], 0}); y += m[j].c.x * s[j].x - m[j].c.y * s[j].y; }
             y = sum_lanes(y) + omega[f.d] * x[i];
             if (f.active && f.lane == 0) { out[f.at + (size_t)(t0 + i) * D] = from_float<X>(y); }
         }
@@ -1202,8 +1094,7 @@ template <typename X, int M> __global__ void cema_forward_kernel(X* out, float* 
 template <typename X, int M> __global__ void cema_backward_kernel(X* dinp, float4* sums, float2* first, float* domega,
         const X* dout, const float* start, const float* after, const X* inp, const CemaCoef* coef, const float* omega,
         int T, int D, int N) {
-    CemaPlace f(T, D);
-    CemaCoef m[M];
+    CemaPlace f(T, D); CemaCoef m[M];
     float2 a[M] = {}, b[M] = {}, Q[M] = {}, R[M] = {}; // b is a'
     float dw = 0;
     EACH(j, M) {
@@ -1228,8 +1119,7 @@ template <typename X, int M> __global__ void cema_backward_kernel(X* dinp, float
                 b[j] = mul_add(q, b[j], a[j]);
                 dx += m[j].c.x * a[j].x + m[j].c.y * a[j].y;
             }
-            dw = fmaf(x[i], dy[i], dw);
-            dx = sum_lanes(dx) + omega[f.d] * dy[i];
+            dw = fmaf(x[i], dy[i], dw); dx = sum_lanes(dx) + omega[f.d] * dy[i];
             if (f.active && f.lane == 0) { dinp[f.at + (size_t)(t0 - i) * D] = from_float<X>(dx); }
         }
     }
@@ -1271,8 +1161,8 @@ struct Factor { // 16 x 8 of a right factor: rows 2i, 2i+1 | 2i+8, 2i+9 of colum
 struct Tile { float v[4]; }; // 16 x 8 of a product
 __device__ inline Tile mma(const uint32_t (&a)[4], const uint32_t (&b)[2], Tile c) { // a b + c
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c.v[0]), "+f"(c.v[1]), "+f"(c.v[2]), "+f"(c.v[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        : "+f"(c.v[0]), "+f"(c.v[1]), "+f"(c.v[2]), "+f"(c.v[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
+        "r"(b[0]), "r"(b[1]));
     return c;
 }
 __device__ inline Tile mma(const uint32_t (&a)[4], const Factor& b, Tile c = {}) {
@@ -1302,9 +1192,7 @@ template <typename E> struct CemaUnit {
         EACH(c, CHANNELS) { row[c] = x[c][place(t)]; }
         store8(to, row);
     }
-    __device__ void load(uint32_t (&a)[4]) {
-        EACH(j, 4) { a[j] = *(uint32_t*)at(j); }
-    }
+    __device__ void load(uint32_t (&a)[4]) { EACH(j, 4) { a[j] = *(uint32_t*)at(j); } }
     __device__ void load_transposed(uint32_t (&a)[4]) { // rows are timesteps, columns blocks
         int l = threadIdx.x % 32;
         unsigned from = __cvta_generic_to_shared(&x[threadIdx.x / 32][l % 8 * PAIR + l / 16 * SPAN + l / 8 % 2 * 8]);
@@ -1325,13 +1213,9 @@ struct CemaBlocks {
     __device__ CemaBlocks(const CemaCoef* coefs, const float2* all_powers, const float* omega, int T, int D) {
         __shared__ float taps[CHANNELS][2 * SPAN + 1];
         float *tap = taps[threadIdx.x / 32] + SPAN, sums[3] = {0};
-        d = blockIdx.x * CHANNELS + threadIdx.x / 32;
-        g = threadIdx.x % 32 / 4;
-        i = threadIdx.x % 4;
-        bd = (size_t)blockIdx.y * D + d;
-        at = (size_t)blockIdx.y * T * D + blockIdx.x * CHANNELS;
-        coef = coefs + (size_t)d * CEMA_LANES;
-        powers = all_powers + (size_t)d * POWERS * CEMA_LANES;
+        d = blockIdx.x * CHANNELS + threadIdx.x / 32; g = threadIdx.x % 32 / 4; i = threadIdx.x % 4;
+        bd = (size_t)blockIdx.y * D + d; at = (size_t)blockIdx.y * T * D + blockIdx.x * CHANNELS;
+        coef = coefs + (size_t)d * CEMA_LANES; powers = all_powers + (size_t)d * POWERS * CEMA_LANES;
         EACH(m, 4) {
             float2 c0 = coef[4 * m + i].c;
             sums[2] += c0.x;
@@ -1344,10 +1228,7 @@ struct CemaBlocks {
             EACH(j, 4) { q[m][j] = powers[(SPAN + j) * CEMA_LANES + 4 * m + i]; }
         }
         EACH(n, 3) { EACH(o, 2) { sums[n] += __shfl_xor_sync(~0u, sums[n], 1 << o); } }
-        if (i < 2) {
-            tap[g + 8 * i - SPAN] = 0;
-            tap[g + 8 * i + 1] = i ? sums[1] : sums[0];
-        }
+        if (i < 2) { tap[g + 8 * i - SPAN] = 0; tap[g + 8 * i + 1] = i ? sums[1] : sums[0]; }
         if (threadIdx.x % 32 == 0) { tap[0] = sums[2] + omega[d]; }
         __syncwarp();
         EACH(n, 2) { k[n].set(i, [&](int t) { return tap[8 * n + g - t]; }); }
@@ -1373,8 +1254,7 @@ struct CemaBlocks {
         }
         s = before(s, 1);
         float2 start = turn ? s : h;
-        h = s;
-        s = mul_add(q[m][0], start, first);
+        h = s; s = mul_add(q[m][0], start, first);
         return BACK ? Tile{s.x, s.y, start.x, start.y} : Tile{start.x, start.y, s.x, s.y};
     }
     __device__ void output(CemaUnit<float>& to, const uint32_t (&x)[4], const Tile (&s)[4]) const {
@@ -1394,13 +1274,11 @@ __global__ void __launch_bounds__(32 * CHANNELS, 2) cema_forward_blocks_kernel(b
         int D, int N) {
     __shared__ CemaUnit<bf16> given;
     __shared__ CemaUnit<float> made;
-    CemaBlocks f(coef, powers, omega, T, D);
-    float2 h[4];
+    CemaBlocks f(coef, powers, omega, T, D); float2 h[4];
     EACH(m, 4) { int k = 4 * m + f.i; h[m] = cema_start(start, f.bd, k, N, f.coef[k].p); }
     uint4 next = given.load_row(inp + f.at, threadIdx.x, T, D);
     for (int t0 = 0; t0 < T; t0 += UNIT, carries += (size_t)gridDim.y * D * CEMA_LANES) {
-        uint32_t x[4];
-        Tile s[4];
+        uint32_t x[4]; Tile s[4];
         given.put(threadIdx.x, next);
         next = given.load_row(inp + f.at, t0 + UNIT + threadIdx.x, T, D);
         __syncthreads();
@@ -1450,9 +1328,7 @@ __global__ void __launch_bounds__(32 * CHANNELS) cema_backward_blocks_kernel(bf1
     auto fetch = [&](int t0) {
         next_x = given_x.load_row(inp + f.at, t0 + time, T, D);
         next_dy = given_x.load_row(dout + f.at, t0 + time, T, D);
-        EACH(m, 4) {
-            next_s[m] = carries[((size_t)(t0 / UNIT) * gridDim.y * D + f.bd) * CEMA_LANES + 4 * m + f.i];
-        }
+        EACH(m, 4) { next_s[m] = carries[((size_t)(t0 / UNIT) * gridDim.y * D + f.bd) * CEMA_LANES + 4 * m + f.i]; }
     };
     auto add = [](float2& sum, Tile u, Tile v) {
         EACH(j, 2) { sum = mul_add(float2{u.v[2 * j], u.v[2 * j + 1]}, float2{v.v[2 * j], v.v[2 * j + 1]}, sum); }
@@ -1470,24 +1346,19 @@ __global__ void __launch_bounds__(32 * CHANNELS) cema_backward_blocks_kernel(bf1
         uint32_t x[4], dy[4];
         float2 s0[4] = {next_s[0], next_s[1], next_s[2], next_s[3]};
         Tile z[4];
-        given_x.put(time, next_x);
-        given_dy.put(reversed, next_dy);
+        given_x.put(time, next_x); given_dy.put(reversed, next_dy);
         if (t0 >= UNIT) { fetch(t0 - UNIT); }
         __syncthreads();
-        given_x.load_transposed(x);
-        given_dy.load_transposed(dy);
+        given_x.load_transposed(x); given_dy.load_transposed(dy);
         EACH(n, 2) { lag[n] = mma(dy, {x[n], x[n + 2]}, lag[n]); }
-        given_x.load(x);
-        given_dy.load(dy);
+        given_x.load(x); given_dy.load(dy);
         EACH(m, 4) {
             Tile s = f.scan<false>(mma(x, f.e[m]), s0[m], m);
             if (f.g == 0 && t0 + UNIT >= T) { ends[threadIdx.x / 32][4 * m + f.i] = s0[m]; }
             z[m] = mma(dy, f.e[m]);
-            add(sz[m], s, z[m]);
-            add(rest[m], s, mma(dy, derivative[m]));
+            add(sz[m], s, z[m]); add(rest[m], s, mma(dy, derivative[m]));
             z[m] = f.scan<true>(z[m], a[m], m); // f
-            add(sf[m], s, z[m]);
-            add(rest[m], mma(x, derivative[m]), z[m]);
+            add(sf[m], s, z[m]); add(rest[m], mma(x, derivative[m]), z[m]);
         }
         f.output(made, dy, z);
         __syncthreads();
@@ -1516,20 +1387,17 @@ __global__ void __launch_bounds__(32 * CHANNELS) cema_backward_blocks_kernel(bf1
     size_t k = lane % CEMA_LANES, at = f.bd * CEMA_LANES + k;
     float2 q = f.coef[k].q, top = f.powers[(SPAN - 1) * CEMA_LANES + k], P = {0, 0}, dP = {0, 0}, *total = totals[w][k];
     for (int n = SPAN - 1; n >= 0; n--) {
-        dP = mul_add(q, dP, P);
-        P = mul_add(q, P, float2{__shfl_sync(~0u, l, n), 0});
+        dP = mul_add(q, dP, P); P = mul_add(q, P, float2{__shfl_sync(~0u, l, n), 0});
     }
     float2 s0 = carries[at], u = mul_add(float2{SPAN * top.x, SPAN * top.y}, total[1], total[2]);
     P = mul_add(q, mul_add(ends[w][k], later(k), mul_add(float2{-s0.x, -s0.y}, total[3], total[0])), P);
     u = mul_add(q, u, total[0]);
     if (lane == 0) { domega[f.bd] = l; }
     if (lane >= CEMA_LANES) { return; }
-    sums[at] = make_float4(P.x, -P.y, dP.x + u.x, -dP.y - u.y);
-    first[at] = {total[3].x, -total[3].y};
+    sums[at] = make_float4(P.x, -P.y, dP.x + u.x, -dP.y - u.y); first[at] = {total[3].x, -total[3].y};
 }
 
-// From the sums to gradients of parameters, as at the end of the CPU's cema_backward. Threads x are the modes of a
-// feature.
+// From the sums to gradients of parameters, as at the end of the CPU's cema_backward. Threads x: modes.
 __global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega,
         float* dstart, const float4* sums, const float2* first, const float* dw, const float* start,
         const CemaCoef* coef, const float* alpha, const float* delta, const float* theta, const float* gamma,
@@ -1538,14 +1406,12 @@ __global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dthet
     int k = threadIdx.x, d = blockIdx.x * blockDim.y + threadIdx.y;
     double dangle = 0, s_theta = d < D ? sigmoid_double(theta[d]) : 0;
     if (d < D && k < N) {
-        size_t i = (size_t)d * N + k;
-        CemaCoef m = coef[(size_t)d * K + k];
+        size_t i = (size_t)d * N + k; CemaCoef m = coef[(size_t)d * K + k];
         double p = sigmoid_double(alpha[i]), root = sqrt((double)N), dp = 0;
         double2 q = {m.q.x, m.q.y}, g = {gamma[2 * i] / root, gamma[2 * i + 1] / root}, dq = {0, 0}, dg = {0, 0};
         for (int b = 0; b < B; b++) {
             size_t bd = (size_t)b * D + d, at_h = 2 * (bd * N + k);
-            float4 s = sums[bd * K + k];
-            float2 a = first[bd * K + k];
+            float4 s = sums[bd * K + k]; float2 a = first[bd * K + k];
             dp += g.x * s.x + g.y * s.y;
             dq = mul_add(double2{p * g.x, -p * g.y}, double2{s.z, s.w}, dq);
             dg = {dg.x + p * s.x, dg.y + p * s.y};
@@ -1554,8 +1420,7 @@ __global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dthet
             dg = mul_add(double2{start[at_h], -start[at_h + 1]}, qa, dg);
             if (!dstart) { continue; }
             qa = mul_add(double2{g.x, -g.y}, qa, double2{dstart[at_h], dstart[at_h + 1]});
-            dstart[at_h] = qa.x;
-            dstart[at_h + 1] = qa.y;
+            dstart[at_h] = qa.x; dstart[at_h + 1] = qa.y;
         }
         double s_delta = sigmoid_double(delta[i]), sine, cosine;
         sincospi(2.0 / N * (k + 1) * s_theta, &sine, &cosine);
@@ -1577,13 +1442,7 @@ __global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dthet
 }
 
 // How a launch goes about it.
-struct Cema {
-    int K;
-    bool blocks; // on tensor cores
-    CemaCoef* coef;
-    float2* powers;
-    dim3 grid;
-};
+struct Cema { int K; bool blocks; CemaCoef* coef; float2* powers; dim3 grid; }; // blocks: on tensor cores
 static int cema_width(int N) { return CEMA_LANES * (N <= CEMA_LANES ? 1 : MANY); }
 static Cema cema_prepare(Gpu& gpu, bool is_bf16, const float* alpha, const float* delta, const float* theta,
         const float* gamma, int B, int T, int D, int N) {
@@ -1593,8 +1452,7 @@ static Cema cema_prepare(Gpu& gpu, bool is_bf16, const float* alpha, const float
     r.blocks = is_bf16 && N <= CEMA_LANES && D % CHANNELS == 0 && T >= 4 * SPAN && whole;
     size_t size = (size_t)D * r.K;
     r.coef = (CemaCoef*)gpu_scratch(&gpu, COEFFICIENTS, size * (sizeof(CemaCoef) + POWERS * sizeof(float2)));
-    r.powers = r.blocks ? (float2*)(r.coef + size) : NULL;
-    r.grid = dim3(ceil_div(D, CHANNELS), B);
+    r.powers = r.blocks ? (float2*)(r.coef + size) : NULL; r.grid = dim3(ceil_div(D, CHANNELS), B);
     cema_coefficients_kernel<<<ceil_div(size, 128), 128, 0, gpu.stream>>>(r.coef, r.powers, alpha, delta, theta, gamma,
             D, N, r.K);
     LAUNCHED();
@@ -1602,9 +1460,7 @@ static Cema cema_prepare(Gpu& gpu, bool is_bf16, const float* alpha, const float
 }
 
 // Floats that a layer keeps for the backward pass: the states before each unit of time.
-static size_t cema_carries_size(Gpu*, int B, int T, int D, int) {
-    return ceil_div(T, UNIT) * B * D * CEMA_LANES * 2;
-}
+static size_t cema_carries_size(Gpu*, int B, int T, int D, int) { return ceil_div(T, UNIT) * B * D * CEMA_LANES * 2; }
 
 template <typename X> static void cema_forward(Gpu& gpu, X* out, float* end, float* carries, const float* start,
         const X* inp, const float* alpha, const float* delta, const float* theta, const float* gamma,
@@ -1628,8 +1484,7 @@ template <typename X> static void cema_backward(Gpu& gpu, X* dinp, float* dalpha
     size_t states = (size_t)B * D * r.K;
     float4* sums = (float4*)gpu_scratch(&gpu, CARRIES, states * (sizeof(float4) + sizeof(float2))
                                         + sizeof(float) * B * D);
-    float2* first = (float2*)(sums + states);
-    float* dw = (float*)(first + states);
+    float2* first = (float2*)(sums + states); float* dw = (float*)(first + states);
     if (r.blocks) {
         cema_backward_blocks_kernel<<<r.grid, 32 * CHANNELS, 0, gpu.stream>>>((bf16*)dinp, sums, first, dw,
                 (const float2*)carries, after, (const bf16*)dout, (const bf16*)inp, r.coef, r.powers, omega, T, D, N);
@@ -1651,8 +1506,7 @@ enum { SLICE_MODES = 8 };
 template <typename X> __global__ void cema_slice_kernel(float2* sums, const X* inp, const CemaCoef* coef, bool back,
         int length, int T, int D, int K) {
     int d = blockIdx.x * 32 + threadIdx.x, k0 = threadIdx.y * SLICE_MODES, t0 = blockIdx.z * length;
-    int n = min(length, T - t0);
-    float2 q[SLICE_MODES], s[SLICE_MODES] = {};
+    int n = min(length, T - t0); float2 q[SLICE_MODES], s[SLICE_MODES] = {};
     if (d >= D) { return; }
     EACH(k, SLICE_MODES) { q[k] = coef[(size_t)d * K + k0 + k].q; }
     const X* x = inp + ((size_t)blockIdx.y * T + t0) * D + d;
@@ -1680,8 +1534,7 @@ __global__ void cema_slice_end_kernel(float2* end, const float2* sums, const Cem
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, step = (size_t)B * K * D;
     int d = i % D, k = i / D % K, b = i / D / K;
     if (i >= step || k >= N) { return; }
-    CemaCoef m = coef[(size_t)d * K + k];
-    double2 q = {m.q.x, m.q.y}, s = {0, 0};
+    CemaCoef m = coef[(size_t)d * K + k]; double2 q = {m.q.x, m.q.y}, s = {0, 0};
     double2 power = complex_power(q, length), last_power = complex_power(q, T - (count - 1) * length);
 #pragma unroll 8
     for (int j = 0; j < count; j++) {
@@ -1714,8 +1567,7 @@ template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, 
     Cema r = cema_prepare(gpu, false, alpha, delta, theta, gamma, B, T, D, N);
     int tiles = ceil_div(D, 32), warps = tiles * (r.K / SLICE_MODES) * B;
     int count = ceil_div(32 * gpu.card.multiProcessorCount, warps), length = ceil_div(T, count);
-    length = length < 64 ? 64 : length;
-    count = ceil_div(T, length);
+    length = length < 64 ? 64 : length; count = ceil_div(T, length);
     size_t states = (size_t)B * r.K * D, size = (size_t)B * D * N;
     float2* sums = (float2*)gpu_scratch(&gpu, SLICE_SUMS, sizeof(float2) * states * count);
     float2* all = (float2*)gpu_scratch(&gpu, SLICES, sizeof(float2) * size * (ranks.chunks + 2));
@@ -1729,8 +1581,7 @@ template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, 
 }
 // state (B,D,N,2): h before this slice, start being that before the first; or a after it. NULL: in scratch memory.
 static float* cema_slice_carry(Gpu& gpu, float* state, const float* start, bool back, int B, int T, int D, int N) {
-    size_t size = (size_t)B * D * N;
-    float2* all = (float2*)gpu.scratch[SLICES];
+    size_t size = (size_t)B * D * N; float2* all = (float2*)gpu.scratch[SLICES];
     if (!state) { state = (float*)(all + size * (ranks.chunks + 1)); }
     slices_wait(gpu);
     cema_slice_carry_kernel<<<ceil_div(size, 128), 128, 0, gpu.stream>>>((float2*)state, (const float2*)start, all,
@@ -1751,16 +1602,11 @@ template <typename X, bool WIDE, bool DROP> __global__ void norm_forward_kernel(
     next.load(inp + first * D, first < rows ? D : 0);
     X next_near = inp[first < rows ? first * D : 0];
     for (size_t r = first; r - threadIdx.y < rows; r += step) { // all threads of a block take part in the last round
-        next.get(x);
-        next.load(inp + (r + step) * D, r + step < rows ? D : 0);
+        next.get(x); next.load(inp + (r + step) * D, r + step < rows ? D : 0);
         float near = mean ? to_float(next_near) : 0; // sums about one of the values: the variance does not cancel
         if (mean) { next_near = inp[r + step < rows ? (r + step) * D : 0]; }
         s[0] = s[1] = 0;
-        EACH(e, 8) {
-            float y = column<WIDE>(e) < D ? x[e] - near : 0;
-            s[0] += y;
-            s[1] += y * y;
-        }
+        EACH(e, 8) { float y = column<WIDE>(e) < D ? x[e] - near : 0; s[0] += y; s[1] += y * y; }
         row_sum(s, turn);
         float off = mean ? s[0] * share : 0, m = near + off, k = rsqrtf(fmaxf(s[1] * share - off * off, 0) + eps);
         EACH(e, 8) { x[e] = (x[e] - m) * k * (scale[e] + 1) + shift[e]; }
@@ -1783,7 +1629,7 @@ template <typename X> static void norm_forward(Gpu& gpu, X* out, int ldo, float*
 // of dinp, the gradient of wh1's bias. db, dinp_sum and b are NULL where mean is.
 template <typename X, bool WIDE, bool DROP> __global__ void norm_backward_kernel(X* dinp, float* partials, X* again,
         const X* dout, int ld, const float* mean, const float* rstd, const X* inp, const float* w, const float* b,
-                size_t rows, int D, Dropout d) {
+        size_t rows, int D, Dropout d) {
     float scale[8], shift[8] = {0}, dw[8] = {0}, db[8] = {0}, dx[8] = {0}, x[8], dy[8], s[2], share = 1.0f / D;
     int turn = 0, sums = mean ? 3 : 1;
     load_row<WIDE>(scale, w, D);
@@ -1791,34 +1637,26 @@ template <typename X, bool WIDE, bool DROP> __global__ void norm_backward_kernel
     RowPiece<X, WIDE> next_x, next_dy;
     size_t first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
     auto fetch = [&](size_t r) {
-        next_x.load(inp + r * D, r < rows ? D : 0);
-        next_dy.load(dout + r * ld, r < rows ? D : 0);
+        next_x.load(inp + r * D, r < rows ? D : 0); next_dy.load(dout + r * ld, r < rows ? D : 0);
     };
     fetch(first);
     for (size_t r = first; r - threadIdx.y < rows; r += step) {
         int columns = r < rows ? D : 0;
         float m = columns && mean ? mean[r] : 0, k = columns ? rstd[r] : 0;
-        next_x.get(x);
-        next_dy.get(dy);
+        next_x.get(x); next_dy.get(dy);
         fetch(r + step);
         unsigned kept = dropout_kept_row<WIDE, DROP>(d, r);
         drop<DROP>(dy, kept, d);
         s[0] = s[1] = 0;
         EACH(e, 8) {
             x[e] = (x[e] - m) * k;
-            dw[e] += dy[e] * x[e];
-            db[e] += dy[e];
+            dw[e] += dy[e] * x[e]; db[e] += dy[e];
             dy[e] *= scale[e] + 1;
-            s[0] += dy[e];
-            s[1] += dy[e] * x[e];
+            s[0] += dy[e]; s[1] += dy[e] * x[e];
         }
         row_sum(s, turn);
         float f = mean ? s[0] * share : 0, fn = s[1] * share;
-        EACH(e, 8) {
-            dy[e] = k * (dy[e] - f - x[e] * fn);
-            dx[e] += dy[e];
-            x[e] = x[e] * (scale[e] + 1) + shift[e];
-        }
+        EACH(e, 8) { dy[e] = k * (dy[e] - f - x[e] * fn); dx[e] += dy[e]; x[e] = x[e] * (scale[e] + 1) + shift[e]; }
         store_row<WIDE>(dinp + r * D, dy, columns);
         drop<DROP>(x, kept, d);
         if (again) { store_row<WIDE>(again + r * ld, x, columns); }
@@ -1830,7 +1668,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void norm_backward_kernel
 }
 template <typename X> static void norm_backward(Gpu& gpu, X* dinp, float* dw, float* db, float* dinp_sum, X* again,
         const X* dout, int ld, const float* mean, const float* rstd, const X* inp, const float* w, const float* b,
-                size_t rows, int D, Dropout drop = no_dropout) {
+        size_t rows, int D, Dropout drop = no_dropout) {
     RowGrid r = row_grid(&gpu, rows, D, 1, 2);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * 3 * D);
     LAUNCH_DROP(norm_backward_kernel, wide(D, ld), drop, r.grid, r.block, dinp, partials, again, dout, ld, mean, rstd,
@@ -1860,12 +1698,11 @@ __device__ inline void turned(float (&y)[8], const float (&x)[8], const float (&
 // znorm (B,T,H,Z/H) and its rstd are only written if not NULL, for tests.
 template <typename X, bool WIDE> __global__ void qk_forward_kernel(X* q, X* k, X* znorm, float* znorm_rstd, const X* z,
         int ldz, const float* gamma, const float* beta, const float* rotations, unsigned rows, int T, int K, int pos,
-                int at_k, int c, int Z, int zd, float eps) {
+        int at_k, int c, int Z, int zd, float eps) {
     float ga[2][8], be[2][8], x[8], turn8[8], y[8], s[1], share = 1.0f / zd, scale = sqrtf(share);
     int turn = 0, h = blockIdx.y;
     for (int i = 0; i < 2; i++) {
-        load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd);
-        load_row<WIDE>(be[i], beta + i * Z + h * zd, zd);
+        load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd); load_row<WIDE>(be[i], beta + i * Z + h * zd, zd);
     }
     RowPiece<X, WIDE> next;
     unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
@@ -1892,17 +1729,16 @@ template <typename X, bool WIDE> __global__ void qk_forward_kernel(X* q, X* k, X
 }
 template <typename X> static void qk_forward(Gpu& gpu, X* q, X* k, X* znorm, float* znorm_rstd, const X* z, int ldz,
         const float* gamma, const float* beta, const float* rotations, int B, int T, int K, int pos, int at_k, int c,
-                int Z, int H, float eps) {
+        int Z, int H, float eps) {
     RowGrid r = row_grid(&gpu, (size_t)B * T, Z / H, H, 8);
     LAUNCH(qk_forward_kernel, wide(Z / H, ldz), r.grid, r.block, q, k, znorm, znorm_rstd, z, ldz, gamma, beta,
            rotations, B * T, T, K, pos, at_k, c, Z, Z / H, eps);
 }
 
-// dz (B,T,Z) with rows ldz apart, from dq and dk (B,H,T,Z/H); dz_sum (Z): the gradient of wz's bias. dznorm may be
-// NULL.
+// dz (B,T,Z), rows ldz apart, from dq and dk (B,H,T,Z/H); dz_sum (Z): the gradient of wz's bias. dznorm may be NULL.
 template <typename X, bool WIDE> __global__ void qk_backward_kernel(X* dz, float* partials, X* dznorm, const X* dq,
         const X* dk, const X* z, int ldz, const float* gamma, const float* rotations, unsigned rows, int T, int c,
-                int Z, int zd, float eps) {
+        int Z, int zd, float eps) {
     float ga[2][8], sums[5][8] = {{0}}, x[8], turn8[8], d[8], dx[8], s[1], share = 1.0f / zd, scale = sqrtf(share);
     int turn = 0, h = blockIdx.y;
     for (int i = 0; i < 2; i++) { load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd); }
@@ -1916,8 +1752,7 @@ template <typename X, bool WIDE> __global__ void qk_backward_kernel(X* dz, float
     for (unsigned r = first; r - threadIdx.y < rows; r += step) {
         int columns = r < rows ? zd : 0;
         RowPiece<X, WIDE> d_now[2] = {next_d[0], next_d[1]};
-        next_z.get(x);
-        fetch(r + step);
+        next_z.get(x); fetch(r + step);
         load_row<WIDE>(turn8, rotations + (size_t)(r % T % c) * zd, columns);
         s[0] = 0;
         EACH(e, 8) { s[0] += x[e] * x[e]; dx[e] = 0; }
@@ -1927,10 +1762,9 @@ template <typename X, bool WIDE> __global__ void qk_backward_kernel(X* dz, float
         EACH(i, 2) {
             d_now[i].get(d);
             EACH(e, 8) { // turned back by the same angle
-                float v = e & 1 ? d[e] * turn8[e - 1] - d[e - 1] * turn8[e] : d[e] * turn8[e] + d[e + 1 & 7] * turn8[e
-                        + 1 & 7];
-                sums[i][e] += v * x[e] * scale;
-                sums[2 + i][e] += v;
+                float v = e & 1 ? d[e] * turn8[e - 1] - d[e - 1] * turn8[e] : d[e] * turn8[e]
+                        + d[e + 1 & 7] * turn8[e + 1 & 7];
+                sums[i][e] += v * x[e] * scale; sums[2 + i][e] += v;
                 dx[e] += v * ((ga[i][e] + 1) * scale);
             }
         }
@@ -1938,17 +1772,14 @@ template <typename X, bool WIDE> __global__ void qk_backward_kernel(X* dz, float
         s[0] = 0;
         EACH(e, 8) { s[0] += dx[e] * x[e]; }
         row_sum(s, turn);
-        EACH(e, 8) {
-            dx[e] = rstd * (dx[e] - x[e] * (s[0] * share));
-            sums[4][e] += columns ? dx[e] : 0;
-        }
+        EACH(e, 8) { dx[e] = rstd * (dx[e] - x[e] * (s[0] * share)); sums[4][e] += columns ? dx[e] : 0; }
         store_row<WIDE>(dz + (size_t)r * ldz + h * zd, dx, columns);
     }
     EACH(i, 5) { store_partial<WIDE>(partials, 5, Z, i, sums[i], zd, h * zd); }
 }
 template <typename X> static void qk_backward(Gpu& gpu, X* dz, float* dgamma, float* dbeta, float* dz_sum, X* dznorm,
         const X* dq, const X* dk, const X* z, int ldz, const float* gamma, const float* rotations, int B, int T, int c,
-                int Z, int H, float eps) {
+        int Z, int H, float eps) {
     RowGrid r = row_grid(&gpu, (size_t)B * T, Z / H, H, 2);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * 5 * Z);
     LAUNCH(qk_backward_kernel, wide(Z / H, ldz), r.grid, r.block, dz, partials, dznorm, dq, dk, z, ldz, gamma,
@@ -1957,8 +1788,9 @@ template <typename X> static void qk_backward(Gpu& gpu, X* dz, float* dgamma, fl
 }
 
 // exp and the sigmoid as exactly as X deserves: the fast exp is off by 1e-7 |x|.
-template <typename X> __device__ inline float exp_of(float x) { return std::is_same<X,
-        float>::value ? expf(x) : __expf(x); }
+template <typename X> __device__ inline float exp_of(float x) {
+    return std::is_same<X, float>::value ? expf(x) : __expf(x);
+}
 template <typename X> __device__ inline float sigmoid_of(float x) { return __fdividef(1, 1 + exp_of<X>(-x)); }
 
 // out = silu(inp) * attention, where inp (B,T,V) has rows ldi apart. Values (attention NULL stands for ones): out
@@ -1974,8 +1806,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void gate_forward_kernel(
     fetch(first);
     for (unsigned r = first; r < rows; r += step) {
         float x[8], o[8];
-        next_x.get(x);
-        next_o.get(o);
+        next_x.get(x); next_o.get(o);
         fetch(r + step);
         EACH(e, 8) { x[e] *= sigmoid_of<X>(x[e]) * (attention ? o[e] : 1); }
         drop<DROP>(x, dropout_kept_row<WIDE, DROP>(d, r, blockIdx.y * vd), d);
@@ -1998,8 +1829,7 @@ template <typename X> static void gate_forward(Gpu& gpu, X* gated, int ldg, cons
 // dinp = dv silu'(inp); dinp_sum (V): the gradient of wv's bias.
 template <typename X, bool WIDE> __global__ void value_backward_kernel(X* dinp, float* partials, const X* dv,
         const X* inp, unsigned rows, int T, int V, int vd) {
-    float sum[8] = {0}, x[8], d[8];
-    RowPiece<X, WIDE> next_x, next_d;
+    float sum[8] = {0}, x[8], d[8]; RowPiece<X, WIDE> next_x, next_d;
     unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
     auto fetch = [&](unsigned r) {
         next_x.load(inp + (size_t)r * V + blockIdx.y * vd, r < rows ? vd : 0);
@@ -2008,14 +1838,9 @@ template <typename X, bool WIDE> __global__ void value_backward_kernel(X* dinp, 
     fetch(first);
     for (unsigned r = first; r < rows; r += step) {
         size_t at = (size_t)r * V + blockIdx.y * vd;
-        next_x.get(x);
-        next_d.get(d);
+        next_x.get(x); next_d.get(d);
         fetch(r + step);
-        EACH(e, 8) {
-            float s = sigmoid_of<X>(x[e]);
-            d[e] *= s * (1 + x[e] * (1 - s));
-            sum[e] += d[e];
-        }
+        EACH(e, 8) { float s = sigmoid_of<X>(x[e]); d[e] *= s * (1 + x[e] * (1 - s)); sum[e] += d[e]; }
         store_row<WIDE>(dinp + at, d, vd);
     }
     store_partial<WIDE>(partials, 1, V, 0, sum, vd, blockIdx.y * vd);
@@ -2032,26 +1857,21 @@ template <typename X> static void value_backward(Gpu& gpu, X* dinp, float* dinp_
 // which the backward pass of the softmax needs; dinp_sum (V): the gradient of wr's bias.
 template <typename X, bool WIDE, bool DROP> __global__ void gate_backward_kernel(X* dattention, X* dinp,
         float* partials, float* dot, X* again, const X* dgated, int ldg, const X* attention, const X* inp, int ldi,
-                unsigned rows, int T, int V, int vd, Dropout dropped) {
-    float sum[8] = {0}, x[8], o[8], d[8], y[8], s[1];
-    int turn = 0;
+        unsigned rows, int T, int V, int vd, Dropout dropped) {
+    float sum[8] = {0}, x[8], o[8], d[8], y[8], s[1]; int turn = 0;
     for (unsigned r0 = blockIdx.x * blockDim.y; r0 < rows; r0 += gridDim.x * blockDim.y) {
-        unsigned r = r0 + threadIdx.y;
-        int columns = r < rows ? vd : 0;
+        unsigned r = r0 + threadIdx.y; int columns = r < rows ? vd : 0;
         size_t at = head_major(r, T, T, 0, vd), at_g = (size_t)r * ldg + blockIdx.y * vd,
                 at_i = (size_t)r * ldi + blockIdx.y * vd;
-        load_row<WIDE>(x, inp + at_i, columns);
-        load_row<WIDE>(o, attention + at, columns);
+        load_row<WIDE>(x, inp + at_i, columns); load_row<WIDE>(o, attention + at, columns);
         load_row<WIDE>(d, dgated + at_g, columns);
         unsigned kept = dropout_kept_row<WIDE, DROP>(dropped, r, blockIdx.y * vd);
         drop<DROP>(d, kept, dropped);
         s[0] = 0;
         EACH(e, 8) {
             float g = sigmoid_of<X>(x[e]), silu = x[e] * g;
-            y[e] = o[e] * silu;
-            s[0] += d[e] * y[e];
-            x[e] = d[e] * o[e] * (g * (1 + x[e] * (1 - g)));
-            sum[e] += x[e];
+            y[e] = o[e] * silu; s[0] += d[e] * y[e];
+            x[e] = d[e] * o[e] * (g * (1 + x[e] * (1 - g))); sum[e] += x[e];
             d[e] *= silu;
         }
         row_sum(s, turn);
@@ -2063,9 +1883,9 @@ template <typename X, bool WIDE, bool DROP> __global__ void gate_backward_kernel
     }
     store_partial<WIDE>(partials, 1, V, 0, sum, vd, blockIdx.y * vd);
 }
-template <typename X> static void gate_backward(Gpu& gpu, X* dattention, X* dinp, float* dinp_sum, float* dot,
-        X* again, const X* dgated, int ldg, const X* attention, const X* inp, int ldi, int B, int T, int V, int H,
-                Dropout drop = no_dropout) {
+template <typename X> static void gate_backward(Gpu& gpu, X* dattention, X* dinp, float* dinp_sum, float* dot, X* again,
+        const X* dgated, int ldg, const X* attention, const X* inp, int ldi, int B, int T, int V, int H,
+        Dropout drop = no_dropout) {
     RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H);
     float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * V);
     LAUNCH_DROP(gate_backward_kernel, wide(V / H, ldg, ldi), drop, r.grid, r.block, dattention, dinp, partials, dot,
@@ -2080,15 +1900,13 @@ template <typename X, bool WIDE, bool DROP> __global__ void silu_forward_kernel(
     int f = (blockIdx.x * blockDim.x + threadIdx.x) * E;
     if (f >= F) { return; }
     for (unsigned r = blockIdx.y; r < rows; r += gridDim.y) {
-        Piece<X, E> a, b;
-        float x[E], y[E];
+        Piece<X, E> a, b; float x[E], y[E];
         a.load(inp + (size_t)r * ld + f);
         if (mul) { b.load(mul + (size_t)r * ld + f); b.get(y); }
         a.get(x);
         EACH(e, E) { x[e] *= sigmoid_of<X>(x[e]) * (mul ? y[e] : 1); }
         drop<DROP>(x, DROP ? dropout_kept<E>(d, dropout_bits(d, r / d.T, r % d.T, 0), f) : 0, d);
-        X* to = out + (size_t)r * F + f;
-        if (WIDE) { store8(to, x); } else { *to = from_float<X>(x[0]); }
+        store(out + (size_t)r * F + f, x);
     }
 }
 static dim3 flat_grid(size_t rows, int columns) { return dim3(ceil_div(columns, 256), min_size(rows, 65535)); }
@@ -2106,32 +1924,21 @@ template <typename X, bool WIDE, bool DROP> __global__ void silu_backward_kernel
     int f = (blockIdx.x * blockDim.x + threadIdx.x) * E;
     if (f >= F) { return; }
     for (unsigned r = blockIdx.y; r < rows; r += gridDim.y) {
-        Piece<X, E> a, b, c;
-        float x[E], y[E], d[E], o[E];
+        Piece<X, E> a, b, c; float x[E], y[E], d[E], o[E];
         size_t at = (size_t)r * ld + f, at_out = (size_t)r * F + f;
-        a.load(inp + at);
-        c.load(dout + at_out);
+        a.load(inp + at); c.load(dout + at_out);
         if (mul) { b.load(mul + at); b.get(y); }
-        a.get(x);
-        c.get(d);
+        a.get(x); c.get(d);
         unsigned kept = DROP ? dropout_kept<E>(dropped, dropout_bits(dropped, r / dropped.T, r % dropped.T, 0), f) : 0;
         drop<DROP>(d, kept, dropped);
         EACH(e, E) {
             float s = sigmoid_of<X>(x[e]), silu = x[e] * s, m = mul ? y[e] : 1;
-            o[e] = silu * m;
-            x[e] = d[e] * m * (s * (1 + x[e] * (1 - s)));
-            y[e] = d[e] * silu;
+            o[e] = silu * m; x[e] = d[e] * m * (s * (1 + x[e] * (1 - s))); y[e] = d[e] * silu;
         }
         drop<DROP>(o, kept, dropped);
-        if (WIDE) {
-            store8(dinp + at, x);
-            if (mul) { store8(dmul + at, y); }
-            if (again) { store8(again + at_out, o); }
-        } else {
-            dinp[at] = from_float<X>(x[0]);
-            if (mul) { dmul[at] = from_float<X>(y[0]); }
-            if (again) { again[at_out] = from_float<X>(o[0]); }
-        }
+        store(dinp + at, x);
+        if (mul) { store(dmul + at, y); }
+        if (again) { store(again + at_out, o); }
     }
 }
 template <typename X> static void silu_backward(Gpu& gpu, X* dinp, X* dmul, X* again, const X* dout, const X* inp,
@@ -2140,19 +1947,14 @@ template <typename X> static void silu_backward(Gpu& gpu, X* dinp, X* dmul, X* a
                 again, dout, inp, mul, ld, rows, F);
 }
 
-// out (rows,D) = inp * w + add (may be out); and dinp = dout * w with dw the column sums of dout * inp. With
-// rescale_nffn.
+// With rescale_nffn: out (rows,D) = inp * w + add (may be out); dinp = dout * w, dw the column sums of dout * inp.
 template <typename X, bool WIDE> __global__ void rescale_kernel(X* out, float* partials, const X* inp, const X* other,
         const float* w, size_t rows, int D) {
     float scale[8], sum[8] = {0}, x[8], y[8];
     load_row<WIDE>(scale, w, D);
     for (size_t r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
-        load_row<WIDE>(x, inp + r * D, D);
-        load_row<WIDE>(y, other + r * D, D);
-        EACH(e, 8) {
-            sum[e] += x[e] * y[e];
-            x[e] = x[e] * scale[e] + (partials ? 0 : y[e]);
-        }
+        load_row<WIDE>(x, inp + r * D, D); load_row<WIDE>(y, other + r * D, D);
+        EACH(e, 8) { sum[e] += x[e] * y[e]; x[e] = x[e] * scale[e] + (partials ? 0 : y[e]); }
         store_row<WIDE>(out + r * D, x, D);
     }
     if (partials) { store_partial<WIDE>(partials, 1, D, 0, sum, D); }
@@ -2185,8 +1987,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(25
     enum { E = WIDE ? 8 : 1, KEPT = 8 }; // a warp has a row, a thread keeps KEPT pieces of it in registers
     int i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32, n = seen + i + 1;
     if (i >= rows) { return; }
-    X* s = S + blockIdx.y * step + (size_t)i * ld;
-    Piece<X, E> kept[KEPT];
+    X* s = S + blockIdx.y * step + (size_t)i * ld; Piece<X, E> kept[KEPT];
     float x[E], top = -INFINITY, sum = 0;
     uint64_t bits = DROP ? dropout_bits_of_query(d, at + blockIdx.y * stride + i, H) : 0;
     auto fetch = [&](Piece<X, E>& piece, int j) { // dropped scores become -infinity
@@ -2246,7 +2047,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(25
 // bf16 dot is the sum of dout * out, which is more exact than that of the rounded P dP.
 template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(256) softmax_backward_kernel(X* S, X* dP,
         int ld, size_t step, const float* lse, const float* dot, size_t stride, int rows, size_t at_q, int H,
-                Dropout dropped) {
+        Dropout dropped) {
     enum { E = WIDE ? 8 : 1 };
     int i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (i >= rows) { return; }
@@ -2261,29 +2062,15 @@ template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(25
             if (DROP && !dropout_kept<1>(dropped, bits, j)) { continue; }
             d += exp_of<X>(to_float(S[at + j]) - norm) * to_float(dP[at + j]);
         }
-#pragma unroll
-        for (int o = 16; o; o /= 2) { d += __shfl_xor_sync(~0u, d, o); }
+        d = warp_sum(d);
     }
 #pragma unroll 4
     for (int j = lane * E; j < keys; j += 32 * E) {
-        Piece<X, E> a, b;
         float x[E], y[E];
-        a.load(S + at + j);
-        b.load(dP + at + j);
-        a.get(x);
-        b.get(y);
+        load(x, S + at + j); load(y, dP + at + j);
         drop<DROP>(x, DROP ? dropout_kept<E>(dropped, bits, j) : 0, dropped);
-        EACH(e, E) {
-            x[e] = j + e <= i ? exp_of<X>(x[e] - norm) : 0;
-            y[e] = j + e <= i ? x[e] * (y[e] - d) : 0;
-        }
-        if (WIDE) {
-            store8(S + at + j, x);
-            store8(dP + at + j, y);
-        } else {
-            S[at + j] = from_float<X>(x[0]);
-            dP[at + j] = from_float<X>(y[0]);
-        }
+        EACH(e, E) { x[e] = j + e <= i ? exp_of<X>(x[e] - norm) : 0; y[e] = j + e <= i ? x[e] * (y[e] - d) : 0; }
+        store(S + at + j, x); store(dP + at + j, y);
     }
 }
 
@@ -2303,8 +2090,7 @@ template <typename X> static int pairs_at_once(int pairs, size_t elements) {
 // out (B,H,T,V/H), q (B,H,T,Z/H), k (B,H,K,Z/H), v (B,H,K,V/H), lse (B,H,T)
 template <typename X> static void attention_forward(Gpu& gpu, X* out, float* lse, const X* q, const X* k, const X* v,
         int B, int T, int K, int pos, int c, int H, int Z, int V, Dropout drop = no_dropout) {
-    int zd = Z / H, vd = V / H;
-    Spans a = attention_spans(B, T, K, c, H);
+    int zd = Z / H, vd = V / H; Spans a = attention_spans(B, T, K, c, H);
     for (int n = 0, first = 0; n < a.count; n++, first += c) {
         int rows = min_int(a.rows, T - first), block = min_int(rows, BLOCK), ld = ceil_div(pos + rows, 128) * 128;
         int most = pairs_at_once<X>(a.pairs, (size_t)block * ld);
@@ -2315,12 +2101,12 @@ template <typename X> static void attention_forward(Gpu& gpu, X* out, float* lse
                 int m = min_int(BLOCK, rows - i), keys = pos + i + m;
                 if (K > T) { keys = min_int(K, ceil_div(keys, 128) * 128); } // from a cache: few different shapes
                 size_t at_q = p * a.step_q + first + i, at_k = p * a.step_k + first, step = (size_t)m * ld;
-                gemm<X, X>(gpu, S, ld, q + at_q * zd, zd, false, k + at_k * zd, zd, true, m, keys, zd, NULL, 0, NULL,
-                           batch, a.step_q * zd, a.step_k * zd, step);
+                gemm<X, X>(gpu, S, ld, q + at_q * zd, zd, false, k + at_k * zd, zd, true, m, keys, zd, batch,
+                           a.step_q * zd, a.step_k * zd, step);
                 LAUNCH_DROP(softmax_forward_kernel, wide(keys), drop, dim3(ceil_div(m, 8), batch), 256, S, ld, step,
                             lse + at_q, a.step_q, m, keys, pos + i, at_q, H);
-                gemm<X, X>(gpu, out + at_q * vd, vd, S, ld, false, v + at_k * vd, vd, false, m, vd, keys, NULL, 0, NULL,
-                           batch, step, a.step_k * vd, a.step_q * vd);
+                gemm<X, X>(gpu, out + at_q * vd, vd, S, ld, false, v + at_k * vd, vd, false, m, vd, keys, batch, step,
+                           a.step_k * vd, a.step_q * vd);
             }
         }
     }
@@ -2330,9 +2116,8 @@ template <typename X> static void attention_forward(Gpu& gpu, X* out, float* lse
 // fp32. dot (B,H,T): row sums of dout * out.
 template <typename X> static void attention_backward(Gpu& gpu, X* dq, X* dk, X* dv, const X* dout, const float* dot,
         const float* lse, const X* q, const X* k, const X* v, int B, int T, int c, int H, int Z, int V,
-                Dropout drop = no_dropout) {
-    int zd = Z / H, vd = V / H;
-    Spans a = attention_spans(B, T, T, c, H);
+        Dropout drop = no_dropout) {
+    int zd = Z / H, vd = V / H; Spans a = attention_spans(B, T, T, c, H);
     for (int n = 0, first = 0; n < a.count; n++, first += c) {
         int rows = min_int(a.rows, T - first), ld = ceil_div(rows, 8) * 8;
         size_t step = (size_t)rows * ld, step_q = a.step_q * zd, step_v = a.step_q * vd;
@@ -2345,10 +2130,8 @@ template <typename X> static void attention_backward(Gpu& gpu, X* dq, X* dk, X* 
             for (int i = 0; i < rows; i += BLOCK) {
                 int m = min_int(BLOCK, rows - i);
                 gemm<X, X>(gpu, S + (size_t)i * ld, ld, qp + (size_t)i * zd, zd, false, kp, zd, true, m, i + m, zd,
-                           NULL, 0, NULL,
                            batch, step_q, step_q, step);
                 gemm<X, X>(gpu, dS + (size_t)i * ld, ld, dp + (size_t)i * vd, vd, false, vp, vd, true, m, i + m, vd,
-                           NULL, 0, NULL,
                            batch, step_v, step_v, step);
             }
             LAUNCH_DROP(softmax_backward_kernel, wide(rows), drop, dim3(ceil_div(rows, 8), batch), 256, S, dS, ld, step,
@@ -2358,13 +2141,10 @@ template <typename X> static void attention_backward(Gpu& gpu, X* dq, X* dk, X* 
                 // queries from i on, keys of this block
                 const X *Sc = S + (size_t)i * ld + i, *dSc = dS + (size_t)i * ld + i;
                 gemm<X, X>(gpu, dq + (at + i) * zd, zd, dS + (size_t)i * ld, ld, false, kp, zd, false, m, zd, i + m,
-                           NULL, 0, NULL,
                            batch, step, step_q, step_q);
                 gemm<X, X>(gpu, dk + (at + i) * zd, zd, dSc, ld, true, qp + (size_t)i * zd, zd, false, m, zd, rows - i,
-                           NULL, 0, NULL,
                            batch, step, step_q, step_q);
                 gemm<X, X>(gpu, dv + (at + i) * vd, vd, Sc, ld, true, dp + (size_t)i * vd, vd, false, m, vd, rows - i,
-                           NULL, 0, NULL,
                            batch, step, step_v, step_v);
             }
         }
@@ -2381,13 +2161,10 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) crossen
     int target = targets[blockIdx.x], lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float x[E], top = -INFINITY, sum = 0, at_target = target == IGNORE ? 0 : to_float(row[target]);
     for (int i = threadIdx.x * E; target != IGNORE && i < vocab; i += blockDim.x * E) {
-        Piece<X, E> piece;
-        piece.load(row + i);
-        piece.get(x);
+        load(x, row + i);
         float most = top;
         EACH(e, E) { most = fmaxf(most, x[e]); }
-        sum *= exp_of<X>(top - most);
-        top = most;
+        sum *= exp_of<X>(top - most); top = most;
         EACH(e, E) { sum += exp_of<X>(x[e] - top); }
     }
     float all = top;
@@ -2410,25 +2187,15 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) crossen
     if (!gradient) { return; }
     float scale = dloss / sum;
     for (int i = threadIdx.x * E; i < vocab; i += blockDim.x * E) {
-        Piece<X, E> piece;
-        piece.load(row + i);
-        piece.get(x);
+        load(x, row + i);
         EACH(e, E) { x[e] = target == IGNORE ? 0 : exp_of<X>(x[e] - all) * scale - (i + e == target ? dloss : 0); }
-        if (WIDE) { store8(row + i, x); } else { row[i] = from_float<X>(x[0]); }
+        store(row + i, x);
     }
 }
 template <typename X> static void crossentropy(Gpu& gpu, float* losses, X* logits, const int* targets, float dloss,
         bool gradient, size_t rows, int vocab) {
     int threads = min_size(1024, ceil_div(ceil_div(vocab, 8), 32) * 32);
     LAUNCH(crossentropy_kernel, wide(vocab), rows, threads, losses, logits, targets, dloss, gradient, vocab);
-}
-template <typename X> static void crossentropy_forward(Gpu& gpu, float* losses, X* logits, const int* targets,
-        size_t rows, int vocab) {
-    crossentropy(gpu, losses, logits, targets, 0, false, rows, vocab);
-}
-template <typename X> static void crossentropy_backward(Gpu& gpu, X* logits, float* losses, const int* targets,
-        float dloss, size_t rows, int vocab) {
-    crossentropy(gpu, losses, logits, targets, dloss, true, rows, vocab);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2471,19 +2238,17 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 4) produ
         const __grid_constant__ Products<X> products) {
     enum { E = WIDE ? 8 : 1, AHEAD = 8, STRIDE = 32 * E };
     extern __shared__ uint4 memory[];
-    X* x = (X*)memory;
-    bool second = blockIdx.x >= products.blocks;
+    X* x = (X*)memory; bool second = blockIdx.x >= products.blocks;
     const Product<X>& p = products.of[second];
     int lane = threadIdx.x % 32, turn = 0, I = p.I, block = blockIdx.x - (second ? products.blocks : 0);
     int o = block * 8 + threadIdx.x / 32, step = 8 * (second ? gridDim.x - products.blocks : products.blocks);
-    Piece<X, E> weights[AHEAD], piece;
+    Piece<X, E> weights[AHEAD];
     auto fetch = [&](int o, int i) {
         EACH(k, AHEAD) {
             weights[k].clear();
             if (o < p.O && i + k * STRIDE < I) { weights[k].load(p.weight + (size_t)o * I + i + k * STRIDE); }
         }
     };
-    auto put = [&](X* to, const float* v) { if (WIDE) { store8(to, v); } else { *to = from_float<X>(v[0]); } };
     fetch(o, lane * E);
     EACH(k, 2) { // the rest of this row and the next one
         int row = o + k * step, i = k ? 0 : AHEAD * STRIDE;
@@ -2497,20 +2262,17 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 4) produ
     float a[E], b[E], near = p.mean ? to_float(from[0]) : 0, s[2] = {0, 0}, mean = 0, rstd = 1;
     if (p.w) {
         for (int i = threadIdx.x * E; i < I; i += 256 * E) {
-            piece.load(from + i);
-            piece.get(a);
+            load(a, from + i);
             EACH(e, E) { s[0] += a[e] - near; s[1] += (a[e] - near) * (a[e] - near); }
         }
         row_sum(s, turn);
         float off = p.mean ? s[0] / I : 0;
-        mean = near + off;
-        rstd = rsqrtf(fmaxf(s[1] / I - off * off, 0) + products.eps);
+        mean = near + off; rstd = rsqrtf(fmaxf(s[1] / I - off * off, 0) + products.eps);
         if (p.mean) { *p.mean = mean; }
         *p.rstd = rstd; // the same by all blocks
     }
     for (int i = threadIdx.x * E; i < I; i += 256 * E) {
-        piece.load(from + i);
-        piece.get(a);
+        load(a, from + i);
         if (p.w) {
             Piece<float, E> w, shift;
             shift.clear();
@@ -2521,11 +2283,11 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 4) produ
             shift.get(b);
             EACH(e, E) { a[e] += b[e]; }
         } else if (p.from) {
-            if (p.mul) { piece.load(p.mul + i); piece.get(b); }
+            if (p.mul) { load(b, p.mul + i); }
             EACH(e, E) { a[e] *= sigmoid_of<X>(a[e]) * (p.mul ? b[e] : 1); }
         }
-        put(x + i, a);
-        if (p.from && block == 0) { put(p.inp + i, a); }
+        store(x + i, a);
+        if (p.from && block == 0) { store(p.inp + i, a); }
     }
     __syncthreads();
     for (; o < p.O; o += step) {
@@ -2533,15 +2295,14 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 4) produ
         for (int i = lane * E; i < I + lane * E; i += AHEAD * STRIDE) {
             EACH(k, AHEAD) {
                 if (i + k * STRIDE >= I) { break; }
-                piece.load(x + i + k * STRIDE);
-                piece.get(b);
+                load(b, x + i + k * STRIDE);
                 weights[k].get(a);
                 EACH(e, E) { sum[e & 1] = fmaf(a[e], b[e], sum[e & 1]); }
             }
             bool more = i + AHEAD * STRIDE < I + lane * E;
             fetch(more ? o : o + step, more ? i + AHEAD * STRIDE : lane * E);
         }
-        float y = team_sum<32>(sum[0] + sum[1], 32), more = p.bias ? to_float(p.bias[o]) : 0;
+        float y = warp_sum(sum[0] + sum[1]), more = p.bias ? to_float(p.bias[o]) : 0;
         if (lane == 0) { p.out[o] = from_float<X>(y + more + (p.add ? to_float(p.add[o]) : 0)); }
     }
 }
@@ -2575,13 +2336,12 @@ template <typename X> __global__ void __launch_bounds__(512) memory_step_kernel(
     enum { K = CEMA_MAX_NDIM / 32 };
     int F = D / G, g = blockIdx.x, lane = threadIdx.x % 32, lanes = N <= 16 ? 16 : 32, k0 = threadIdx.x % lanes;
     auto statistics = [&](int row) { // up to this timestep; each warp for itself
-        const X* x = inp + (size_t)row * D + g * F;
-        float mean = 0, var = 0;
+        const X* x = inp + (size_t)row * D + g * F; float mean = 0, var = 0;
         for (int f = lane; f < F; f += 32) { mean += to_float(x[f]); }
-        mean = team_sum<32>(mean, 32) / F;
+        mean = warp_sum(mean) / F;
         for (int f = lane; f < F; f += 32) { var += (to_float(x[f]) - mean) * (to_float(x[f]) - mean); }
         NormState s = norm[row * G + g];
-        merge(s.count, s.mean, s.var, 1.0, (double)mean, (double)(team_sum<32>(var, 32) / F));
+        merge(s.count, s.mean, s.var, 1.0, (double)mean, (double)(warp_sum(var) / F));
         return s;
     };
     for (int f0 = 0; f0 < F; f0 += 512 / lanes) {
@@ -2594,16 +2354,12 @@ template <typename X> __global__ void __launch_bounds__(512) memory_step_kernel(
             double share = sigmoid_double(alpha[d * N + k]), radius = 1 - share * sigmoid_double(delta[d * N + k]);
             double sine, cosine;
             sincospi(2.0 / N * (k + 1) * sigmoid_double(theta[d]), &sine, &cosine);
-            c[j] = gamma[d * N + k];
-            p[j] = share;
-            q_re[j] = radius * cosine;
-            q_im[j] = radius * sine;
+            c[j] = gamma[d * N + k]; p[j] = share; q_re[j] = radius * cosine; q_im[j] = radius * sine;
             prefetch(h + ((size_t)blockIdx.y * D + d) * N + k, 1, 0, 1);
         }
         if (f0 == 0) { wait_for_inputs(); }
         for (int row = blockIdx.y; row < B; row += gridDim.y) {
-            size_t at = (size_t)row * D + d;
-            float2 v[K];
+            size_t at = (size_t)row * D + d; float2 v[K];
             EACH(j, K) { if (h && k0 + j * lanes < N) { v[j] = h[at * N + k0 + j * lanes]; } }
             NormState s = statistics(row);
             X stored = from_float<X>((to_float(inp[at]) - (float)s.mean) * rsqrtf((float)s.var + eps) * scale + shift);
@@ -2612,8 +2368,7 @@ template <typename X> __global__ void __launch_bounds__(512) memory_step_kernel(
                 int k = k0 + j * lanes;
                 if (!h || k >= N || f >= F) { continue; }
                 v[j] = make_float2(q_re[j] * v[j].x - q_im[j] * v[j].y + p[j] * x, q_re[j] * v[j].y + q_im[j] * v[j].x);
-                h[at * N + k] = v[j];
-                y += c[j].x * v[j].x - c[j].y * v[j].y;
+                h[at * N + k] = v[j]; y += c[j].x * v[j].x - c[j].y * v[j].y;
             }
             for (int o = lanes / 2; o; o /= 2) { y += __shfl_xor_sync(~0u, y, o); }
             if (k0 == 0 && f < F) {
@@ -2650,15 +2405,11 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) attenti
     float x[8], y[8], ga[2][8], be[2][8], angle[8], acc[8] = {0}, s[1] = {0}, top = -INFINITY, sum = 0;
     int turn = 0;
     bool owner = first <= pos && last == pos + 1; // of this timestep
-    K += pair * c * zd;
-    V += pair * c * vd;
+    K += pair * c * zd; V += pair * c * vd;
     prefetch(K + (size_t)first * zd, min(last - first, (int)SOON) * zd, threadIdx.x, blockDim.x);
     prefetch(V + (size_t)first * vd, min(last - first, (int)SOON) * vd, threadIdx.x, blockDim.x);
     load_row<WIDE>(angle, rotations + (size_t)pos * zd, zd);
-    EACH(i, 2) {
-        load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd);
-        load_row<WIDE>(be[i], beta + i * Z + h * zd, zd);
-    }
+    EACH(i, 2) { load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd); load_row<WIDE>(be[i], beta + i * Z + h * zd, zd); }
     wait_for_inputs();
     load_row<WIDE>(x, z + (size_t)blockIdx.z * ldz + h * zd, zd);
     EACH(e, 8) { s[0] += x[e] * x[e]; }
@@ -2666,8 +2417,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) attenti
     EACH(e, 8) { x[e] *= rsqrtf(s[0] / zd + eps); }
     EACH(i, 2) {
         turned(y, x, ga[i], be[i], angle, rsqrtf(zd));
-        if (i == 0) { store_row<WIDE>(q, y, zd); }
-        else if (owner) { store_row<WIDE>(K + (size_t)pos * zd, y, zd); }
+        if (i == 0) { store_row<WIDE>(q, y, zd); } else if (owner) { store_row<WIDE>(K + (size_t)pos * zd, y, zd); }
     }
     if (owner) {
         load_row<WIDE>(y, v + pair * vd, vd);
@@ -2688,7 +2438,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) attenti
                 }
             }
             EACH(u, KEYS) {
-                dot[u] = team_sum<32>(dot[u], 32);
+                dot[u] = warp_sum(dot[u]);
                 if (lane == 0 && j + u < n) { scores[j + u] = dot[u]; }
             }
         }
@@ -2727,8 +2477,7 @@ template <typename X> __global__ void attention_merge_kernel(X* gated, int ldg, 
 #pragma unroll 4
     for (int k = threadIdx.y; k < count; k += blockDim.y) {
         float weight = exp_of<X>(parts[k * step + vd] - top);
-        sum += weight * parts[k * step + vd + 1];
-        out += weight * (i < vd ? parts[k * step + i] : 0);
+        sum += weight * parts[k * step + vd + 1]; out += weight * (i < vd ? parts[k * step + i] : 0);
     }
     lines[threadIdx.y][threadIdx.x] = make_float2(sum, out);
     __syncthreads();
@@ -2758,17 +2507,17 @@ template <typename X> static void attention_step(Gpu& gpu, X* gated, int ldg, fl
 
 #define ROW_INDEX_P(field, ...) P_##field,
 #define ROW_INDEX_A(field, ...) A_##field,
-enum { PARAMETERS(ROW_INDEX_P) };
-enum { ACTIVATIONS(ROW_INDEX_A) };
+enum { PARAMETERS(ROW_INDEX_P) }; enum { ACTIVATIONS(ROW_INDEX_A) };
 
 // Statistics and losses are floats, all other activations of type X.
 constexpr bool act_is_float(int i) {
     return i == A_timenorm_mean || i == A_timenorm_rstd || i == A_rmsnorm_rstd || i == A_znorm_rstd
-            || i == A_attention_lse
-           || i == A_norm_mean || i == A_norm_rstd || i == A_final_mean || i == A_final_rstd || i == A_losses;
+            || i == A_attention_lse || i == A_norm_mean || i == A_norm_rstd || i == A_final_mean || i == A_final_rstd
+            || i == A_losses;
 }
-static bool act_is_head_major(int i) { return i == A_q || i == A_k || i == A_v || i == A_attention
-        || i == A_attention_lse; }
+static bool act_is_head_major(int i) {
+    return i == A_q || i == A_k || i == A_v || i == A_attention || i == A_attention_lse;
+}
 // Cheap to compute again in the backward pass: not kept for every layer.
 static bool act_is_cheap(int i) {
     return i == A_timenorm || i == A_rmsnorm || i == A_q || i == A_k || i == A_v || i == A_gated || i == A_norm
@@ -2776,16 +2525,16 @@ static bool act_is_cheap(int i) {
 }
 // Rows of the tables that stand side by side, as one product makes or takes both.
 static int act_joined_to(int i) { return i == A_gated ? A_rmsnorm : i == A_wr ? A_wz : i == A_fc3 ? A_fc1 : -1; }
-static int param_joined_to(int i) { return i == P_wr ? P_wz : i == P_wr_b ? P_wz_b : i == P_fc3 ? P_fc1 : i == P_wh2
-        ? P_wh1 : -1; }
+static int param_joined_to(int i) {
+    return i == P_wr ? P_wz : i == P_wr_b ? P_wz_b : i == P_fc3 ? P_fc1 : i == P_wh2 ? P_wh1 : -1;
+}
 
 #define FIELD_OF_X(field, ...) X* field;
 #define FIELD_OF_ACT(field, ...) std::conditional_t<act_is_float(A_##field), float, X>* field;
 template <typename X> struct ParamsOf { PARAMETERS(FIELD_OF_X) };
 template <typename X> struct ActsOf { ACTIVATIONS(FIELD_OF_ACT) };
 
-// A tensor in device memory: elements from the start of the block to layer 0's, between layers, and between rows
-// (wh1|wh2).
+// A tensor on the device: elements from the start of the block to layer 0's, between layers, between rows (wh1|wh2).
 struct ParamPlace { size_t offset, step, rows, columns, pitch; };
 
 // Rows that kernels read in fp32 whatever X is.
@@ -2820,14 +2569,12 @@ template <typename X> static Share model_share(const ModelOf<X>* m, int u) {
                : u == m->units - 1 ? m->ends[2] : m->ends[1] + (u - 2) * m->layer;
     };
     Share s = {start(u), start(u + 1), 0, 0, 0};
-    s.size = (s.end - s.begin) / m->shards;
-    s.at = s.begin + (m->shards > 1 ? ranks.rank * s.size : 0);
+    s.size = (s.end - s.begin) / m->shards; s.at = s.begin + (m->shards > 1 ? ranks.rank * s.size : 0);
     s.shard = s.begin / m->shards;
     return s;
 }
 
-// Lays out the tensors, each on a multiple of 64 elements but the joined ones, which follow their partner. wh1 and wh2
-// share rows.
+// Lays out the tensors, each at a multiple of 64 elements; the joined ones follow their partner, wh2 row by row.
 template <typename X> static void params_place(ModelOf<X>* m, const Config* c) {
     size_t at = 0, pitch = m->specs[P_wh1].dims[1] + m->specs[P_wh2].dims[1];
     enum { FLOATS_OF_LAYERS, FLOATS, EMBEDDING, LAYERS, REST };
@@ -2873,8 +2620,7 @@ template <typename P, typename Y> static P params_layer(const ParamPlace* places
 
 enum { NORM_BLOCKS = 1024 };
 template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Config* c, bool training) {
-    Model host;
-    Config small = *c;
+    Model host; Config small = *c;
     config_check(c);
     memset(m, 0, sizeof(*m));
     m->config = *c;
@@ -2887,8 +2633,7 @@ template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Con
     m->masters = m->params = floats(m->shards > 1 ? m->ends[0] : m->size);
     if (m->shards > 1) { m->masters = floats(m->size / m->shards); }
     if (training) {
-        m->grads = floats(m->size);
-        m->adam_m = floats(m->size / m->shards);
+        m->grads = floats(m->size); m->adam_m = floats(m->size / m->shards);
         m->adam_v = floats(m->size / m->shards);
     }
     bool same = std::is_same<X, float>::value && m->shards == 1;
@@ -2962,8 +2707,7 @@ template <typename X> static void model_part_copy(Gpu& gpu, ModelOf<X>* m, int b
         to = to > at ? min_size(to - at, span) : 0;
         return to / p->pitch * p->columns + min_size(to % p->pitch, p->columns);
     };
-    part[0] = index(s.at);
-    part[1] = index(s.at + s.size);
+    part[0] = index(s.at); part[1] = index(s.at + s.size);
     float *shares = block == WEIGHTS ? m->masters : block == ADAM_M ? m->adam_m : m->adam_v;
     float *whole = sharded ? m->grads : shares, *mine = shares + s.shard;
     size_t bytes = s.size * sizeof(float);
@@ -3036,8 +2780,7 @@ template <typename X> struct PassOf {
 // Lays out activations (or their gradients) and returns their size in bytes. everything: also what only tests look at.
 template <typename X> static size_t acts_place(ActPlace* places, const Spec* specs, const Config* c, size_t BT,
         int keep, bool grads, bool everything) {
-    Spec blocks[NUM_ACTS];
-    size_t at = 0;
+    Spec blocks[NUM_ACTS]; size_t at = 0;
     act_specs(blocks, c, BT, KEEP_BLOCKS);
     memset(places, 0, sizeof(ActPlace) * NUM_ACTS);
     for (int i = 0; i < NUM_ACTS; i++) {
@@ -3069,10 +2812,7 @@ template <typename X> static void pass_alloc(Gpu& gpu, PassOf<X>* s, const Confi
     size_t BT = (size_t)B * T;
     if (BT > INT_MAX / 2) { die("%d x %d tokens in one pass are too many for the GPU program", B, T); }
     memset(s, 0, sizeof(*s));
-    s->B = B;
-    s->T = T;
-    s->keep = keep;
-    s->keep_grads = keep_grads;
+    s->B = B; s->T = T; s->keep = keep; s->keep_grads = keep_grads;
     act_specs(s->specs, c, BT, KEEP_ALL);
     s->acts_size = acts_place<X>(s->places, s->specs, c, BT, keep, false, keep_grads == KEEP_ALL);
     s->acts = (char*)gpu_alloc(&gpu, s->acts_size);
@@ -3089,19 +2829,14 @@ template <typename X> static void pass_alloc(Gpu& gpu, PassOf<X>* s, const Confi
         state_alloc(gpu, s->before, c, B, false);
     }
     if (gpu.dry) { free(s->before); return; }
-    s->targets = s->tokens + BT;
-    s->order = s->targets + BT;
-    s->begin = s->order + BT;
+    s->targets = s->tokens + BT; s->order = s->targets + BT; s->begin = s->order + BT;
     CUDA(cudaMallocHost((void**)&s->host, sizeof(int) * (4 * BT + 1)));
     CUDA(cudaEventCreateWithFlags(&s->copied, cudaEventDisableTiming));
 }
 
 template <typename X> static void pass_free(Gpu& gpu, PassOf<X>* s) {
     gpu_sync(&gpu);
-    cudaFree(s->acts);
-    cudaFree(s->grads);
-    cudaFree(s->carries);
-    cudaFree(s->tokens);
+    cudaFree(s->acts); cudaFree(s->grads); cudaFree(s->carries); cudaFree(s->tokens);
     cudaFreeHost(s->host);
     if (s->before) { state_free(gpu, s->before); free(s->before); }
     cudaEventDestroy(s->copied);
@@ -3133,8 +2868,7 @@ template <typename X> static bool pass_fetch(Gpu& gpu, const PassOf<X>* s, const
     void* raw = xcalloc(BT * n, bytes);
     gpu_sync(&gpu);
     CUDA(cudaMemcpy2D(raw, n * bytes, (grads ? s->grads : s->acts) + p->offset + l * p->step, p->pitch * bytes,
-                      n * bytes, BT,
-                      cudaMemcpyDeviceToHost));
+                      n * bytes, BT, cudaMemcpyDeviceToHost));
     for (size_t k = 0; k < BT * n; k++) { // from head-major, or with H = 1 as it is
         size_t d = n / H, b = k / (s->T * n), t = k / n % s->T, h = k % n / d;
         size_t at = ((b * H + h) * s->T + t) * d + k % d;
@@ -3190,34 +2924,30 @@ template <typename X> static StateOf<X> state_layer(const StateOf<X>* s, const C
     StateOf<X> r = {};
     if (!s) { return r; }
     size_t chunk = (size_t)s->B * c->chunk_size;
-    r = *s;
-    r.norm += (size_t)l * s->B * c->norm_num_groups;
+    r = *s; r.norm += (size_t)l * s->B * c->norm_num_groups;
     r.h += (size_t)l * s->B * c->model_dim * c->cema_ndim * 2;
-    if (s->k && l < c->num_layers) {
-        r.k += l * chunk * c->z_dim;
-        r.v += l * chunk * c->value_dim;
-    }
+    if (s->k && l < c->num_layers) { r.k += l * chunk * c->z_dim; r.v += l * chunk * c->value_dim; }
     return r;
 }
 
-// Sizes that every function of the model needs.
-#define SIZES(c) \
+// What every function of a block needs: sizes, its input, weights, those in fp32, activations.
+#define OF_BLOCK(m, s, l) \
+    const Config* c = &(m)->config; \
     int D = c->model_dim, H = c->num_heads, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim, N = c->cema_ndim; \
     int G = c->norm_num_groups, FF = c->swiglu ? 2 * F : F, ZR = Z + V, MU = D + V; /* of fc1|fc3, wz|wr, m|u */ \
-    float eps = c->norm_eps
+    float eps = c->norm_eps; \
+    const X* x = block_input<X>((s)->places, (s)->acts, l); \
+    ParamsOf<X> p = params_layer<ParamsOf<X>>((m)->places, (m)->weights, l); \
+    Params w = params_layer<Params>((m)->places, (m)->params, l); \
+    ActsOf<X> a = acts_layer<X>((s)->places, (s)->acts, l)
 
 // One block, Figure 3 of the paper: x (B,T,D) to out (B,T,D). start and end: see State; either may be NULL. again: in
 // the backward pass; what comes before a slice is known then.
 template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l,
         const StateOf<X>* start, const StateOf<X>* end, bool again = false) {
-    const Config* c = &m->config;
-    SIZES(c);
+    OF_BLOCK(m, s, l);
     int B = s->B, T = s->T, pos = start ? start->pos : 0;
     size_t rows = (size_t)B * T;
-    const X* x = block_input<X>(s->places, s->acts, l);
-    ParamsOf<X> p = params_layer<ParamsOf<X>>(m->places, m->weights, l);
-    Params w = params_layer<Params>(m->places, m->params, l); // in fp32
-    ActsOf<X> a = acts_layer<X>(s->places, s->acts, l);
     Dropouts drop = dropouts_at(s->masks, T, l);
     StateOf<X> in = state_layer(again && s->before ? s->before : start, c, l), next = state_layer(end, c, l);
     StateOf<X> before = state_layer(again ? NULL : s->before, c, l);
@@ -3234,12 +2964,10 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
     value_forward(gpu, v, a.wv, B, T, keys, at_k, V, H);
     if (before.h) { in.h = cema_slice_carry(gpu, before.h, in.h, false, B, T, D, N); }
     cema_forward(gpu, a.cema, next.h, s->carries + l * s->carries_step, in.h, a.timenorm, w.cema_alpha, w.cema_delta,
-                 w.cema_theta,
-                 w.cema_gamma, w.cema_omega, B, T, D, N);
+                 w.cema_theta, w.cema_gamma, w.cema_omega, B, T, D, N);
     norm_forward<X>(gpu, a.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema, w.rmsnorm_w, NULL, rows, D, eps, drop.rmsnorm);
 
-    // Short memory: attention inside the chunk, to the cache where there is one. z and the gate's r come from one
-    // product.
+    // Short memory: attention inside the chunk, to the cache where there is one. One product makes z and the gate's r.
     matmul_forward<X>(gpu, a.wz, ZR, a.rmsnorm, MU, p.wz, p.wz_b, NULL, 0, rows, D, ZR);
     qk_forward<X>(gpu, a.q, k, a.znorm, a.znorm_rstd, a.wz, ZR, w.gamma, w.beta, m->rotations, B, T, keys, pos, at_k,
                   c->chunk_size, Z, H, eps);
@@ -3265,14 +2993,8 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
 // The same for one token more of each stream.
 template <typename X> static void block_step(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l,
         const StateOf<X>* state) {
-    const Config* c = &m->config;
-    SIZES(c);
-    int B = s->B;
-    bool rescale = c->rescale_nffn;
-    const X* x = block_input<X>(s->places, s->acts, l);
-    ParamsOf<X> p = params_layer<ParamsOf<X>>(m->places, m->weights, l);
-    Params w = params_layer<Params>(m->places, m->params, l);
-    ActsOf<X> a = acts_layer<X>(s->places, s->acts, l);
+    OF_BLOCK(m, s, l);
+    int B = s->B; bool rescale = c->rescale_nffn;
     StateOf<X> past = state_layer(state, c, l);
     memory_step(gpu, a.timenorm, a.cema, past.norm, past.h, x, w.timenorm_w, w.timenorm_b, w, B, D, G, N, eps);
     product_forward<X>(gpu, B, eps, {a.wz, a.rmsnorm, MU, D, ZR, p.wz, p.wz_b, NULL, a.cema, NULL, w.rmsnorm_w, NULL,
@@ -3291,15 +3013,11 @@ template <typename X> static void block_step(Gpu& gpu, const ModelOf<X>* m, cons
 // so gradients of weights come after those.
 template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l,
         const StateOf<X>* start, const StateOf<X>* dstart) {
-    const Config* c = &m->config;
-    SIZES(c);
-    int B = s->B, T = s->T, C = c->chunk_size;
-    size_t rows = (size_t)B * T;
-    const X* x = block_input<X>(s->places, s->acts, l);
+    OF_BLOCK(m, s, l);
+    int B = s->B, T = s->T, C = c->chunk_size; size_t rows = (size_t)B * T;
     X* dx = block_input<X>(s->dplaces, s->grads, l);
-    ParamsOf<X> p = params_layer<ParamsOf<X>>(m->places, m->weights, l);
-    Params w = params_layer<Params>(m->places, m->params, l), g = params_layer<Params>(m->places, m->grads, l);
-    ActsOf<X> a = acts_layer<X>(s->places, s->acts, l), d = acts_layer<X>(s->dplaces, s->grads, l);
+    Params g = params_layer<Params>(m->places, m->grads, l);
+    ActsOf<X> d = acts_layer<X>(s->dplaces, s->grads, l);
     Dropouts drop = dropouts_at(s->masks, T, l);
     StateOf<X> in = state_layer(s->before ? s->before : start, c, l), din = state_layer(dstart, c, l);
 
@@ -3307,19 +3025,14 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
     X *hidden = again ? a.hidden : NULL, *norm = again ? a.norm : NULL, *gated = again ? a.gated : NULL;
     X *rmsnorm = again ? a.rmsnorm : NULL;
     const X* dffn = d.out;
-    if (c->rescale_nffn) {
-        rescale_backward(gpu, d.fc2, g.rescale, d.out, a.fc2, w.rescale, rows, D);
-        dffn = d.fc2;
-    }
+    if (c->rescale_nffn) { rescale_backward(gpu, d.fc2, g.rescale, d.out, a.fc2, w.rescale, rows, D); dffn = d.fc2; }
     dffn = dropout<X>(gpu, d.timenorm, NULL, dffn, NULL, drop.fc2, rows, D);
     matmul_backward(gpu, d.hidden, F, dffn, D, p.fc2, rows, F, D, false);
     silu_backward(gpu, d.fc1, d.fc3, hidden, d.hidden, a.fc1, a.fc3, FF, rows, F, drop.hidden);
     matmul_backward_weight(gpu, g.fc2, dffn, D, a.hidden, F, rows, F, D);
     matmul_backward(gpu, d.norm, D, d.fc1, FF, p.fc1, rows, D, FF, false);
     norm_backward<X>(gpu, d.mega, g.norm_w, g.norm_b, drop.mega.drop ? NULL : g.wh1_b, norm, d.norm, D, a.norm_mean,
-                     a.norm_rstd, a.mega,
-                     w.norm_w, w.norm_b,
-                     rows, D);
+                     a.norm_rstd, a.mega, w.norm_w, w.norm_b, rows, D);
     matmul_backward_weight(gpu, g.fc1, d.fc1, FF, a.norm, D, rows, D, FF);
 
     const X* dsum = dropout<X>(gpu, d.timenorm, g.wh1_b, d.mega, NULL, drop.mega, rows, D);
@@ -3338,8 +3051,7 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
                 eps);
     matmul_backward(gpu, d.rmsnorm, MU, d.wz, ZR, p.wz, rows, D, ZR, true);
     norm_backward<X>(gpu, d.cema, g.rmsnorm_w, NULL, NULL, rmsnorm, d.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema,
-                     w.rmsnorm_w, NULL,
-                     rows, D, drop.rmsnorm);
+                     w.rmsnorm_w, NULL, rows, D, drop.rmsnorm);
     if (s->before) {
         cema_slice(gpu, d.cema, true, w.cema_alpha, w.cema_delta, w.cema_theta, w.cema_gamma, B, T, D, N);
     }
@@ -3355,10 +3067,8 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
 
     // x has three readers: the second hop, the first hop and the timestep norm. (dx may be d.out itself.)
     timestepnorm_backward<X>(gpu, dx, g.timenorm_w, g.timenorm_b, din.norm, d.out, d.mega, d.timenorm, a.timenorm_mean,
-                             a.timenorm_rstd,
-                             in.norm, x, w.timenorm_w, B, T, D, G, [&] {
-        matmul_backward_weight(gpu, g.wv, d.wv, V, a.timenorm, D, rows, D, V);
-    });
+                             a.timenorm_rstd, in.norm, x, w.timenorm_w, B, T, D, G, [&] { matmul_backward_weight(gpu,
+                             g.wv, d.wv, V, a.timenorm, D, rows, D, V); });
 }
 
 // Copies n ints to the device from pinned memory, which is free again when the last copies are done.
@@ -3393,8 +3103,7 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
                           dropouts_at(s->masks, T, 0).embed);
         for (int l = 0; l < L; l++) {
             if (step) { block_step(gpu, m, s, l, end); continue; }
-            model_wait(gpu, m, 2 + l);
-            block_forward(gpu, m, s, l, start, end);
+            model_wait(gpu, m, 2 + l); block_forward(gpu, m, s, l, start, end);
         }
         const X* x = block_input<X>(s->places, s->acts, L);
         NormState *before = state_layer(start, c, L).norm, *after = state_layer(end, c, L).norm;
@@ -3421,14 +3130,16 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
 }
 
 __device__ inline double square_or_self(float x) { return x; }
-__device__ inline double square_or_self(float4 v) { return (double)v.x * v.x + (double)v.y * v.y + ((double)v.z * v.z
-        + (double)v.w * v.w); }
+__device__ inline double square_or_self(float4 v) {
+    return (double)v.x * v.x + (double)v.y * v.y + ((double)v.z * v.z + (double)v.w * v.w);
+}
 // Each block's part of the sum of n floats, or of the squares of n float4, in double.
 template <typename V> __global__ void sum_kernel(double* sums, const V* inp, size_t n) {
     __shared__ double part[256];
     double s = 0;
-    for (size_t i = blockIdx.x * (size_t)256
-         + threadIdx.x; i < n; i += (size_t)gridDim.x * 256) { s += square_or_self(inp[i]); }
+    for (size_t i = blockIdx.x * (size_t)256 + threadIdx.x; i < n; i += (size_t)gridDim.x * 256) {
+        s += square_or_self(inp[i]);
+    }
     part[threadIdx.x] = s;
     __syncthreads();
     for (int o = 128; o; o /= 2) {
@@ -3437,8 +3148,7 @@ template <typename V> __global__ void sum_kernel(double* sums, const V* inp, siz
     }
     if (threadIdx.x == 0) { sums[blockIdx.x] = part[0]; }
 }
-// Losses of the last forward pass and their sum, on the device; with dloss != 0 logits become dlogits, and so the
-// backward pass has begun.
+// Losses of the last forward pass and their sum, on the device; with dloss != 0 logits become dlogits.
 template <typename X> static void model_losses(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* targets,
         float dloss, double* sum) {
     ActsOf<X> a = acts_layer<X>(s->places, s->acts, 0);
@@ -3499,12 +3209,9 @@ template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, 
     matmul_backward(gpu, d.final, D, a.logits, vocab, c->share_emb ? p.embed : p.output, rows, D, vocab, false);
     matmul_backward_weight(gpu, c->share_emb ? g.embed : g.output, a.logits, vocab, a.final, D, rows, D, vocab);
     if (gpu.reduce) { unit_reduce(gpu, m, m->units - 1); }
-    timestepnorm_backward<X>(gpu, block_input<X>(s->dplaces, s->grads, L), g.final_w, g.final_b,
-                             state_layer(dstart, c, L).norm, NULL, NULL,
-                             d.final, a.final_mean, a.final_rstd,
-                             state_layer(s->before ? s->before : start, c, L).norm,
-                                     block_input<X>(s->places, s->acts, L),
-                             w.final_w, B, T, D, c->norm_num_groups);
+    timestepnorm_backward<X>(gpu, block_input<X>(s->dplaces, s->grads, L), g.final_w, g.final_b, state_layer(dstart, c,
+            L).norm, NULL, NULL, d.final, a.final_mean, a.final_rstd, state_layer(s->before ? s->before : start, c,
+            L).norm, block_input<X>(s->places, s->acts, L), w.final_w, B, T, D, c->norm_num_groups);
     for (int l = L - 1; l >= 0; l--) { // with --recompute, only the last layer's activations are still there
         if (s->keep == KEEP_BLOCKS && l < L - 1) { block_forward<X>(gpu, m, s, l, start, NULL, true); }
         block_backward(gpu, m, s, l, start, dstart);
@@ -3541,7 +3248,7 @@ template <typename X> static double model_grad_norm(Gpu& gpu, const ModelOf<X>* 
 // AdamW, see the CPU's; the new weights are rounded to X in the same pass.
 template <typename X> __global__ void update_kernel(float4* w, X* rounded, const float4* g, float4* m1, float4* m2,
         size_t n, float keep, float size, float correction, float beta1, float beta2, float beta1c, float beta2c,
-                float eps, float scale) {
+        float eps, float scale) {
     size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
     if (i >= n) { return; }
     float4 wv = w[i], gv = g[i], mv = m1[i], vv = m2[i];
@@ -3549,14 +3256,11 @@ template <typename X> __global__ void update_kernel(float4* w, X* rounded, const
     X out[4];
     EACH(k, 4) {
         float grad = gs[k] * scale;
-        ms[k] = beta1 * ms[k] + beta1c * grad;
-        vs[k] = beta2 * vs[k] + beta2c * grad * grad;
+        ms[k] = beta1 * ms[k] + beta1c * grad; vs[k] = beta2 * vs[k] + beta2c * grad * grad;
         ws[k] = ws[k] * keep - size * ms[k] / (sqrtf(vs[k]) * correction + eps);
         out[k] = from_float<X>(ws[k]);
     }
-    w[i] = wv;
-    m1[i] = mv;
-    m2[i] = vv;
+    w[i] = wv; m1[i] = mv; m2[i] = vv;
     if ((void*)rounded == w) { return; }
     if (sizeof(X) == 2) { *(uint2*)(rounded + 4 * i) = *(uint2*)out; } else { *(float4*)(rounded + 4 * i) = wv; }
 }
@@ -3565,8 +3269,7 @@ template <typename X> static void model_update(Gpu& gpu, ModelOf<X>* m, const Op
     float keep = 1.0 - lr * o->weight_decay, size = lr / (1.0 - pow(o->beta1, step)),
             correction = 1.0 / sqrt(1.0 - pow(o->beta2, step));
     for (int u = 0; u < m->units; u++) { // while one is updated, those before it go to all ranks, as model_wait knows
-        Share s = model_share(m, u);
-        bool floats = m->shards > 1 && u == 0;
+        Share s = model_share(m, u); bool floats = m->shards > 1 && u == 0;
         auto launch = [&](auto* to) {
             update_kernel<<<ceil_div(s.size / 4, 256), 256, 0, gpu.stream>>>((float4*)(m->masters + s.shard),
                 to + s.at, (const float4*)(m->grads + s.at), (float4*)(m->adam_m + s.shard),
@@ -3590,7 +3293,7 @@ template <typename X> struct GpuBackend {
     Gpu gpu;
     ModelOf<X> m;
     PassOf<X> pass, stream; // of a micro-step, of at most a chunk
-    StateOf<X> state;          // what the stream carries
+    StateOf<X> state;       // what the stream carries
     StateOf<X> next, *carried; // with --carry: a micro-step's state after it; all of theirs before them
     double *sums, *losses;  // sum of the losses of each micro-step: on the device, on the host
     double dloss;
@@ -3603,10 +3306,7 @@ template <typename X> static GpuBackend<X>* of(void* self) { return (GpuBackend<
 // Counted by asking for all of it without taking it; scratch memory as it will be at its largest.
 template <typename X> static size_t memory_needed(const Gpu& gpu, const Options* o, int keep) {
     const Config* c = &o->model;
-    Gpu count = gpu;
-    ModelOf<X> m;
-    PassOf<X> s;
-    StateOf<X> state;
+    Gpu count = gpu; ModelOf<X> m; PassOf<X> s; StateOf<X> state;
     int T = o->seq / ranks.chunks;
     size_t rows = (size_t)o->batch * T, chunk = min_int(c->chunk_size, T), D = c->model_dim, V = c->value_dim;
     size_t scores = sizeof(X) * 2 * chunk * chunk, least = 2 * (size_t)SCORES_BYTES;
@@ -3648,15 +3348,13 @@ template <typename X> static void memory_check(Gpu& gpu, const Options* o) {
 }
 
 template <typename X> static void gpu_open(void* self, const Options* o, bool training) {
-    GpuBackend<X>* r = of<X>(self);
-    const Config* c = &o->model;
+    GpuBackend<X>* r = of<X>(self); const Config* c = &o->model;
     if (training) { ranks_connect(&r->gpu); memory_check<X>(r->gpu, o); }
     r->accum = o->accum;
     model_alloc(r->gpu, &r->m, c, training);
     if (training) {
         pass_alloc(r->gpu, &r->pass, c, o->batch, o->seq / ranks.chunks, what_to_keep<X>(r->gpu, o), KEEP_NONE);
-        r->pass.masks = masks_of(o);
-        r->sums = (double*)gpu_alloc(&r->gpu, o->accum * sizeof(double));
+        r->pass.masks = masks_of(o); r->sums = (double*)gpu_alloc(&r->gpu, o->accum * sizeof(double));
         r->losses = (double*)xcalloc(o->accum, sizeof(double));
     }
     if (training && o->carry) {
@@ -3675,15 +3373,12 @@ template <typename X> static void gpu_close(void* self) {
     GpuBackend<X>* r = of<X>(self);
     model_free(r->gpu, &r->m);
     if (r->losses) { pass_free(r->gpu, &r->pass); }
-    pass_free(r->gpu, &r->stream);
-    state_free(r->gpu, &r->state);
+    pass_free(r->gpu, &r->stream); state_free(r->gpu, &r->state);
     state_free(r->gpu, &r->next);
     for (int i = 0; r->carried && i < r->accum; i++) { state_free(r->gpu, &r->carried[i]); }
-    free(r->carried);
-    cudaFree(r->sums);
+    free(r->carried); cudaFree(r->sums);
     cudaFreeHost(r->raw);
-    free(r->losses);
-    free(r->logits);
+    free(r->losses); free(r->logits);
     gpu_close(&r->gpu);
 }
 
@@ -3703,11 +3398,8 @@ template <typename X> static void gpu_copy(void* self, int block, int i, int l, 
 template <typename X> static void gpu_micro_step(void* self, const int* tokens, const int* targets, double dloss,
         bool first, uint64_t row, const bool* fresh) {
     GpuBackend<X>* r = of<X>(self);
-    r->pass.masks.row = row;
-    r->micro = first ? 0 : r->micro + 1;
-    r->gpu.accumulate = !first;
-    r->gpu.reduce = ranks.count > 1 && r->micro == r->accum - 1;
-    r->dloss = dloss;
+    r->pass.masks.row = row; r->micro = first ? 0 : r->micro + 1; r->gpu.accumulate = !first;
+    r->gpu.reduce = ranks.count > 1 && r->micro == r->accum - 1; r->dloss = dloss;
     StateOf<X> *past = fresh ? &r->carried[r->micro] : NULL, *next = fresh ? &r->next : NULL;
     if (fresh) { state_carry(r->gpu, past, &r->m.config, fresh); }
     model_forward<X>(r->gpu, &r->m, &r->pass, tokens, past, next);
@@ -3720,13 +3412,11 @@ template <typename X> static void gpu_micro_step(void* self, const int* tokens, 
     state_alloc(&host, &r->m.config, past->B, false);
     state_copy(r->gpu, past, &host, &r->m.config, true);
     state_share(&host, &r->m.config);
-    state_copy(r->gpu, past, &host, &r->m.config, false);
-    state_free(&host);
+    state_copy(r->gpu, past, &host, &r->m.config, false); state_free(&host);
 }
 
 template <typename X> static double gpu_finish_step(void* self, double* loss) {
-    GpuBackend<X>* r = of<X>(self);
-    double norm = model_grad_norm(r->gpu, &r->m);
+    GpuBackend<X>* r = of<X>(self); double norm = model_grad_norm(r->gpu, &r->m);
     CUDA(cudaMemcpy(r->losses, r->sums, (r->micro + 1) * sizeof(double), cudaMemcpyDeviceToHost));
     *loss = 0;
     for (int i = 0; i <= r->micro; i++) { *loss += r->losses[i] * r->dloss; }
@@ -3767,10 +3457,9 @@ template <typename X> static void gpu_reset(void* self) {
 
 // Dense peak in bf16 of the cards whose data sheets we know; 0 for the others.
 static double peak_flops(const cudaDeviceProp* card) {
-    static const struct { const char* name; double peak; } cards[] = {
-        {"A100", 312e12}, {"H100 PCIe", 756e12}, {"H100 NVL", 835e12}, {"H100", 989e12}, {"H200 NVL", 835e12},
-        {"H200", 989e12}, {"GH200", 989e12}, {"L40S", 362e12}, {"RTX 4090", 165e12}, {"RTX 3090", 71e12}
-    };
+    static const struct { const char* name; double peak; } cards[] = {{"A100", 312e12}, {"H100 PCIe", 756e12},
+            {"H100 NVL", 835e12}, {"H100", 989e12}, {"H200 NVL", 835e12}, {"H200", 989e12}, {"GH200", 989e12},
+            {"L40S", 362e12}, {"RTX 4090", 165e12}, {"RTX 3090", 71e12}};
     for (size_t i = 0; i < sizeof(cards) / sizeof(cards[0]); i++) {
         if (strstr(card->name, cards[i].name)) { return cards[i].peak; }
     }
@@ -3785,13 +3474,11 @@ template <typename X> static void gpu_run(const Options* o, SafeTensors* st) {
     Backend b = {r, text_of("%s, %s", r->gpu.card.name, fast ? "bf16" : "fp32"), fast ? peak_flops(&r->gpu.card) : 0,
                  o->model.chunk_size, gpu_memory_needed<X>, gpu_open<X>, gpu_close<X>, gpu_copy<X>, gpu_micro_step<X>,
                  gpu_finish_step<X>, gpu_update<X>, gpu_stream<X>, gpu_logits<X>, gpu_reset<X>};
-    run(&b, o, st);
-    free(r);
+    run(&b, o, st); free(r);
 }
 
 int main(int argc, char** argv) {
-    Options o;
-    SafeTensors st;
+    Options o; SafeTensors st;
     ranks_open();
     options_parse(&o, argc, argv, &st);
     bool fp32 = !strcmp(o.precision, "fp32");
