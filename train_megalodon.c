@@ -205,8 +205,8 @@ void shards_exchange(float* x, size_t n, int what) {
             size = min_size(end - at, 1 << 28); // MPI counts in ints
 #ifdef USE_MPI
             if (what == GATHER_SHARDS) { MPI_Bcast(x + at, size, MPI_FLOAT, r, MPI_COMM_WORLD); }
-            else if (r != ranks.rank) { MPI_Reduce(x + at, NULL, size, MPI_FLOAT, MPI_SUM, r, MPI_COMM_WORLD); }
-            else { MPI_Reduce(MPI_IN_PLACE, x + at, size, MPI_FLOAT, MPI_SUM, r, MPI_COMM_WORLD); }
+            void* mine = r == ranks.rank ? MPI_IN_PLACE : x + at;
+            if (what == SUM_SHARD) { MPI_Reduce(mine, x + at, size, MPI_FLOAT, MPI_SUM, r, MPI_COMM_WORLD); }
 #endif
         }
     }
@@ -462,11 +462,10 @@ void specs_layer(void* fields, const Spec* specs, int n, int l) {
     for (int i = 0; i < n; i++) { ((float**)fields)[i] += specs[i].slots > 1 ? l * specs[i].size : 0; }
 }
 
-// "layers.%d.x" and 3 to "layers.3.x".
+// "layers.%d.x" and 3 to "layers.3.x". Names are the tables', never a file's.
 const char* layer_name(char buffer[128], const char* prefix, const char* name, int l) {
-    const char* mark = strstr(name, "%d");
-    if (mark) { snprintf(buffer, 128, "%s%.*s%d%s", prefix, (int)(mark - name), name, l, mark + 2); }
-    else { snprintf(buffer, 128, "%s%s", prefix, name); }
+    int n = snprintf(buffer, 128, "%s", prefix);
+    snprintf(buffer + n, 128 - n, name, l);
     return buffer;
 }
 
@@ -1672,7 +1671,6 @@ double clip_scale(double norm, double limit) { return limit > 0 && norm + 1e-6 >
 
 enum { WEIGHTS, ADAM_M, ADAM_V, STATES, NUM_BLOCKS }; // blocks of tensors in a checkpoint
 enum { CARRIED_NORM = STATES, CARRIED_H };            // of these, with --carry, a backend knows two
-enum { NUM_CARRIED = 7, NUM_SAVED = STATES * NUM_PARAMS + NUM_CARRIED };
 static const char* block_prefixes[NUM_BLOCKS] = {"", "adam_m.", "adam_v.", "state."};
 
 typedef struct {
@@ -1917,6 +1915,7 @@ void options_print(const Options* o, FILE* f) {
 // --carry also the carried states
 
 // The tensors of block STATES, of all rows of a step; rows of a table like param_specs's, which stand after those.
+enum { NUM_CARRIED = 7 };
 void carried_specs(Spec specs[NUM_CARRIED], const Options* o) {
     const Config* c = &o->model;
     size_t R = (size_t)o->batch * o->accum * ranks.groups, D = c->model_dim, N = c->cema_ndim, G = c->norm_num_groups;
@@ -1933,25 +1932,36 @@ void carried_specs(Spec specs[NUM_CARRIED], const Options* o) {
     memcpy(specs, rows, sizeof(rows));
 }
 
-// The block of tensor t of a checkpoint; returns its row in the table.
-int saved_row(int t, int* block) {
-    *block = t / NUM_PARAMS;
-    return t - (*block == STATES ? STATES - 1 : *block) * NUM_PARAMS;
+// A walk over the tensors of a checkpoint, in the order of the file: for (Saved s = before_saved; saved_next(...);)
+// begin and end: of its data, in bytes.
+typedef struct { int block, row, layer; const Spec* spec; size_t begin, end; char name[128]; } Saved;
+static const Saved before_saved = {WEIGHTS, 0, -1, NULL, 0, 0, ""};
+bool saved_next(Saved* s, const Spec* specs, int blocks) { // false after the last one of the first `blocks` blocks
+    s->layer++;
+    while (s->layer >= specs[s->row].slots || !specs[s->row].size) {
+        s->layer = 0;
+        if (++s->row < (s->block == STATES ? NUM_PARAMS + NUM_CARRIED : NUM_PARAMS)) { continue; }
+        s->row = ++s->block == STATES ? NUM_PARAMS : 0;
+        if (s->block == blocks) { return false; }
+    }
+    s->spec = &specs[s->row];
+    s->begin = s->end; s->end += s->spec->size * sizeof(float);
+    layer_name(s->name, block_prefixes[s->block], s->spec->name, s->layer);
+    return true;
 }
 
-// Copies tensor i of a block, layer l, between `tensor` and the backend; of STATES, the rows of a micro-step. part
-// receives what of the tensor is this rank's.
-void block_copy(const Backend* b, const Options* o, const Spec* s, int block, int i, int l, int micro, float* tensor,
-                bool to_host, size_t part[2]) {
-    if (block < STATES) { b->copy(b->self, block, i, l, tensor, to_host, part); return; }
-    size_t n = (size_t)o->batch * o->model.norm_num_groups, each = s->size / o->accum / ranks.groups;
+// Copies a tensor between `tensor` and the backend; of STATES, the rows of a micro-step. part receives what of the
+// tensor is this rank's.
+void saved_copy(const Backend* b, const Options* o, const Saved* s, int micro, float* tensor, bool to_host,
+                size_t part[2]) {
+    if (s->block < STATES) { b->copy(b->self, s->block, s->row, s->layer, tensor, to_host, part); return; }
+    size_t n = (size_t)o->batch * o->model.norm_num_groups, each = s->spec->size / o->accum / ranks.groups;
+    int i = s->row - NUM_PARAMS, layer = i < 3 ? s->layer : o->model.num_layers;
     part[0] = ((size_t)micro * ranks.groups + ranks.group) * each;
     part[1] = part[0] + each;
     tensor += part[0];
-    i -= NUM_PARAMS;
-    if (i == 6) { b->copy(b->self, CARRIED_H, micro, l, tensor, to_host, part); return; }
+    if (i == 6) { b->copy(b->self, CARRIED_H, micro, s->layer, tensor, to_host, part); return; }
     NormState* norms = (NormState*)xcalloc(n, sizeof(NormState));
-    int layer = i < 3 ? l : o->model.num_layers;
     b->copy(b->self, CARRIED_NORM, micro, layer, norms, true, part);
     for (size_t k = 0; k < n; k++) { // the groups of a row hold its count each
         double* field = i % 3 == 0 ? &norms[k].count : i % 3 == 1 ? &norms[k].mean : &norms[k].var;
@@ -1966,31 +1976,17 @@ double step_tokens(const Options* o) { return (double)o->accum * ranks.groups * 
 // Writes DIR/step_%08d.safetensors under another name, flushes it to the disk, and only then gives it its name. Rank 0
 // writes the header, then every rank what is in its shard.
 void checkpoint_save(const Backend* b, const Spec* specs, const Options* o, int step) {
-    char *header = NULL, name[128];
-    size_t length = 0, offset = 0, largest = 0;
+    char* header = NULL;
+    size_t length = 0, bytes = 0, largest = 0;
     FILE* h = open_memstream(&header, &length);
     if (!h) { die("out of memory"); }
     fprintf(h, "{\"__metadata__\":{\"format\":\"megalodon\",\"step\":\"%d\",\"tokens\":\"%.0f\"", step,
             step * step_tokens(o));
-    for (int i = 0; option_rows[i].group != MODE_GROUP; i++) {
-        fprintf(h, ",\"%s\":\"", option_key(i));
-        for (const char* s = option_text(o, i); *s; s++) {
-            if (*s == '"' || *s == '\\') { fputc('\\', h); }
-            fputc((unsigned char)*s < 0x20 ? '?' : *s, h);
-        }
-        fputc('"', h);
-    }
+    for (int i = 0; option_rows[i].group != MODE_GROUP; i++) { header_add_meta(h, option_key(i), option_text(o, i)); }
     fputc('}', h);
-    for (int t = 0; t < NUM_SAVED; t++) {
-        int block, i = saved_row(t, &block);
-        const Spec* s = &specs[i];
-        for (int l = 0; s->size && l < s->slots; l++, offset += s->size * sizeof(float)) {
-            fprintf(h, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[",
-                    layer_name(name, block_prefixes[block], s->name, l));
-            for (int d = 0; d < 4 && s->dims[d]; d++) { fprintf(h, "%s%zu", d ? "," : "", s->dims[d]); }
-            fprintf(h, "],\"data_offsets\":[%zu,%zu]}", offset, offset + s->size * sizeof(float));
-            largest = s->size > largest ? s->size : largest;
-        }
+    for (Saved s = before_saved; saved_next(&s, specs, NUM_BLOCKS); bytes = s.end) {
+        header_add_tensor(h, s.name, s.spec, s.begin);
+        largest = s.spec->size > largest ? s.spec->size : largest;
     }
     fputc('}', h);
     while (ftell(h) % 8) { fputc(' ', h); }
@@ -2002,19 +1998,15 @@ void checkpoint_save(const Backend* b, const Spec* specs, const Options* o, int 
     int fd = open(part, O_CREAT | O_WRONLY, 0666);
     FILE* f = fd < 0 ? NULL : fdopen(fd, "wb");
     float* tensor = (float*)xcalloc(largest, sizeof(float));
-    bool good = f && !ftruncate(fd, at + offset);
+    bool good = f && !ftruncate(fd, at + bytes);
     for (int i = 0; good && !ranks.rank && i < 8; i++) { good = fputc(length >> 8 * i & 255, f) != EOF; }
     good = good && (ranks.rank || fwrite(header, 1, length, f) == length);
-    for (int t = 0; t < NUM_SAVED; t++) {
-        int block, i = saved_row(t, &block);
-        const Spec* s = &specs[i];
-        for (int l = 0; good && s->size && l < s->slots; l++, at += s->size * sizeof(float)) {
-            for (int k = 0; good && k < (block == STATES ? o->accum : 1); k++) {
-                size_t mine[2];
-                block_copy(b, o, s, block, i, l, k, tensor, true, mine);
-                good = !fseeko(f, at + mine[0] * sizeof(float), SEEK_SET) &&
-                       fwrite(tensor + mine[0], sizeof(float), mine[1] - mine[0], f) == mine[1] - mine[0];
-            }
+    for (Saved s = before_saved; good && saved_next(&s, specs, NUM_BLOCKS);) {
+        for (int k = 0; good && k < (s.block == STATES ? o->accum : 1); k++) {
+            size_t mine[2];
+            saved_copy(b, o, &s, k, tensor, true, mine);
+            good = !fseeko(f, at + s.begin + mine[0] * sizeof(float), SEEK_SET) &&
+                   fwrite(tensor + mine[0], sizeof(float), mine[1] - mine[0], f) == mine[1] - mine[0];
         }
     }
     good = good && !fflush(f) && !fsync(fileno(f));
@@ -2031,42 +2023,14 @@ void checkpoint_save(const Backend* b, const Spec* specs, const Options* o, int 
     free(header); free(tensor);
 }
 
-// The newest step below `below` that has a checkpoint in a folder; -1 if none has.
-int checkpoint_newest(const char* folder, int below) {
-    int newest = -1, step;
-    DIR* d = opendir(folder);
-    for (struct dirent* entry; d && (entry = readdir(d));) {
-        int n = 0;
-        bool named = sscanf(entry->d_name, "step_%8d.safetensors%n", &step, &n) == 1 && n && !entry->d_name[n];
-        if (named && step > newest && step < below) { newest = step; }
-    }
-    if (d) { closedir(d); }
-    return newest;
-}
-
-// Opens the newest valid checkpoint in a folder.
-void checkpoint_open(SafeTensors* st, const char* folder) {
-    for (int step = INT_MAX; (step = checkpoint_newest(folder, step)) >= 0;) {
-        const char* path = text_of("%s/step_%08d.safetensors", folder, step);
-        const char* error = safetensors_try(st, path);
-        if (!error && safetensors_meta(st, "step")) { return; }
-        fprintf(stderr, "skipping %s: %s\n", path, error ? error : "not a checkpoint");
-    }
-    die("--resume %s: no valid step_*.safetensors there", folder);
-}
-
 // Checks that a file has the tensors of the first blocks, and with b, reads them into it.
 void blocks_load(const Backend* b, const Options* o, const Spec* specs, const SafeTensors* st, int blocks) {
-    char name[128];
     size_t part[2];
-    for (int t = 0, block; t < NUM_SAVED; t++) {
-        int i = saved_row(t, &block);
-        float* tensor = b ? (float*)xcalloc(specs[i].size, sizeof(float)) : NULL;
-        for (int l = 0; block < blocks && specs[i].size && l < specs[i].slots; l++) {
-            safetensors_read(st, layer_name(name, block_prefixes[block], specs[i].name, l), &specs[i], tensor);
-            for (int k = 0; b && k < (block == STATES ? o->accum : 1); k++) {
-                block_copy(b, o, &specs[i], block, i, l, k, tensor, false, part);
-            }
+    for (Saved s = before_saved; saved_next(&s, specs, blocks);) {
+        float* tensor = b ? (float*)xcalloc(s.spec->size, sizeof(float)) : NULL;
+        safetensors_read(st, s.name, s.spec, tensor);
+        for (int k = 0; b && k < (s.block == STATES ? o->accum : 1); k++) {
+            saved_copy(b, o, &s, k, tensor, false, part);
         }
         free(tensor);
     }
@@ -2074,17 +2038,12 @@ void blocks_load(const Backend* b, const Options* o, const Spec* specs, const Sa
 
 // Refuses files that hold more than this model has. A released state dict also holds buffers, which mean nothing here,
 // and the embedding again as the output layer where they are tied.
-void weights_check(const Spec specs[NUM_PARAMS], const SafeTensors* st, bool share_emb) {
-    char name[128];
+void weights_check(const Spec* specs, const SafeTensors* st, bool share_emb) {
     for (int t = 0; t < st->num_tensors; t++) {
         const char *has = st->tensors[t].name, *dot = strrchr(has, '.');
         bool known = !strncmp(has, "adam_", 5) || !strncmp(has, "state.", 6) || !strcmp(has, "rope.freqs")
                      || (dot && !strncmp(dot, ".prior_", 7));
-        for (const Spec* s = specs; s < specs + NUM_PARAMS; s++) {
-            for (int l = 0; s->size && l < s->slots && !known; l++) {
-                known = !strcmp(has, layer_name(name, "", s->name, l));
-            }
-        }
+        for (Saved s = before_saved; !known && saved_next(&s, specs, WEIGHTS + 1);) { known = !strcmp(has, s.name); }
         if (!known && share_emb && !strcmp(has, "output.output.weight")) {
             float *output = (float*)xcalloc(specs[0].size, sizeof(float)), *embed = (float*)xcalloc(specs[0].size, 4);
             safetensors_read(st, has, &specs[0], output);
@@ -2185,13 +2144,11 @@ void generate(const Backend* b, const Options* o, const Tokenizer* t, int n, uin
     encode(t, (const unsigned char*)prompt, strlen(prompt), &past);
     if (!past.count) { tokens_add(&past, t->eod); } // a prompt of spaces that the tokenizer drops
     b->reset(b->self);
-    for (size_t i = 0; i + 1 < past.count; i++) { // all but the last one
+    for (size_t i = 0; i < past.count; i++) { // the last one waits in next
         if (past.ids[i] >= vocab) { die("--prompt: byte %d is not below vocab_size %d", past.ids[i], vocab); }
-        for (int s = 0; s < B; s++) { next[s] = past.ids[i]; }
-        b->stream(b->self, next, 1, NULL, NULL);
+        if (i > 0) { b->stream(b->self, next, 1, NULL, NULL); }
+        for (int s = 0; s < B; s++) { next[s] = past.ids[i]; ends[s] = n; }
     }
-    for (int s = 0; s < B; s++) { next[s] = past.ids[past.count - 1]; ends[s] = n; }
-    if (*next >= vocab) { die("--prompt: byte %d is not below vocab_size %d", *next, vocab); }
     double started = seconds();
     for (int i = 0; i < n && going; i++) {
         b->stream(b->self, next, 1, NULL, NULL);
@@ -2238,12 +2195,10 @@ FILE* log_open(const Options* o, int step) {
     char line[1024];
     long end = 0;
     FILE* f = fopen(path, step > 0 ? "a+" : "w+"); // "a" writes at the end, wherever that is by then
-    if (!f) { die("cannot write %s: %s", path, strerror(errno)); }
-    while (fgets(line, sizeof(line), f) && strchr(line, '\n') && (end == 0 || atoi(line) <= step)) { end = ftell(f); }
-    if (ftruncate(fileno(f), end)) { die("cannot write %s: %s", path, strerror(errno)); }
-    fseek(f, end, SEEK_SET);
-    if (end == 0) { fprintf(f, "step\ttokens\tloss\tgrad_norm\tlr\ttok_s\tms\tval_loss\n"); }
-    if (fflush(f)) { die("cannot write %s: %s", path, strerror(errno)); }
+    while (f && fgets(line, sizeof(line), f) && strchr(line, '\n') && (!end || atoi(line) <= step)) { end = ftell(f); }
+    bool good = f && !ftruncate(fileno(f), end) && !fseek(f, end, SEEK_SET);
+    if (good && !end) { fprintf(f, "step\ttokens\tloss\tgrad_norm\tlr\ttok_s\tms\tval_loss\n"); }
+    if (!good || fflush(f)) { die("cannot write %s: %s", path, strerror(errno)); }
     return f;
 }
 
@@ -2414,12 +2369,10 @@ void run(const Backend* b, const Options* o, SafeTensors* st) {
         fprintf(info, "weights: %s\n", st->path);
     }
     size_t part[2];
-    for (int i = 0; !loaded && i < NUM_PARAMS; i++) {
-        float* tensor = (float*)xcalloc(specs[i].size, sizeof(float));
-        for (int l = 0; specs[i].size && l < specs[i].slots; l++) {
-            param_init(tensor, &specs[i], i, l, &o->model, o->seed);
-            b->copy(b->self, WEIGHTS, i, l, tensor, false, part);
-        }
+    for (Saved s = before_saved; !loaded && saved_next(&s, specs, WEIGHTS + 1);) {
+        float* tensor = (float*)xcalloc(s.spec->size, sizeof(float));
+        param_init(tensor, s.spec, s.row, s.layer, &o->model, o->seed);
+        b->copy(b->self, WEIGHTS, s.row, s.layer, tensor, false, part);
         free(tensor);
     }
     if (training) {

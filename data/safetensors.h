@@ -1,5 +1,5 @@
 /*
-Part of train_megalodon.c: files of tensors. A safetensors file is
+Part of train_megalodon.c: files of tensors, and folders of them. A safetensors file is
 
     8 bytes       the length of the header, little-endian
     the header    JSON, an object: "NAME": {"dtype": "F32", "shape": [2,3], "data_offsets": [begin,end]} for each tensor
@@ -7,9 +7,10 @@ Part of train_megalodon.c: files of tensors. A safetensors file is
     the data      little-endian and row-major; the offsets count from its start, and the tensors tile it
 
 The reader takes files from strangers: what is not just as the format says is refused, and nothing is believed before it
-is checked against the size of the file. (Checkpoints are written by checkpoint_save in train_megalodon.c.)
+is checked against the size of the file.
 */
 #include <ctype.h>
+#include <dirent.h>
 #include <errno.h>
 #include <limits.h>
 #include <math.h>
@@ -274,4 +275,51 @@ void safetensors_read(const SafeTensors* st, const char* name, const Spec* spec,
             shape_text(spec->dims, n));
     }
     if (out) { tensor_read(st, t, out); }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Writing a header's entries
+
+// A key of the metadata and its value; control characters become question marks.
+void header_add_meta(FILE* header, const char* key, const char* value) {
+    fprintf(header, ",\"%s\":\"", key);
+    for (const char* s = value; *s; s++) {
+        if (*s == '"' || *s == '\\') { fputc('\\', header); }
+        fputc((unsigned char)*s < 0x20 ? '?' : *s, header);
+    }
+    fputc('"', header);
+}
+
+// A tensor of floats whose data begins at byte `begin`.
+void header_add_tensor(FILE* header, const char* name, const Spec* s, size_t begin) {
+    fprintf(header, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[", name);
+    for (int d = 0; d < 4 && s->dims[d]; d++) { fprintf(header, "%s%zu", d ? "," : "", s->dims[d]); }
+    fprintf(header, "],\"data_offsets\":[%zu,%zu]}", begin, begin + s->size * sizeof(float));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Folders of checkpoints, one step_%08d.safetensors for each step that was saved
+
+// The newest step below `below` that has a checkpoint in a folder; -1 if none has.
+int checkpoint_newest(const char* folder, int below) {
+    int newest = -1, step;
+    DIR* d = opendir(folder);
+    for (struct dirent* entry; d && (entry = readdir(d));) {
+        int n = 0;
+        bool named = sscanf(entry->d_name, "step_%8d.safetensors%n", &step, &n) == 1 && n && !entry->d_name[n];
+        if (named && step > newest && step < below) { newest = step; }
+    }
+    if (d) { closedir(d); }
+    return newest;
+}
+
+// Opens the newest valid checkpoint in a folder.
+void checkpoint_open(SafeTensors* st, const char* folder) {
+    for (int step = INT_MAX; (step = checkpoint_newest(folder, step)) >= 0;) {
+        const char* path = text_of("%s/step_%08d.safetensors", folder, step);
+        const char* error = safetensors_try(st, path);
+        if (!error && safetensors_meta(st, "step")) { return; }
+        fprintf(stderr, "skipping %s: %s\n", path, error ? error : "not a checkpoint");
+    }
+    die("--resume %s: no valid step_*.safetensors there", folder);
 }
