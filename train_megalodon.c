@@ -15,7 +15,7 @@ What happened in earlier chunks reaches the present only through the first two. 
     options and tables    every flag, parameter and activation is declared once, in a table; all else derives from them
     layers                each forward followed by its backward, with its equation and its shapes
     model                 one block as in Figure 3 of the paper, the forward and backward pass, AdamW
-    files                 safetensors, checkpoints, token streams
+    files                 checkpoints; data/safetensors.h: their format; data/tokens.h: text, tokens, documents
     use                   streaming evaluation and generation, the training loop, the command line
 
 Conventions. Arrays are row-major, (B,T,D) means batch, time, features. Weights are (out, in): y = x W^T + b. The names
@@ -26,10 +26,8 @@ Equation numbers are the paper's. Where the released code (XuezheMax/megalodon) 
 what the code does, because that is what checkpoints mean, and says so.
 */
 #include <ctype.h>
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <glob.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -41,7 +39,6 @@ what the code does, because that is what checkpoints mean, and says so.
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 #ifdef _OPENMP
@@ -161,8 +158,8 @@ void ranks_group(int chunks) {
 int ranks_local(void) { // this rank's number on its machine
     int local = 0;
 #ifdef USE_MPI
-    MPI_Comm machine;
     if (ranks.count == 1) { return 0; }
+    MPI_Comm machine;
     MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine);
     MPI_Comm_rank(machine, &local);
 #endif
@@ -282,7 +279,7 @@ void shards_exchange(float* x, size_t n, int what) {
     X(TEXT, resume,            "", 0, 0,          "go on from the newest checkpoint in this folder, with its flags") \
     X(INT,  generate,           0, 1, INT_MAX,    "print so many tokens") \
     X(INT,  samples,            1, 1, 1 << 16,    "continuations to print, made together") \
-    X(TEXT, prompt,            "", 0, 0,          "text to go on from; empty: a newline, or with --eod a document starts") \
+    X(TEXT, prompt,            "", 0, 0,          "text to go on from; empty: a newline, with --eod a new document") \
     X(REAL, temperature,      1.0, 0, 1e6,        "0 takes the likeliest token") \
     X(INT,  top_k,              0, 0, INT_MAX,    "sample from the k likeliest tokens; 0 for all") \
     X(REAL, top_p,            1.0, 0, 1,          "sample from the likeliest tokens that hold this probability") \
@@ -623,9 +620,8 @@ void embedding_backward(float* dweight, const float* dout, const int* tokens, fl
     OMP(omp parallel for schedule(static))
     for (int d0 = 0; d0 < D; d0 += 16) { // by columns: two rows may hold the same token
         for (size_t r = 0; r < rows; r++) {
-            for (int d = d0; d < min_int(d0 + 16, D); d++) {
-                dweight[(size_t)tokens[r] * D + d] += scale * dout[r * D + d];
-            }
+            float* dw = dweight + (size_t)tokens[r] * D;
+            for (int d = d0; d < min_int(d0 + 16, D); d++) { dw[d] += scale * dout[r * D + d]; }
         }
     }
 }
@@ -1367,10 +1363,9 @@ void pass_alloc(Pass* s, const Config* c, int B, int T, int keep, int keep_grads
     act_specs(s->specs, c, (size_t)B * T, keep);
     act_specs(s->dspecs, c, (size_t)B * T, keep_grads);
     specs_place(&s->acts, (float*)xcalloc(specs_size(s->specs, NUM_ACTS), sizeof(float)), s->specs, NUM_ACTS);
-    if (keep != KEEP_NONE) {
-        specs_place(&s->grads, (float*)xcalloc(specs_size(s->dspecs, NUM_ACTS), sizeof(float)), s->dspecs, NUM_ACTS);
-    }
-    if (keep == KEEP_NONE || ranks.chunks == 1) { return; }
+    if (keep == KEEP_NONE) { return; }
+    specs_place(&s->grads, (float*)xcalloc(specs_size(s->dspecs, NUM_ACTS), sizeof(float)), s->dspecs, NUM_ACTS);
+    if (ranks.chunks == 1) { return; }
     s->before = (State*)xcalloc(1, sizeof(State));
     state_alloc(s->before, c, B, false);
 }
@@ -1391,14 +1386,13 @@ void state_reset(State* s, const Config* c) { // back to the empty past
 double float_rounded(double x) { volatile float f = x; return f; } // volatile: gcc 12 vectorizes the rounding away
 void state_carry(State* s, const Config* c, const bool* fresh) {
     size_t lines = (c->num_layers + (size_t)1) * s->B, G = c->norm_num_groups, h = 2 * c->model_dim * c->cema_ndim;
-    for (size_t i = 0; i < lines * G; i++) {
-        NormState* n = &s->norm[i];
-        n->count = float_rounded(n->count); n->mean = float_rounded(n->mean); n->var = float_rounded(n->var);
-    }
     for (size_t i = 0; i < lines; i++) {
-        if (!fresh[i % s->B]) { continue; }
-        memset(s->norm + i * G, 0, G * sizeof(NormState));
-        if (i < lines - s->B) { memset(s->h + i * h, 0, h * sizeof(float)); }
+        bool forget = fresh[i % s->B];
+        for (NormState* n = s->norm + i * G; n < s->norm + (i + 1) * G; n++) {
+            NormState kept = {float_rounded(n->count), float_rounded(n->mean), float_rounded(n->var)};
+            *n = forget ? no_past : kept;
+        }
+        if (forget && i < lines - s->B) { memset(s->h + i * h, 0, h * sizeof(float)); }
     }
 }
 
@@ -1529,15 +1523,11 @@ void block_backward(const Model* m, const Pass* s, int l, const State* start, St
     Dropouts drop = dropouts_at(s->masks, T, l);
     State in = state_layer(s->before ? s->before : start, c, l), din = state_layer(dstart, c, l);
 
-    const float* dffn = d.out;
-    if (c->rescale_nffn) {
-        for (size_t i = 0; i < rows * D; i++) {
-            g.rescale[i % D] += d.out[i] * a.fc2[i];
-            d.fc2[i] = d.out[i] * p.rescale[i % D];
-        }
-        dffn = d.fc2;
+    for (size_t i = 0; c->rescale_nffn && i < rows * D; i++) {
+        g.rescale[i % D] += d.out[i] * a.fc2[i];
+        d.fc2[i] = d.out[i] * p.rescale[i % D];
     }
-    dffn = dropout(d.timenorm, dffn, NULL, drop.fc2, rows, D);
+    const float* dffn = dropout(d.timenorm, c->rescale_nffn ? d.fc2 : d.out, NULL, drop.fc2, rows, D);
     matmul_backward(d.hidden, g.fc2, NULL, dffn, a.hidden, p.fc2, NULL, rows, F, D);
     const float* dhidden = dropout(d.fc1, d.hidden, NULL, drop.hidden, rows, F);
     silu_backward(d.fc1, c->swiglu ? d.fc3 : NULL, dhidden, a.fc1, c->swiglu ? a.fc3 : NULL, rows * F);
@@ -1684,10 +1674,9 @@ typedef struct {
     // Copies row i of the parameter table, layer l, between `host` and a block: into the weights all of it, else only
     // the elements [part[0],part[1]) that are in this rank's shard. Of CARRIED_*: layer l of micro-step i, whole.
     void (*copy)(void* self, int block, int i, int l, void* host, bool to_host, size_t part[2]);
-    // Adds the gradient of dloss * (sum of losses) of a micro-step of --batch x --seq tokens; the first of a step
-    // starts a new sum. row: number of its first sequence, counted from the start of training; for dropout. With fresh,
-    // rows go on from the state that this micro-step left in the last step, except those that start afresh. May return
-    // before the work is done.
+    // Adds the gradient of dloss * (sum of losses) of --batch x --seq tokens; the first of a step starts a new sum.
+    // row: number of the first sequence, counted from the start of training; for dropout. With fresh, rows go on from
+    // what this micro-step left in the last step, unless they start afresh. May return before the work is done.
     void (*micro_step)(void* self, const int* tokens, const int* targets, double dloss, bool first, uint64_t row,
                        const bool* fresh);
     double (*finish_step)(void* self, double* loss); // norm of the gradient; sum of dloss * losses over the micro-steps
@@ -1751,14 +1740,13 @@ void cpu_copy(void* self, int block, int i, int l, void* host, bool to_host, siz
         return;
     }
     float *here = ((float**)&m->params)[i] + l * m->specs[i].size, *there = (float*)host;
-    size_t size = m->specs[i].size, at = here - m->params.embed, first = 0, last = size;
-    if (block != WEIGHTS || to_host) {
-        first = m->first > at ? min_size(m->first - at, size) : 0;
-        last = m->last > at ? min_size(m->last - at, size) : 0;
-    }
+    size_t size = m->specs[i].size, at = here - m->params.embed;
+    bool all = block == WEIGHTS && !to_host;
+    part[0] = !all && m->first > at ? min_size(m->first - at, size) : 0;
+    part[1] = all ? size : m->last > at ? min_size(m->last - at, size) : 0;
     if (block != WEIGHTS) { here = (block == ADAM_M ? m->adam_m : m->adam_v) + at - m->first; }
-    memcpy((to_host ? there : here) + first, (to_host ? here : there) + first, (last - first) * sizeof(float));
-    part[0] = first; part[1] = last;
+    float *to = to_host ? there : here, *from = to_host ? here : there;
+    memcpy(to + part[0], from + part[0], (part[1] - part[0]) * sizeof(float));
 }
 
 void cpu_micro_step(void* self, const int* tokens, const int* targets, double dloss, bool first, uint64_t row,
@@ -1774,9 +1762,7 @@ void cpu_micro_step(void* self, const int* tokens, const int* targets, double dl
     r->loss += model_loss(&r->m, &r->pass, targets, &scored) * dloss;
     model_backward(&r->m, &r->pass, tokens, targets, dloss, past, NULL);
     if (!fresh) { return; }
-    State s = *past;
-    *past = *next;
-    *next = s;
+    State s = *past; *past = *next; *next = s;
     state_share(past, &r->m.config);
 }
 
@@ -1894,7 +1880,7 @@ void options_from_file(Options* o, const SafeTensors* st, const bool* given, boo
         if (!text) { continue; }
         option_set(&file, i, text, st->path);
         const char *theirs = option_text(&file, i), *ours = option_text(o, i);
-        if (!given[i]) { option_set(o, i, text, st->path); }
+        if (!given[i]) { *o = file; }
         else if (option_rows[i].group == MODEL_GROUP && strcmp(theirs, ours)) {
             die("%s has %s %s, the flags say %s", st->path, option_rows[i].name, theirs, ours);
         }
@@ -2086,10 +2072,9 @@ double evaluate(const Backend* b, const Config* c, const Dataset* d, Span spans[
 void evaluate_file(const Backend* b, const Options* o, const Dataset* d) {
     Span spans[NUM_SPANS] = {{0, 0}};
     FILE* file = *o->losses ? fopen(o->losses, "wb") : NULL;
-    bool good = !*o->losses || file;
-    if (good) { evaluate(b, &o->model, d, spans, file); }
-    good = good && (!file || (!ferror(file) && !fclose(file)));
-    if (!good) { die("--losses %s: %s", o->losses, strerror(errno)); }
+    if (*o->losses && !file) { die("--losses %s: %s", o->losses, strerror(errno)); }
+    evaluate(b, &o->model, d, spans, file);
+    if (file && (ferror(file) || fclose(file))) { die("--losses %s: %s", o->losses, strerror(errno)); }
     spans_print(spans, d);
 }
 
@@ -2115,9 +2100,9 @@ int sample(const float* logits, int vocab, const Options* o, double u) {
         double least = o->top_k ? 0 : (1 - o->top_p) * sum / vocab; // what is below, all together, is more than enough
         for (int v = n = 0; v < vocab; v++) { if (c[v].p >= least) { c[n++] = c[v]; } }
         qsort(c, n, sizeof(Candidate), candidate_by_p);
-        n = o->top_k ? min_int(n, o->top_k) : n;
-        for (i = 0, sum = o->top_k ? 0 : sum; o->top_k && i < n; i++) { sum += c[i].p; }
-        for (i = 0; i < n && kept < o->top_p * sum; i++) { kept += c[i].p; }
+        if (o->top_k) { n = min_int(n, o->top_k); sum = 0; }
+        for (int k = 0; o->top_k && k < n; k++) { sum += c[k].p; }
+        for (; i < n && kept < o->top_p * sum; i++) { kept += c[i].p; }
         n = i; sum = kept;
     }
     for (i = 0, u *= sum; i < n - 1 && u >= c[i].p; i++) { u -= c[i].p; }
@@ -2176,9 +2161,9 @@ void generate(const Backend* b, const Options* o, const Tokenizer* t, int n, uin
 // Learning rate of a step counted from 0: linear warmup, then from lr to lr * lr_end_ratio over the rest of the steps.
 double learning_rate(const Options* o, int step) {
     if (step < o->warmup) { return o->lr * (step + 1) / o->warmup; }
-    double left = 1.0 - (double)(step - o->warmup) / (o->steps - o->warmup), f = 1.0;
-    if (!strcmp(o->schedule, "cosine")) { f = 0.5 * (1.0 - cos(M_PI * left)); }
-    if (!strcmp(o->schedule, "linear")) { f = left; }
+    double left = 1.0 - (double)(step - o->warmup) / (o->steps - o->warmup);
+    double f = !strcmp(o->schedule, "cosine") ? 0.5 * (1.0 - cos(M_PI * left))
+             : !strcmp(o->schedule, "linear") ? left : 1.0;
     return o->lr * (o->lr_end_ratio + (1.0 - o->lr_end_ratio) * f);
 }
 
@@ -2282,8 +2267,7 @@ void train(const Backend* b, const Options* o, const Spec* specs, int first_step
 void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
     const char* values[NUM_OPTIONS] = {NULL};
     bool given[NUM_OPTIONS] = {0};
-    int preset = 0, preset_row = option_find("--preset"), out_row = option_find("--out");
-    int vocab_row = option_find("--vocab-size");
+    int preset = 0, preset_row = option_find("--preset"), vocab_row = option_find("--vocab-size");
     *o = default_options;
     for (int a = 1; a < argc; a++) {
         int i = option_find(argv[a]);
@@ -2307,7 +2291,7 @@ void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
     if (*o->load) { safetensors_open(st, o->load); }
     if (*o->resume) { checkpoint_open(st, o->resume); }
     if (loaded) { options_from_file(o, st, given, *o->resume); }
-    if (*o->resume && !values[out_row]) { o->out = o->resume; }
+    if (*o->resume && !values[option_find("--out")]) { o->out = o->resume; }
     if (*o->tokenizer && !given[vocab_row] && !(loaded && safetensors_meta(st, "vocab_size"))) {
         Tokenizer* t = tokenizer_open(o->tokenizer);
         o->model.vocab_size = t->pieces;
