@@ -12,6 +12,8 @@ THIS_CFLAGS = -std=gnu11 -Wall -Wextra $(CFLAGS)
 
 MPICC ?= mpicc
 
+SOURCES = train_megalodon.c data/safetensors.h data/tokens.h
+
 # What there is, found by compiling and linking a probe. CUDA's takes seconds, so only a plain `make` asks for it.
 probe = $(shell echo '$(1)' | $(2) -o /dev/null 2>/dev/null && echo '$(3)')
 OPENMP := $(call probe,int main(void) { return 0; },$(CC) -x c - -fopenmp,-fopenmp)
@@ -42,25 +44,25 @@ all: train_megalodon test_megalodon
 
 cuda: train_megalodon_cuda test_megalodon_cuda
 
-train_megalodon test_megalodon: %: %.c train_megalodon.c data/tokens.h
+train_megalodon test_megalodon: %: %.c $(SOURCES)
 	$(CC) $(THIS_CFLAGS) $< $(OPENMP) $(MPI) -o $@ -lm
 
-train_megalodon_cuda: train_megalodon.cu train_megalodon.c data/tokens.h
+train_megalodon_cuda: train_megalodon.cu $(SOURCES)
 	$(NVCC) $(NVCCFLAGS) $(MPI) $(NCCL) $< -o $@
 
-test_megalodon_cuda: test_megalodon.c train_megalodon.cu train_megalodon.c data/tokens.h
+test_megalodon_cuda: test_megalodon.c train_megalodon.cu $(SOURCES)
 	$(NVCC) $(NVCCFLAGS) $(MPI) $(NCCL) -DGPU -x cu $< -o $@
 
-dev/bin/test_tokens: dev/test_tokens.c train_megalodon.c data/tokens.h
+dev/bin/test_tokens: dev/test_tokens.c $(SOURCES)
 	@mkdir -p dev/bin
 	$(CC) $(THIS_CFLAGS) $< $(OPENMP) -o $@ -lm
 
-dev/bin/bench: dev/bench.c train_megalodon.c data/tokens.h
+dev/bin/bench: dev/bench.c $(SOURCES)
 	@mkdir -p dev/bin
 	$(CC) $(THIS_CFLAGS) $< $(OPENMP) $(OPENBLAS) -o $@ -lm
 
 # GPU kernels and models against their CPU twins in one process; --bench and --kernels print times and rates.
-dev/bin/check: dev/cuda/check.cu train_megalodon.cu train_megalodon.c data/tokens.h
+dev/bin/check: dev/cuda/check.cu train_megalodon.cu $(SOURCES)
 	@mkdir -p dev/bin
 	$(NVCC) $(NVCCFLAGS) $< -o $@
 

@@ -15,7 +15,7 @@ What happened in earlier chunks reaches the present only through the first two. 
     options and tables    every flag, parameter and activation is declared once, in a table; all else derives from them
     layers                each forward followed by its backward, with its equation and its shapes
     model                 one block as in Figure 3 of the paper, the forward and backward pass, AdamW
-    files                 safetensors, checkpoints, token streams
+    files                 checkpoints; data/safetensors.h: their format; data/tokens.h: text, tokens, documents
     use                   streaming evaluation and generation, the training loop, the command line
 
 Conventions. Arrays are row-major, (B,T,D) means batch, time, features. Weights are (out, in): y = x W^T + b. The names
@@ -26,10 +26,8 @@ Equation numbers are the paper's. Where the released code (XuezheMax/megalodon) 
 what the code does, because that is what checkpoints mean, and says so.
 */
 #include <ctype.h>
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <glob.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -41,7 +39,6 @@ what the code does, because that is what checkpoints mean, and says so.
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 #ifdef _OPENMP
@@ -161,8 +158,8 @@ void ranks_group(int chunks) {
 int ranks_local(void) { // this rank's number on its machine
     int local = 0;
 #ifdef USE_MPI
-    MPI_Comm machine;
     if (ranks.count == 1) { return 0; }
+    MPI_Comm machine;
     MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine);
     MPI_Comm_rank(machine, &local);
 #endif
@@ -205,8 +202,8 @@ void shards_exchange(float* x, size_t n, int what) {
             size = min_size(end - at, 1 << 28); // MPI counts in ints
 #ifdef USE_MPI
             if (what == GATHER_SHARDS) { MPI_Bcast(x + at, size, MPI_FLOAT, r, MPI_COMM_WORLD); }
-            else if (r != ranks.rank) { MPI_Reduce(x + at, NULL, size, MPI_FLOAT, MPI_SUM, r, MPI_COMM_WORLD); }
-            else { MPI_Reduce(MPI_IN_PLACE, x + at, size, MPI_FLOAT, MPI_SUM, r, MPI_COMM_WORLD); }
+            void* mine = r == ranks.rank ? MPI_IN_PLACE : x + at;
+            if (what == SUM_SHARD) { MPI_Reduce(mine, x + at, size, MPI_FLOAT, MPI_SUM, r, MPI_COMM_WORLD); }
 #endif
         }
     }
@@ -282,7 +279,7 @@ void shards_exchange(float* x, size_t n, int what) {
     X(TEXT, resume,            "", 0, 0,          "go on from the newest checkpoint in this folder, with its flags") \
     X(INT,  generate,           0, 1, INT_MAX,    "print so many tokens") \
     X(INT,  samples,            1, 1, 1 << 16,    "continuations to print, made together") \
-    X(TEXT, prompt,            "", 0, 0,          "text to go on from; empty: a newline, or with --eod a document starts") \
+    X(TEXT, prompt,            "", 0, 0,          "text to go on from; empty: a newline, with --eod a new document") \
     X(REAL, temperature,      1.0, 0, 1e6,        "0 takes the likeliest token") \
     X(INT,  top_k,              0, 0, INT_MAX,    "sample from the k likeliest tokens; 0 for all") \
     X(REAL, top_p,            1.0, 0, 1,          "sample from the likeliest tokens that hold this probability") \
@@ -462,11 +459,10 @@ void specs_layer(void* fields, const Spec* specs, int n, int l) {
     for (int i = 0; i < n; i++) { ((float**)fields)[i] += specs[i].slots > 1 ? l * specs[i].size : 0; }
 }
 
-// "layers.%d.x" and 3 to "layers.3.x".
+// "layers.%d.x" and 3 to "layers.3.x". Names are the tables', never a file's.
 const char* layer_name(char buffer[128], const char* prefix, const char* name, int l) {
-    const char* mark = strstr(name, "%d");
-    if (mark) { snprintf(buffer, 128, "%s%.*s%d%s", prefix, (int)(mark - name), name, l, mark + 2); }
-    else { snprintf(buffer, 128, "%s%s", prefix, name); }
+    int n = snprintf(buffer, 128, "%s", prefix);
+    snprintf(buffer + n, 128 - n, name, l);
     return buffer;
 }
 
@@ -624,9 +620,8 @@ void embedding_backward(float* dweight, const float* dout, const int* tokens, fl
     OMP(omp parallel for schedule(static))
     for (int d0 = 0; d0 < D; d0 += 16) { // by columns: two rows may hold the same token
         for (size_t r = 0; r < rows; r++) {
-            for (int d = d0; d < min_int(d0 + 16, D); d++) {
-                dweight[(size_t)tokens[r] * D + d] += scale * dout[r * D + d];
-            }
+            float* dw = dweight + (size_t)tokens[r] * D;
+            for (int d = d0; d < min_int(d0 + 16, D); d++) { dw[d] += scale * dout[r * D + d]; }
         }
     }
 }
@@ -1368,10 +1363,9 @@ void pass_alloc(Pass* s, const Config* c, int B, int T, int keep, int keep_grads
     act_specs(s->specs, c, (size_t)B * T, keep);
     act_specs(s->dspecs, c, (size_t)B * T, keep_grads);
     specs_place(&s->acts, (float*)xcalloc(specs_size(s->specs, NUM_ACTS), sizeof(float)), s->specs, NUM_ACTS);
-    if (keep != KEEP_NONE) {
-        specs_place(&s->grads, (float*)xcalloc(specs_size(s->dspecs, NUM_ACTS), sizeof(float)), s->dspecs, NUM_ACTS);
-    }
-    if (keep == KEEP_NONE || ranks.chunks == 1) { return; }
+    if (keep == KEEP_NONE) { return; }
+    specs_place(&s->grads, (float*)xcalloc(specs_size(s->dspecs, NUM_ACTS), sizeof(float)), s->dspecs, NUM_ACTS);
+    if (ranks.chunks == 1) { return; }
     s->before = (State*)xcalloc(1, sizeof(State));
     state_alloc(s->before, c, B, false);
 }
@@ -1392,14 +1386,13 @@ void state_reset(State* s, const Config* c) { // back to the empty past
 double float_rounded(double x) { volatile float f = x; return f; } // volatile: gcc 12 vectorizes the rounding away
 void state_carry(State* s, const Config* c, const bool* fresh) {
     size_t lines = (c->num_layers + (size_t)1) * s->B, G = c->norm_num_groups, h = 2 * c->model_dim * c->cema_ndim;
-    for (size_t i = 0; i < lines * G; i++) {
-        NormState* n = &s->norm[i];
-        n->count = float_rounded(n->count); n->mean = float_rounded(n->mean); n->var = float_rounded(n->var);
-    }
     for (size_t i = 0; i < lines; i++) {
-        if (!fresh[i % s->B]) { continue; }
-        memset(s->norm + i * G, 0, G * sizeof(NormState));
-        if (i < lines - s->B) { memset(s->h + i * h, 0, h * sizeof(float)); }
+        bool forget = fresh[i % s->B];
+        for (NormState* n = s->norm + i * G; n < s->norm + (i + 1) * G; n++) {
+            NormState kept = {float_rounded(n->count), float_rounded(n->mean), float_rounded(n->var)};
+            *n = forget ? no_past : kept;
+        }
+        if (forget && i < lines - s->B) { memset(s->h + i * h, 0, h * sizeof(float)); }
     }
 }
 
@@ -1530,15 +1523,11 @@ void block_backward(const Model* m, const Pass* s, int l, const State* start, St
     Dropouts drop = dropouts_at(s->masks, T, l);
     State in = state_layer(s->before ? s->before : start, c, l), din = state_layer(dstart, c, l);
 
-    const float* dffn = d.out;
-    if (c->rescale_nffn) {
-        for (size_t i = 0; i < rows * D; i++) {
-            g.rescale[i % D] += d.out[i] * a.fc2[i];
-            d.fc2[i] = d.out[i] * p.rescale[i % D];
-        }
-        dffn = d.fc2;
+    for (size_t i = 0; c->rescale_nffn && i < rows * D; i++) {
+        g.rescale[i % D] += d.out[i] * a.fc2[i];
+        d.fc2[i] = d.out[i] * p.rescale[i % D];
     }
-    dffn = dropout(d.timenorm, dffn, NULL, drop.fc2, rows, D);
+    const float* dffn = dropout(d.timenorm, c->rescale_nffn ? d.fc2 : d.out, NULL, drop.fc2, rows, D);
     matmul_backward(d.hidden, g.fc2, NULL, dffn, a.hidden, p.fc2, NULL, rows, F, D);
     const float* dhidden = dropout(d.fc1, d.hidden, NULL, drop.hidden, rows, F);
     silu_backward(d.fc1, c->swiglu ? d.fc3 : NULL, dhidden, a.fc1, c->swiglu ? a.fc3 : NULL, rows * F);
@@ -1672,7 +1661,6 @@ double clip_scale(double norm, double limit) { return limit > 0 && norm + 1e-6 >
 
 enum { WEIGHTS, ADAM_M, ADAM_V, STATES, NUM_BLOCKS }; // blocks of tensors in a checkpoint
 enum { CARRIED_NORM = STATES, CARRIED_H };            // of these, with --carry, a backend knows two
-enum { NUM_CARRIED = 7, NUM_SAVED = STATES * NUM_PARAMS + NUM_CARRIED };
 static const char* block_prefixes[NUM_BLOCKS] = {"", "adam_m.", "adam_v.", "state."};
 
 typedef struct {
@@ -1686,10 +1674,9 @@ typedef struct {
     // Copies row i of the parameter table, layer l, between `host` and a block: into the weights all of it, else only
     // the elements [part[0],part[1]) that are in this rank's shard. Of CARRIED_*: layer l of micro-step i, whole.
     void (*copy)(void* self, int block, int i, int l, void* host, bool to_host, size_t part[2]);
-    // Adds the gradient of dloss * (sum of losses) of a micro-step of --batch x --seq tokens; the first of a step
-    // starts a new sum. row: number of its first sequence, counted from the start of training; for dropout. With fresh,
-    // rows go on from the state that this micro-step left in the last step, except those that start afresh. May return
-    // before the work is done.
+    // Adds the gradient of dloss * (sum of losses) of --batch x --seq tokens; the first of a step starts a new sum.
+    // row: number of the first sequence, counted from the start of training; for dropout. With fresh, rows go on from
+    // what this micro-step left in the last step, unless they start afresh. May return before the work is done.
     void (*micro_step)(void* self, const int* tokens, const int* targets, double dloss, bool first, uint64_t row,
                        const bool* fresh);
     double (*finish_step)(void* self, double* loss); // norm of the gradient; sum of dloss * losses over the micro-steps
@@ -1753,14 +1740,13 @@ void cpu_copy(void* self, int block, int i, int l, void* host, bool to_host, siz
         return;
     }
     float *here = ((float**)&m->params)[i] + l * m->specs[i].size, *there = (float*)host;
-    size_t size = m->specs[i].size, at = here - m->params.embed, first = 0, last = size;
-    if (block != WEIGHTS || to_host) {
-        first = m->first > at ? min_size(m->first - at, size) : 0;
-        last = m->last > at ? min_size(m->last - at, size) : 0;
-    }
+    size_t size = m->specs[i].size, at = here - m->params.embed;
+    bool all = block == WEIGHTS && !to_host;
+    part[0] = !all && m->first > at ? min_size(m->first - at, size) : 0;
+    part[1] = all ? size : m->last > at ? min_size(m->last - at, size) : 0;
     if (block != WEIGHTS) { here = (block == ADAM_M ? m->adam_m : m->adam_v) + at - m->first; }
-    memcpy((to_host ? there : here) + first, (to_host ? here : there) + first, (last - first) * sizeof(float));
-    part[0] = first; part[1] = last;
+    float *to = to_host ? there : here, *from = to_host ? here : there;
+    memcpy(to + part[0], from + part[0], (part[1] - part[0]) * sizeof(float));
 }
 
 void cpu_micro_step(void* self, const int* tokens, const int* targets, double dloss, bool first, uint64_t row,
@@ -1776,9 +1762,7 @@ void cpu_micro_step(void* self, const int* tokens, const int* targets, double dl
     r->loss += model_loss(&r->m, &r->pass, targets, &scored) * dloss;
     model_backward(&r->m, &r->pass, tokens, targets, dloss, past, NULL);
     if (!fresh) { return; }
-    State s = *past;
-    *past = *next;
-    *next = s;
+    State s = *past; *past = *next; *next = s;
     state_share(past, &r->m.config);
 }
 
@@ -1813,265 +1797,7 @@ Backend cpu_backend(Cpu* r) {
     return b;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// safetensors: 8 bytes header length, JSON header, data. The reader takes files from strangers: what is not just as the
-// format says is refused, and nothing is believed before it is checked against the size of the file.
-
-enum { MAX_DIMS = 8, HEADER_LIMIT = 100000000 };
-enum { F32, F16, BF16, I32, I64, NUM_DTYPES };
-static const struct { const char* name; int bytes; } dtypes[NUM_DTYPES] = {
-    {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I32", 4}, {"I64", 8}
-};
-
-typedef struct { const char* name; int dtype, num_dims; size_t dims[MAX_DIMS], size, begin, end; } Tensor;
-typedef struct {
-    char path[PATH_MAX], error[512];
-    FILE* file;
-    char* header;      // names and metadata point into it
-    Tensor* tensors;   // sorted by name
-    const char** meta; // key, value, key, value, ...
-    int num_tensors, num_meta;
-    size_t data;       // where the data starts in the file
-} SafeTensors;
-
-// A parser of the JSON that headers are made of. After the first error it reads as the end of the text.
-typedef struct { char *p, *end; const char *error, *name; } Json; // name: of the tensor that an error is about, or ""
-
-bool json_check(Json* j, bool good, const char* error) {
-    if (!good && !j->error) { j->error = error; j->p = j->end; }
-    return good;
-}
-char json_peek(Json* j) { // the next character that is not space; 0 at the end
-    while (j->p < j->end && (*j->p == ' ' || *j->p == '\t' || *j->p == '\n' || *j->p == '\r')) { j->p++; }
-    return j->p < j->end ? *j->p : 0;
-}
-bool json_take(Json* j, char c) {
-    bool there = json_peek(j) == c;
-    j->p += there;
-    return there;
-}
-void json_expect(Json* j, char c) {
-    if (!json_take(j, c) && !j->error) { json_check(j, false, text_of("'%c' was expected in the header", c)); }
-}
-
-// A string, decoded in place and ended by a zero byte. "" after an error.
-const char* json_string(Json* j) {
-    static const char escapes[] = "\"\\/bfnrtu", meanings[] = "\"\\/\b\f\n\r\t?"; // \u.... becomes a question mark
-    json_expect(j, '"');
-    char *start = j->p, *to = j->p;
-    for (; j->p < j->end && *j->p != '"'; j->p++) {
-        if (!json_check(j, (unsigned char)*j->p >= 0x20, "a control character in a string")) { return ""; }
-        if (*j->p != '\\') { *to++ = *j->p; continue; }
-        const char* known = ++j->p < j->end && *j->p ? strchr(escapes, *j->p) : NULL;
-        bool whole = known && (*known != 'u' || j->end - j->p >= 5);
-        if (!json_check(j, whole, "a bad escape in a string")) { return ""; }
-        *to++ = meanings[known - escapes];
-        j->p += *known == 'u' ? 4 : 0;
-    }
-    if (!json_check(j, j->p < j->end, "a string does not end") || j->error) { return ""; }
-    j->p++;
-    *to = 0;
-    return start;
-}
-
-// [n, n, ...] of at most `most` whole numbers; returns how many.
-int json_counts(Json* j, size_t* numbers, int most) {
-    int n = 0;
-    json_expect(j, '[');
-    for (bool more = json_peek(j) != ']'; more && !j->error; more = json_take(j, ',')) {
-        json_check(j, n < most, "a list is too long");
-        if (!json_check(j, isdigit((unsigned char)json_peek(j)), "a whole number was expected")) { return 0; }
-        numbers[n] = strtoull(j->p, &j->p, 10); // a zero byte follows the header
-        json_check(j, numbers[n++] <= SIZE_MAX / 100, "a number is too large");
-    }
-    json_expect(j, ']');
-    return n;
-}
-
-// One tensor's {"dtype":...,"shape":[...],"data_offsets":[begin,end]}, its size checked against its shape.
-void json_tensor(Json* j, Tensor* t) {
-    size_t offsets[2] = {0, 0};
-    int num_offsets = -1;
-    t->dtype = t->num_dims = -1;
-    json_expect(j, '{');
-    do {
-        const char* key = json_string(j);
-        json_expect(j, ':');
-        if (!strcmp(key, "dtype") && t->dtype < 0) {
-            const char* name = json_string(j);
-            do { t->dtype++; } while (t->dtype < NUM_DTYPES && strcmp(name, dtypes[t->dtype].name));
-        } else if (!strcmp(key, "shape") && t->num_dims < 0) { t->num_dims = json_counts(j, t->dims, MAX_DIMS); }
-        else if (!strcmp(key, "data_offsets") && num_offsets < 0) { num_offsets = json_counts(j, offsets, 2); }
-        else { json_check(j, false, "its entry has an unknown or repeated field"); }
-    } while (json_take(j, ','));
-    json_expect(j, '}');
-    json_check(j, t->dtype >= 0 && t->num_dims >= 0 && num_offsets >= 0, "dtype, shape or data_offsets is missing");
-    json_check(j, num_offsets == 2, "data_offsets are not two numbers");
-    json_check(j, t->dtype < NUM_DTYPES, "its dtype is none of F32 F16 BF16 I32 I64");
-    t->size = 1;
-    for (int i = 0; i < t->num_dims; i++) {
-        json_check(j, !t->dims[i] || t->size <= SIZE_MAX / 16 / t->dims[i], "its shape overflows");
-        t->size *= t->dims[i];
-    }
-    t->begin = offsets[0]; t->end = offsets[1];
-    if (j->error) { return; }
-    json_check(j, t->begin <= t->end && t->end - t->begin == t->size * dtypes[t->dtype].bytes,
-               "its data_offsets do not fit its shape and dtype");
-}
-
-int tensor_by_offset(const void* a, const void* b) { // empty tensors first
-    const Tensor *x = (const Tensor*)a, *y = (const Tensor*)b;
-    return x->begin != y->begin ? (x->begin > y->begin) - (x->begin < y->begin) : (x->end > y->end) - (x->end < y->end);
-}
-int tensor_by_name(const void* a, const void* b) { return strcmp(((const Tensor*)a)->name, ((const Tensor*)b)->name); }
-
-// The whole header, for a file with `bytes` of data.
-void header_parse(SafeTensors* st, Json* j, size_t bytes) {
-    size_t at = 0;
-    bool had_meta = false;
-    st->tensors = (Tensor*)list_grow(NULL, 0, sizeof(Tensor)); // a file may have none
-    json_check(j, j->p < j->end && *j->p == '{', "the header does not start with '{'");
-    json_take(j, '{');
-    for (bool more = json_peek(j) != '}'; more && !j->error; more = json_take(j, ',')) {
-        j->name = json_string(j);
-        json_expect(j, ':');
-        if (strcmp(j->name, "__metadata__")) {
-            st->tensors = (Tensor*)list_grow(st->tensors, st->num_tensors, sizeof(Tensor));
-            Tensor* t = &st->tensors[st->num_tensors++];
-            memset(t, 0, sizeof(*t));
-            t->name = j->name;
-            json_tensor(j, t);
-            continue;
-        }
-        json_check(j, !had_meta, "stands twice");
-        had_meta = true;
-        json_expect(j, '{');
-        for (bool pair = json_peek(j) != '}'; pair && !j->error; pair = json_take(j, ',')) {
-            st->meta = (const char**)list_grow(st->meta, st->num_meta, 2 * sizeof(char*));
-            st->meta[2 * st->num_meta] = json_string(j);
-            json_expect(j, ':');
-            st->meta[2 * st->num_meta++ + 1] = json_string(j);
-        }
-        json_expect(j, '}');
-    }
-    if (j->error) { return; }
-    j->name = "";
-    json_expect(j, '}');
-    json_check(j, !json_peek(j) && j->p == j->end, "something follows the header's object");
-    qsort(st->tensors, st->num_tensors, sizeof(Tensor), tensor_by_offset);
-    for (int i = 0; i < st->num_tensors && !j->error; at = st->tensors[i++].end) { // they must tile the data exactly
-        j->name = st->tensors[i].name;
-        json_check(j, st->tensors[i].begin == at, "its data overlaps another's or leaves a hole");
-    }
-    if (j->error) { return; }
-    j->name = "";
-    json_check(j, at <= bytes, "truncated: the data is shorter than the header says");
-    json_check(j, at >= bytes, "bytes follow the last tensor's data");
-    qsort(st->tensors, st->num_tensors, sizeof(Tensor), tensor_by_name);
-    for (int i = 1; i < st->num_tensors && !j->error; i++) {
-        j->name = st->tensors[i].name;
-        json_check(j, strcmp(j->name, st->tensors[i - 1].name), "stands twice");
-    }
-}
-
-void safetensors_close(SafeTensors* st) {
-    if (st->file) { fclose(st->file); }
-    free(st->header);
-    free(st->tensors);
-    free(st->meta);
-}
-
-// Opens a file and checks its header. Returns NULL, or what is wrong with it; then nothing stays open.
-const char* safetensors_try(SafeTensors* st, const char* path) {
-    unsigned char length[8] = {0};
-    struct stat info;
-    uint64_t n = 0;
-    Json json = {NULL, NULL, NULL, ""};
-    memset(st, 0, sizeof(*st));
-    snprintf(st->path, sizeof(st->path), "%s", path);
-    if (!(st->file = fopen(path, "rb")) || fstat(fileno(st->file), &info)) { return strerror(errno); }
-    size_t got = fread(length, 1, 8, st->file), bytes = S_ISREG(info.st_mode) ? info.st_size : 0;
-    for (int i = 0; i < 8; i++) { n |= (uint64_t)length[i] << 8 * i; }
-    if (got < 8 || bytes < 8 || n > HEADER_LIMIT || n > bytes - 8) {
-        json.error = "not a safetensors file, or a truncated one";
-    } else {
-        st->data = 8 + n;
-        json.p = st->header = (char*)xcalloc(n + 1, 1);
-        json.end = json.p + n;
-        if (fread(st->header, 1, n, st->file) != n) { json.error = strerror(errno); }
-        else { header_parse(st, &json, bytes - st->data); }
-    }
-    if (!json.error) { return NULL; }
-    const char* where = *json.name ? text_of("tensor '%.200s': ", json.name) : "";
-    snprintf(st->error, sizeof(st->error), "%s%s", where, json.error);
-    safetensors_close(st);
-    return st->error;
-}
-
-void safetensors_open(SafeTensors* st, const char* path) {
-    const char* error = safetensors_try(st, path);
-    if (error) { die("%s: %s", path, error); }
-}
-
-const Tensor* safetensors_find(const SafeTensors* st, const char* name) {
-    Tensor key;
-    key.name = name;
-    return (const Tensor*)bsearch(&key, st->tensors, st->num_tensors, sizeof(Tensor), tensor_by_name);
-}
-
-const char* safetensors_meta(const SafeTensors* st, const char* key) {
-    for (int i = 0; i < st->num_meta; i++) {
-        if (!strcmp(st->meta[2 * i], key)) { return st->meta[2 * i + 1]; }
-    }
-    return NULL;
-}
-
-float half_to_float(uint16_t h) {
-    int exponent = h >> 10 & 31, mantissa = h & 1023;
-    float x = exponent == 31 ? (mantissa ? NAN : INFINITY)
-            : exponent ? ldexpf(mantissa + 1024, exponent - 25) : ldexpf(mantissa, -24);
-    return h >> 15 ? -x : x;
-}
-
-// Reads a tensor, turned into floats; I64 and I32 beyond 2^24 are rounded.
-void tensor_read(const SafeTensors* st, const Tensor* t, float* out) {
-    unsigned char buffer[8192];
-    int width = dtypes[t->dtype].bytes;
-    bool good = !fseeko(st->file, st->data + t->begin, SEEK_SET);
-    for (size_t i = 0; i < t->size;) {
-        size_t n = min_size(t->size - i, sizeof(buffer) / width);
-        good = good && fread(buffer, width, n, st->file) == n;
-        if (!good) { die("%s: tensor '%s' cannot be read", st->path, t->name); }
-        for (const unsigned char* p = buffer; n > 0; n--, p += width) {
-            uint64_t bits = 0;
-            for (int b = 0; b < width; b++) { bits |= (uint64_t)p[b] << 8 * b; }
-            uint32_t word = t->dtype == BF16 ? bits << 16 : bits;
-            float f;
-            memcpy(&f, &word, 4);
-            out[i++] = t->dtype == F16 ? half_to_float(bits) : t->dtype == I32 ? (int32_t)word
-                     : t->dtype == I64 ? (int64_t)bits : f;
-        }
-    }
-}
-
-const char* shape_text(const size_t* dims, int n) { // "[ 2 3 4 ]"
-    const char* text = "[ ";
-    for (int i = 0; i < n; i++) { text = text_of("%s%zu ", text, dims[i]); }
-    return text_of("%s]", text);
-}
-
-// Reads the tensor `name` into out, or only checks it if out is NULL; it must have the shape that the spec says.
-void safetensors_read(const SafeTensors* st, const char* name, const Spec* spec, float* out) {
-    const Tensor* t = safetensors_find(st, name);
-    int n = 0;
-    if (!t) { die("%s: tensor '%s' is missing", st->path, name); }
-    while (n < 4 && spec->dims[n]) { n++; }
-    if (t->num_dims != n || memcmp(t->dims, spec->dims, n * sizeof(size_t))) {
-        die("%s: tensor '%s' has shape %s, expected %s", st->path, name, shape_text(t->dims, t->num_dims),
-            shape_text(spec->dims, n));
-    }
-    if (out) { tensor_read(st, t, out); }
-}
+#include "data/safetensors.h" // the format of checkpoints: reading it, and what of a file is refused
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Options as text: the command line, the metadata of files, the printed configuration
@@ -2154,7 +1880,7 @@ void options_from_file(Options* o, const SafeTensors* st, const bool* given, boo
         if (!text) { continue; }
         option_set(&file, i, text, st->path);
         const char *theirs = option_text(&file, i), *ours = option_text(o, i);
-        if (!given[i]) { option_set(o, i, text, st->path); }
+        if (!given[i]) { *o = file; }
         else if (option_rows[i].group == MODEL_GROUP && strcmp(theirs, ours)) {
             die("%s has %s %s, the flags say %s", st->path, option_rows[i].name, theirs, ours);
         }
@@ -2175,6 +1901,7 @@ void options_print(const Options* o, FILE* f) {
 // --carry also the carried states
 
 // The tensors of block STATES, of all rows of a step; rows of a table like param_specs's, which stand after those.
+enum { NUM_CARRIED = 7 };
 void carried_specs(Spec specs[NUM_CARRIED], const Options* o) {
     const Config* c = &o->model;
     size_t R = (size_t)o->batch * o->accum * ranks.groups, D = c->model_dim, N = c->cema_ndim, G = c->norm_num_groups;
@@ -2191,25 +1918,36 @@ void carried_specs(Spec specs[NUM_CARRIED], const Options* o) {
     memcpy(specs, rows, sizeof(rows));
 }
 
-// The block of tensor t of a checkpoint; returns its row in the table.
-int saved_row(int t, int* block) {
-    *block = t / NUM_PARAMS;
-    return t - (*block == STATES ? STATES - 1 : *block) * NUM_PARAMS;
+// A walk over the tensors of a checkpoint, in the order of the file: for (Saved s = before_saved; saved_next(...);)
+// begin and end: of its data, in bytes.
+typedef struct { int block, row, layer; const Spec* spec; size_t begin, end; char name[128]; } Saved;
+static const Saved before_saved = {WEIGHTS, 0, -1, NULL, 0, 0, ""};
+bool saved_next(Saved* s, const Spec* specs, int blocks) { // false after the last one of the first `blocks` blocks
+    s->layer++;
+    while (s->layer >= specs[s->row].slots || !specs[s->row].size) {
+        s->layer = 0;
+        if (++s->row < (s->block == STATES ? NUM_PARAMS + NUM_CARRIED : NUM_PARAMS)) { continue; }
+        s->row = ++s->block == STATES ? NUM_PARAMS : 0;
+        if (s->block == blocks) { return false; }
+    }
+    s->spec = &specs[s->row];
+    s->begin = s->end; s->end += s->spec->size * sizeof(float);
+    layer_name(s->name, block_prefixes[s->block], s->spec->name, s->layer);
+    return true;
 }
 
-// Copies tensor i of a block, layer l, between `tensor` and the backend; of STATES, the rows of a micro-step. part
-// receives what of the tensor is this rank's.
-void block_copy(const Backend* b, const Options* o, const Spec* s, int block, int i, int l, int micro, float* tensor,
-                bool to_host, size_t part[2]) {
-    if (block < STATES) { b->copy(b->self, block, i, l, tensor, to_host, part); return; }
-    size_t n = (size_t)o->batch * o->model.norm_num_groups, each = s->size / o->accum / ranks.groups;
+// Copies a tensor between `tensor` and the backend; of STATES, the rows of a micro-step. part receives what of the
+// tensor is this rank's.
+void saved_copy(const Backend* b, const Options* o, const Saved* s, int micro, float* tensor, bool to_host,
+                size_t part[2]) {
+    if (s->block < STATES) { b->copy(b->self, s->block, s->row, s->layer, tensor, to_host, part); return; }
+    size_t n = (size_t)o->batch * o->model.norm_num_groups, each = s->spec->size / o->accum / ranks.groups;
+    int i = s->row - NUM_PARAMS, layer = i < 3 ? s->layer : o->model.num_layers;
     part[0] = ((size_t)micro * ranks.groups + ranks.group) * each;
     part[1] = part[0] + each;
     tensor += part[0];
-    i -= NUM_PARAMS;
-    if (i == 6) { b->copy(b->self, CARRIED_H, micro, l, tensor, to_host, part); return; }
+    if (i == 6) { b->copy(b->self, CARRIED_H, micro, s->layer, tensor, to_host, part); return; }
     NormState* norms = (NormState*)xcalloc(n, sizeof(NormState));
-    int layer = i < 3 ? l : o->model.num_layers;
     b->copy(b->self, CARRIED_NORM, micro, layer, norms, true, part);
     for (size_t k = 0; k < n; k++) { // the groups of a row hold its count each
         double* field = i % 3 == 0 ? &norms[k].count : i % 3 == 1 ? &norms[k].mean : &norms[k].var;
@@ -2224,31 +1962,17 @@ double step_tokens(const Options* o) { return (double)o->accum * ranks.groups * 
 // Writes DIR/step_%08d.safetensors under another name, flushes it to the disk, and only then gives it its name. Rank 0
 // writes the header, then every rank what is in its shard.
 void checkpoint_save(const Backend* b, const Spec* specs, const Options* o, int step) {
-    char *header = NULL, name[128];
-    size_t length = 0, offset = 0, largest = 0;
+    char* header = NULL;
+    size_t length = 0, bytes = 0, largest = 0;
     FILE* h = open_memstream(&header, &length);
     if (!h) { die("out of memory"); }
     fprintf(h, "{\"__metadata__\":{\"format\":\"megalodon\",\"step\":\"%d\",\"tokens\":\"%.0f\"", step,
             step * step_tokens(o));
-    for (int i = 0; option_rows[i].group != MODE_GROUP; i++) {
-        fprintf(h, ",\"%s\":\"", option_key(i));
-        for (const char* s = option_text(o, i); *s; s++) {
-            if (*s == '"' || *s == '\\') { fputc('\\', h); }
-            fputc((unsigned char)*s < 0x20 ? '?' : *s, h);
-        }
-        fputc('"', h);
-    }
+    for (int i = 0; option_rows[i].group != MODE_GROUP; i++) { header_add_meta(h, option_key(i), option_text(o, i)); }
     fputc('}', h);
-    for (int t = 0; t < NUM_SAVED; t++) {
-        int block, i = saved_row(t, &block);
-        const Spec* s = &specs[i];
-        for (int l = 0; s->size && l < s->slots; l++, offset += s->size * sizeof(float)) {
-            fprintf(h, ",\"%s\":{\"dtype\":\"F32\",\"shape\":[",
-                    layer_name(name, block_prefixes[block], s->name, l));
-            for (int d = 0; d < 4 && s->dims[d]; d++) { fprintf(h, "%s%zu", d ? "," : "", s->dims[d]); }
-            fprintf(h, "],\"data_offsets\":[%zu,%zu]}", offset, offset + s->size * sizeof(float));
-            largest = s->size > largest ? s->size : largest;
-        }
+    for (Saved s = before_saved; saved_next(&s, specs, NUM_BLOCKS); bytes = s.end) {
+        header_add_tensor(h, s.name, s.spec, s.begin);
+        largest = s.spec->size > largest ? s.spec->size : largest;
     }
     fputc('}', h);
     while (ftell(h) % 8) { fputc(' ', h); }
@@ -2260,19 +1984,15 @@ void checkpoint_save(const Backend* b, const Spec* specs, const Options* o, int 
     int fd = open(part, O_CREAT | O_WRONLY, 0666);
     FILE* f = fd < 0 ? NULL : fdopen(fd, "wb");
     float* tensor = (float*)xcalloc(largest, sizeof(float));
-    bool good = f && !ftruncate(fd, at + offset);
+    bool good = f && !ftruncate(fd, at + bytes);
     for (int i = 0; good && !ranks.rank && i < 8; i++) { good = fputc(length >> 8 * i & 255, f) != EOF; }
     good = good && (ranks.rank || fwrite(header, 1, length, f) == length);
-    for (int t = 0; t < NUM_SAVED; t++) {
-        int block, i = saved_row(t, &block);
-        const Spec* s = &specs[i];
-        for (int l = 0; good && s->size && l < s->slots; l++, at += s->size * sizeof(float)) {
-            for (int k = 0; good && k < (block == STATES ? o->accum : 1); k++) {
-                size_t mine[2];
-                block_copy(b, o, s, block, i, l, k, tensor, true, mine);
-                good = !fseeko(f, at + mine[0] * sizeof(float), SEEK_SET) &&
-                       fwrite(tensor + mine[0], sizeof(float), mine[1] - mine[0], f) == mine[1] - mine[0];
-            }
+    for (Saved s = before_saved; good && saved_next(&s, specs, NUM_BLOCKS);) {
+        for (int k = 0; good && k < (s.block == STATES ? o->accum : 1); k++) {
+            size_t mine[2];
+            saved_copy(b, o, &s, k, tensor, true, mine);
+            good = !fseeko(f, at + s.begin + mine[0] * sizeof(float), SEEK_SET) &&
+                   fwrite(tensor + mine[0], sizeof(float), mine[1] - mine[0], f) == mine[1] - mine[0];
         }
     }
     good = good && !fflush(f) && !fsync(fileno(f));
@@ -2289,42 +2009,14 @@ void checkpoint_save(const Backend* b, const Spec* specs, const Options* o, int 
     free(header); free(tensor);
 }
 
-// The newest step below `below` that has a checkpoint in a folder; -1 if none has.
-int checkpoint_newest(const char* folder, int below) {
-    int newest = -1, step;
-    DIR* d = opendir(folder);
-    for (struct dirent* entry; d && (entry = readdir(d));) {
-        int n = 0;
-        bool named = sscanf(entry->d_name, "step_%8d.safetensors%n", &step, &n) == 1 && n && !entry->d_name[n];
-        if (named && step > newest && step < below) { newest = step; }
-    }
-    if (d) { closedir(d); }
-    return newest;
-}
-
-// Opens the newest valid checkpoint in a folder.
-void checkpoint_open(SafeTensors* st, const char* folder) {
-    for (int step = INT_MAX; (step = checkpoint_newest(folder, step)) >= 0;) {
-        const char* path = text_of("%s/step_%08d.safetensors", folder, step);
-        const char* error = safetensors_try(st, path);
-        if (!error && safetensors_meta(st, "step")) { return; }
-        fprintf(stderr, "skipping %s: %s\n", path, error ? error : "not a checkpoint");
-    }
-    die("--resume %s: no valid step_*.safetensors there", folder);
-}
-
 // Checks that a file has the tensors of the first blocks, and with b, reads them into it.
 void blocks_load(const Backend* b, const Options* o, const Spec* specs, const SafeTensors* st, int blocks) {
-    char name[128];
     size_t part[2];
-    for (int t = 0, block; t < NUM_SAVED; t++) {
-        int i = saved_row(t, &block);
-        float* tensor = b ? (float*)xcalloc(specs[i].size, sizeof(float)) : NULL;
-        for (int l = 0; block < blocks && specs[i].size && l < specs[i].slots; l++) {
-            safetensors_read(st, layer_name(name, block_prefixes[block], specs[i].name, l), &specs[i], tensor);
-            for (int k = 0; b && k < (block == STATES ? o->accum : 1); k++) {
-                block_copy(b, o, &specs[i], block, i, l, k, tensor, false, part);
-            }
+    for (Saved s = before_saved; saved_next(&s, specs, blocks);) {
+        float* tensor = b ? (float*)xcalloc(s.spec->size, sizeof(float)) : NULL;
+        safetensors_read(st, s.name, s.spec, tensor);
+        for (int k = 0; b && k < (s.block == STATES ? o->accum : 1); k++) {
+            saved_copy(b, o, &s, k, tensor, false, part);
         }
         free(tensor);
     }
@@ -2332,17 +2024,12 @@ void blocks_load(const Backend* b, const Options* o, const Spec* specs, const Sa
 
 // Refuses files that hold more than this model has. A released state dict also holds buffers, which mean nothing here,
 // and the embedding again as the output layer where they are tied.
-void weights_check(const Spec specs[NUM_PARAMS], const SafeTensors* st, bool share_emb) {
-    char name[128];
+void weights_check(const Spec* specs, const SafeTensors* st, bool share_emb) {
     for (int t = 0; t < st->num_tensors; t++) {
         const char *has = st->tensors[t].name, *dot = strrchr(has, '.');
         bool known = !strncmp(has, "adam_", 5) || !strncmp(has, "state.", 6) || !strcmp(has, "rope.freqs")
                      || (dot && !strncmp(dot, ".prior_", 7));
-        for (const Spec* s = specs; s < specs + NUM_PARAMS; s++) {
-            for (int l = 0; s->size && l < s->slots && !known; l++) {
-                known = !strcmp(has, layer_name(name, "", s->name, l));
-            }
-        }
+        for (Saved s = before_saved; !known && saved_next(&s, specs, WEIGHTS + 1);) { known = !strcmp(has, s.name); }
         if (!known && share_emb && !strcmp(has, "output.output.weight")) {
             float *output = (float*)xcalloc(specs[0].size, sizeof(float)), *embed = (float*)xcalloc(specs[0].size, 4);
             safetensors_read(st, has, &specs[0], output);
@@ -2385,10 +2072,9 @@ double evaluate(const Backend* b, const Config* c, const Dataset* d, Span spans[
 void evaluate_file(const Backend* b, const Options* o, const Dataset* d) {
     Span spans[NUM_SPANS] = {{0, 0}};
     FILE* file = *o->losses ? fopen(o->losses, "wb") : NULL;
-    bool good = !*o->losses || file;
-    if (good) { evaluate(b, &o->model, d, spans, file); }
-    good = good && (!file || (!ferror(file) && !fclose(file)));
-    if (!good) { die("--losses %s: %s", o->losses, strerror(errno)); }
+    if (*o->losses && !file) { die("--losses %s: %s", o->losses, strerror(errno)); }
+    evaluate(b, &o->model, d, spans, file);
+    if (file && (ferror(file) || fclose(file))) { die("--losses %s: %s", o->losses, strerror(errno)); }
     spans_print(spans, d);
 }
 
@@ -2414,9 +2100,9 @@ int sample(const float* logits, int vocab, const Options* o, double u) {
         double least = o->top_k ? 0 : (1 - o->top_p) * sum / vocab; // what is below, all together, is more than enough
         for (int v = n = 0; v < vocab; v++) { if (c[v].p >= least) { c[n++] = c[v]; } }
         qsort(c, n, sizeof(Candidate), candidate_by_p);
-        n = o->top_k ? min_int(n, o->top_k) : n;
-        for (i = 0, sum = o->top_k ? 0 : sum; o->top_k && i < n; i++) { sum += c[i].p; }
-        for (i = 0; i < n && kept < o->top_p * sum; i++) { kept += c[i].p; }
+        if (o->top_k) { n = min_int(n, o->top_k); sum = 0; }
+        for (int k = 0; o->top_k && k < n; k++) { sum += c[k].p; }
+        for (; i < n && kept < o->top_p * sum; i++) { kept += c[i].p; }
         n = i; sum = kept;
     }
     for (i = 0, u *= sum; i < n - 1 && u >= c[i].p; i++) { u -= c[i].p; }
@@ -2443,13 +2129,11 @@ void generate(const Backend* b, const Options* o, const Tokenizer* t, int n, uin
     encode(t, (const unsigned char*)prompt, strlen(prompt), &past);
     if (!past.count) { tokens_add(&past, t->eod); } // a prompt of spaces that the tokenizer drops
     b->reset(b->self);
-    for (size_t i = 0; i + 1 < past.count; i++) { // all but the last one
+    for (size_t i = 0; i < past.count; i++) { // the last one waits in next
         if (past.ids[i] >= vocab) { die("--prompt: byte %d is not below vocab_size %d", past.ids[i], vocab); }
-        for (int s = 0; s < B; s++) { next[s] = past.ids[i]; }
-        b->stream(b->self, next, 1, NULL, NULL);
+        if (i > 0) { b->stream(b->self, next, 1, NULL, NULL); }
+        for (int s = 0; s < B; s++) { next[s] = past.ids[i]; ends[s] = n; }
     }
-    for (int s = 0; s < B; s++) { next[s] = past.ids[past.count - 1]; ends[s] = n; }
-    if (*next >= vocab) { die("--prompt: byte %d is not below vocab_size %d", *next, vocab); }
     double started = seconds();
     for (int i = 0; i < n && going; i++) {
         b->stream(b->self, next, 1, NULL, NULL);
@@ -2477,9 +2161,9 @@ void generate(const Backend* b, const Options* o, const Tokenizer* t, int n, uin
 // Learning rate of a step counted from 0: linear warmup, then from lr to lr * lr_end_ratio over the rest of the steps.
 double learning_rate(const Options* o, int step) {
     if (step < o->warmup) { return o->lr * (step + 1) / o->warmup; }
-    double left = 1.0 - (double)(step - o->warmup) / (o->steps - o->warmup), f = 1.0;
-    if (!strcmp(o->schedule, "cosine")) { f = 0.5 * (1.0 - cos(M_PI * left)); }
-    if (!strcmp(o->schedule, "linear")) { f = left; }
+    double left = 1.0 - (double)(step - o->warmup) / (o->steps - o->warmup);
+    double f = !strcmp(o->schedule, "cosine") ? 0.5 * (1.0 - cos(M_PI * left))
+             : !strcmp(o->schedule, "linear") ? left : 1.0;
     return o->lr * (o->lr_end_ratio + (1.0 - o->lr_end_ratio) * f);
 }
 
@@ -2496,12 +2180,10 @@ FILE* log_open(const Options* o, int step) {
     char line[1024];
     long end = 0;
     FILE* f = fopen(path, step > 0 ? "a+" : "w+"); // "a" writes at the end, wherever that is by then
-    if (!f) { die("cannot write %s: %s", path, strerror(errno)); }
-    while (fgets(line, sizeof(line), f) && strchr(line, '\n') && (end == 0 || atoi(line) <= step)) { end = ftell(f); }
-    if (ftruncate(fileno(f), end)) { die("cannot write %s: %s", path, strerror(errno)); }
-    fseek(f, end, SEEK_SET);
-    if (end == 0) { fprintf(f, "step\ttokens\tloss\tgrad_norm\tlr\ttok_s\tms\tval_loss\n"); }
-    if (fflush(f)) { die("cannot write %s: %s", path, strerror(errno)); }
+    while (f && fgets(line, sizeof(line), f) && strchr(line, '\n') && (!end || atoi(line) <= step)) { end = ftell(f); }
+    bool good = f && !ftruncate(fileno(f), end) && !fseek(f, end, SEEK_SET);
+    if (good && !end) { fprintf(f, "step\ttokens\tloss\tgrad_norm\tlr\ttok_s\tms\tval_loss\n"); }
+    if (!good || fflush(f)) { die("cannot write %s: %s", path, strerror(errno)); }
     return f;
 }
 
@@ -2585,8 +2267,7 @@ void train(const Backend* b, const Options* o, const Spec* specs, int first_step
 void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
     const char* values[NUM_OPTIONS] = {NULL};
     bool given[NUM_OPTIONS] = {0};
-    int preset = 0, preset_row = option_find("--preset"), out_row = option_find("--out");
-    int vocab_row = option_find("--vocab-size");
+    int preset = 0, preset_row = option_find("--preset"), vocab_row = option_find("--vocab-size");
     *o = default_options;
     for (int a = 1; a < argc; a++) {
         int i = option_find(argv[a]);
@@ -2610,7 +2291,7 @@ void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
     if (*o->load) { safetensors_open(st, o->load); }
     if (*o->resume) { checkpoint_open(st, o->resume); }
     if (loaded) { options_from_file(o, st, given, *o->resume); }
-    if (*o->resume && !values[out_row]) { o->out = o->resume; }
+    if (*o->resume && !values[option_find("--out")]) { o->out = o->resume; }
     if (*o->tokenizer && !given[vocab_row] && !(loaded && safetensors_meta(st, "vocab_size"))) {
         Tokenizer* t = tokenizer_open(o->tokenizer);
         o->model.vocab_size = t->pieces;
@@ -2672,12 +2353,10 @@ void run(const Backend* b, const Options* o, SafeTensors* st) {
         fprintf(info, "weights: %s\n", st->path);
     }
     size_t part[2];
-    for (int i = 0; !loaded && i < NUM_PARAMS; i++) {
-        float* tensor = (float*)xcalloc(specs[i].size, sizeof(float));
-        for (int l = 0; specs[i].size && l < specs[i].slots; l++) {
-            param_init(tensor, &specs[i], i, l, &o->model, o->seed);
-            b->copy(b->self, WEIGHTS, i, l, tensor, false, part);
-        }
+    for (Saved s = before_saved; !loaded && saved_next(&s, specs, WEIGHTS + 1);) {
+        float* tensor = (float*)xcalloc(s.spec->size, sizeof(float));
+        param_init(tensor, s.spec, s.row, s.layer, &o->model, o->seed);
+        b->copy(b->self, WEIGHTS, s.row, s.layer, tensor, false, part);
         free(tensor);
     }
     if (training) {

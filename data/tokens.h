@@ -54,12 +54,11 @@ typedef struct {
     int pieces, eod, unknown;
     bool bpe, collapse, lossless;
     float unknown_score;
-    TokenPiece* piece;        // by id
-    TokenPiece* sorted;       // those that may be found in text (n and u), in the order of their bytes
-    int num_sorted;
-    int first[257];      // sorted[first[c]..first[c+1]) begin with byte c
-    int byte_piece[256]; // ids; -1 where there are none
-    unsigned char* text; // the file, which the bytes of pieces point into
+    TokenPiece* piece;           // by id
+    TokenPiece* sorted;          // those that may be found in text (n and u), in the order of their bytes
+    int num_sorted, first[257];  // sorted[first[c]..first[c+1]) begin with byte c
+    int byte_piece[256];         // ids; -1 where there are none
+    unsigned char* text;         // the file, which the bytes of pieces point into
 } Tokenizer;
 
 typedef struct { const char* path; unsigned char *p, *end; int line; } TokReader;
@@ -153,7 +152,6 @@ int tokenizer_bound(const Tokenizer* t, int low, int high, int k, int c) {
 Tokenizer* tokenizer_open(const char* path) {
     Tokenizer* t = (Tokenizer*)xcalloc(1, sizeof(Tokenizer));
     size_t size;
-    char* end;
     int num_bytes = 0;
     t->path = path;
     t->text = file_read(path, &size);
@@ -165,13 +163,13 @@ Tokenizer* tokenizer_open(const char* path) {
     t->pieces = tok_int(&r, "pieces", 2, MAX_PIECES);
     t->eod = tok_int(&r, "eod", 0, t->pieces - 1);
     t->unknown = tok_int(&r, "unknown", 0, t->pieces - 1);
-    char* score = tok_value(&r, "unknown_score");
-    t->unknown_score = tok_score(&r, score, &end);
+    char* end = tok_value(&r, "unknown_score");
+    t->unknown_score = tok_score(&r, end, &end);
     if (*end) { die("%s: line %d: expected \"unknown_score\" and a number", path, r.line); }
     t->collapse = tok_choice(&r, "whitespace", "keep", "collapse");
     t->lossless = tok_choice(&r, "lossless", "0", "1");
-    bool room = (size_t)t->pieces <= (r.end - r.p) / strlen("c 0 \"\"\n");
-    if (!room) { die("%s: truncated: no room for %d pieces", path, t->pieces); }
+    size_t most = (r.end - r.p) / strlen("c 0 \"\"\n");
+    if ((size_t)t->pieces > most) { die("%s: truncated: no room for %d pieces", path, t->pieces); }
     t->piece = (TokenPiece*)xcalloc(t->pieces, sizeof(TokenPiece));
     t->sorted = (TokenPiece*)xcalloc(t->pieces, sizeof(TokenPiece));
     memset(t->byte_piece, -1, sizeof(t->byte_piece));
@@ -520,8 +518,7 @@ void document_add(Dataset* d, size_t at, size_t end, int T) {
     d->stretches += document.size / T + 1;
 }
 
-// Finds the documents. Reads everything once, so that a bad token shows at the start and not when a run has done its
-// work.
+// Finds the documents. Reads everything once: a bad token shows at the start, not when a run has done its work.
 void dataset_index(Dataset* d, int T, int vocab) {
     enum { BUFFER = 1 << 16 };
     int* ids = (int*)xcalloc(BUFFER, sizeof(int));
