@@ -243,7 +243,7 @@ void shards_exchange(float* x, size_t n, int what) {
 #define ON_GPU_TOO
 #endif
 #define TRAINING_OPTIONS(X) \
-    X(TEXT, train, "train_megalodon.c,test_megalodon.c,dev/*.py,dev/*.c,README.md", 0, 0, \
+    X(TEXT, train, "train_megalodon.c,test_megalodon.c,data/*.h,dev/*.py,dev/*.c,README.md", 0, 0, \
         "training data: .txt or other text, or llm.c's .bin; commas and * for several files") \
     X(TEXT, val,               "", 0, 0,          "validation data; without it the last 10% of each training file") \
     X(TEXT, out,               "", 0, 0,          "folder for checkpoints and log.tsv") \
