@@ -1887,8 +1887,8 @@ void options_from_file(Options* o, const SafeTensors* st, const bool* given, boo
     }
 }
 
-void options_print(const Options* o, FILE* f) {
-    for (int i = 0, column = 0; option_rows[i].group != MODE_GROUP; i++) {
+void options_print(const Options* o, bool training, FILE* f) {
+    for (int i = 0, column = 0; option_rows[i].group < (training ? MODE_GROUP : TRAINING_GROUP); i++) {
         const char* value = option_text(o, i);
         if (*value) { column += fprintf(f, "%s%s %s", column ? " | " : "", option_rows[i].name, value); }
         bool full = column + strlen(option_rows[i + 1].name) > 96;
@@ -2332,7 +2332,7 @@ void run(const Backend* b, const Options* o, SafeTensors* st) {
     if (!training && ranks.rank) { return; } // these take one
     param_specs(specs, &o->model);
     carried_specs(specs + NUM_PARAMS, o);
-    options_print(o, info);
+    options_print(o, training, info);
     if (ranks.count > 1) {
         fprintf(info, "ranks: %d = %d groups x %d slices, %d threads each\n", ranks.count, ranks.groups, ranks.chunks,
                 o->threads);
