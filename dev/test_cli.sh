@@ -3,49 +3,13 @@
 # From the project folder, after make: sh dev/test_cli.sh
 export LC_ALL=C OMP_NUM_THREADS=1 # a second thread would only wait for the first
 program=$PWD/train_megalodon table=$PWD/train_megalodon.c
-folder=$(mktemp -d) || exit 1
-trap 'rm -rf "$folder"' EXIT
-trap 'exit 1' INT TERM
-cd "$folder" || exit 1
-passed=0 failed=0
+. dev/test_common.sh
 
-result() { # NAME WHY: ok if WHY is empty
-    if [ -z "$2" ]; then passed=$((passed + 1)); printf 'ok %s\n' "$1"
-    else failed=$((failed + 1)); printf 'FAILED %s: %s\n' "$1" "$2"; fi
-}
-
-# Runs the program on the arguments: $status, files out and err.
-run() { status=0; timeout 20 "$program" "$@" > out 2> err || status=$?; }
-
-# REGEXP ARGUMENTS: exit status 1, and at the end of stderr one line, "error: ..." with this in it.
-refuses() {
-    regexp=$1 why=
-    shift
-    run "$@"
-    [ "$status" = 1 ] || why="exit status $status; "
-    tail -n 1 err | grep -Eq "^error: .*($regexp)" && [ "$(grep -c ^error: err)" = 1 ] ||
-        why="${why}said: $(tail -n 2 err)"
-    result "refuses $(printf "'%s' " "$@" | sed "s/ '--seq.*//")" "$why"
-}
-
-# NAME REGEXP ARGUMENTS: exit status 0 and this in the output.
-works() {
-    name=$1 regexp=$2 why=
-    shift 2
-    run "$@"
-    [ "$status" = 0 ] || why="exit status $status: $(tail -n 1 err)"
-    cat out err | grep -Eq "$regexp" || why="$why no \"$regexp\" in the output"
-    result "$name" "$why"
-}
-
-same() { if cmp -s "$2" "$3"; then result "$1" ""; else result "$1" "$2 and $3 differ"; fi; }
 
 byte() { printf "$(printf '\\%03o' $(($1 & 255)))"; }
 int32() { for n; do byte "$n"; byte $((n >> 8)); byte $((n >> 16)); byte $((n >> 24)); done; }
 bin() { int32 "$1" "$2" "$3"; head -c 1012 /dev/zero; cat; }           # MAGIC VERSION COUNT < tokens
 safetensors() { int32 ${#1} 0; printf %s "$1"; head -c "$2" /dev/zero; } # HEADER BYTES
-weights() { tail -c +$((9 + $(od -An -tu4 -N4 "$1"))) "$1"; }          # what follows the header
-steps() { cut -f1-5 "$1/log.tsv"; }                                      # the columns that do not depend on time
 wide() { printf "$(od -An -v -to1 "$1" | tr -d '\n' | sed "s/ \(...\)/\\\\\1$2/g")"; } # bytes to wider integers
 
 small="--seq 16 --batch 2"

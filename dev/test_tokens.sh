@@ -3,39 +3,10 @@
 # From the project folder, after make: sh dev/test_tokens.sh
 export LC_ALL=C OMP_NUM_THREADS=1
 program=$PWD/train_megalodon reference=$PWD/data/reference/tokens
-folder=$(mktemp -d) || exit 1
-trap 'rm -rf "$folder"' EXIT
-trap 'exit 1' INT TERM
-cd "$folder" || exit 1
-passed=0 failed=0
-
-result() { # NAME WHY: ok if WHY is empty
-    if [ -z "$2" ]; then passed=$((passed + 1)); printf 'ok %s\n' "$1"
-    else failed=$((failed + 1)); printf 'FAILED %s: %s\n' "$1" "$2"; fi
-}
-run() { status=0; timeout 60 "$program" "$@" > out 2> err || status=$?; }
-refuses() { # REGEXP ARGUMENTS: exit status 1, one line "error: ..." with this in it
-    regexp=$1 why=
-    shift
-    run "$@"
-    [ "$status" = 1 ] || why="exit status $status; "
-    grep -Eq "^error: .*($regexp)" err && [ "$(grep -c ^error: err)" = 1 ] || why="${why}said: $(tail -n 2 err)"
-    result "refuses: $regexp" "$why"
-}
-works() { # NAME REGEXP ARGUMENTS: exit status 0 and this in the output
-    name=$1 regexp=$2 why=
-    shift 2
-    run "$@"
-    [ "$status" = 0 ] || why="exit status $status: $(tail -n 1 err)"
-    cat out err | grep -Eq "$regexp" || why="$why no \"$regexp\" in the output"
-    result "$name" "$why"
-}
-same() { if cmp -s "$2" "$3"; then result "$1" ""; else result "$1" "$2 and $3 differ"; fi; }
+. dev/test_common.sh
 close_to() { # NAME A B: two numbers, to 1e-6 of them
     result "$1" "$(echo "$2 $3" | awk '{ d = $1 - $2; if (!(d <= 1e-6 * $1 && -d <= 1e-6 * $1)) print $1, "and", $2 }')"
 }
-weights() { tail -c +$((9 + $(od -An -tu4 -N4 "$1"))) "$1"; } # what follows the header
-steps() { cut -f1-5 "$1/log.tsv"; }                             # the columns that do not depend on time
 loss() { awk -F'\t' -v step="$2" '$1 == step { print $3 }' "$1/log.tsv"; } # DIR STEP
 
 model="--num-layers 2 --model-dim 16 --z-dim 8 --value-dim 16 --ffn-hidden-dim 16 --chunk-size 16 --norm-num-groups 2
