@@ -5,6 +5,7 @@
 #                  several processes
 # make bench       speed, as ratios to OpenBLAS and PyTorch where they are there, and of the GPU program where one is
 # make cuda        the GPU programs, for the GPUs here (or CUDA_ARCH=90); dev/bin/check: GPU against CPU, kernel by kernel
+# make test-emulated   the GPU programs' test where there is no GPU, slowly: see dev/cuda/emulate.h
 CFLAGS ?= -O3 -march=native
 PYTHON ?= python3
 NVCC ?= nvcc
@@ -66,6 +67,14 @@ dev/bin/check: dev/cuda/check.cu train_megalodon.cu $(SOURCES)
 	@mkdir -p dev/bin
 	$(NVCC) $(NVCCFLAGS) $< -o $@
 
+# The GPU programs on a CPU: train_megalodon, test_megalodon and check in dev/bin/emulated
+EMULATED = g++ -std=gnu++17 -O2 -march=native -w -DGPU $(OPENMP) $(if $(MPI),-DUSE_NCCL) -I. -include dev/cuda/emulate.h
+dev/bin/emulated/sources.done: dev/cuda/emulate.sh train_megalodon.cu test_megalodon.c dev/cuda/check.cu
+	@mkdir -p dev/bin/emulated
+	sh $^ && touch $@
+dev/bin/emulated/%: dev/bin/emulated/sources.done dev/cuda/emulate.h $(SOURCES)
+	$(EMULATED) -x c++ dev/bin/emulated/$*.c* -x none $(MPI) -o $@ -lm
+
 train: train_megalodon
 	./train_megalodon --sample-every 1000
 
@@ -84,6 +93,10 @@ test-long: train_megalodon test_megalodon
 	sh dev/test_mpi.sh
 	$(PYTHON) dev/test_data.py
 
+test-emulated: dev/bin/emulated/test_megalodon
+	dev/bin/emulated/test_megalodon --precision fp32
+	dev/bin/emulated/test_megalodon --precision bf16
+
 bench: dev/bin/bench
 	dev/bin/bench $(PYTHON)
 	@if nvidia-smi >/dev/null 2>&1; then $(MAKE) dev/bin/check && dev/bin/check --bench 0 5 && dev/bin/check --kernels; fi
@@ -91,4 +104,4 @@ bench: dev/bin/bench
 clean:
 	rm -rf train_megalodon test_megalodon train_megalodon_cuda test_megalodon_cuda dev/bin
 
-.PHONY: all cuda train test test-long bench clean
+.PHONY: all cuda train test test-long test-emulated bench clean

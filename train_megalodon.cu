@@ -847,7 +847,7 @@ template <typename X, int VEC, int LANES, bool APPLY>
         float4* segments, const X* add1, const X* add2, const X* dout, const float* mean, const float* rstd,
         const NormState* start, const X* inp, const float* w, int T, int D, int G, int lanes) {
     __shared__ float2 totals[WARPS][32];
-    __shared__ alignas(16) float lines[2][APPLY ? 1 : WARPS][32 * VEC];
+    alignas(16) __shared__ float lines[2][APPLY ? 1 : WARPS][32 * VEC];
     NormPlace p(T, D, G, lanes, VEC, APPLY);
     Piece<X, VEC> kept_x[STEPS], kept_dy[STEPS];
     float x[VEC], dy[VEC], mu[STEPS], r[STEPS], u[STEPS], v[STEPS];
@@ -2671,7 +2671,7 @@ template <typename X> __global__ void round_kernel(X* out, const float* inp, siz
 // After n parameters from `at` on have changed otherwise than by model_update; they stand in block.
 template <typename X> static void model_round(Gpu& gpu, ModelOf<X>* m, const float* block, size_t at, size_t n) {
     if ((void*)m->weights == block) { return; }
-    round_kernel<<<NORM_BLOCKS, 256, 0, gpu.stream>>>(m->weights + at, block + at, n);
+    round_kernel<X><<<NORM_BLOCKS, 256, 0, gpu.stream>>>(m->weights + at, block + at, n);
     LAUNCHED();
 }
 
@@ -2898,7 +2898,7 @@ __global__ void norm_round_kernel(NormState* norm, size_t n) {
     size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
     if (i >= n) { return; }
     NormState* s = &norm[i];
-    s->count = (float)s->count; s->mean = (float)s->mean; s->var = (float)s->var;
+    s->count = float_rounded(s->count); s->mean = float_rounded(s->mean); s->var = float_rounded(s->var);
 }
 template <typename X> static void state_carry(Gpu& gpu, StateOf<X>* s, const Config* c, const bool* fresh) {
     size_t norm = sizeof(NormState) * c->norm_num_groups, h = sizeof(float) * c->model_dim * c->cema_ndim * 2;
@@ -3157,7 +3157,7 @@ template <typename X> static void model_losses(Gpu& gpu, const ModelOf<X>* m, Pa
     memcpy(s->host + (s->targets - s->tokens), targets, rows * sizeof(int));
     pass_upload(gpu, s, s->targets, rows);
     crossentropy(gpu, a.losses, a.logits, s->targets, dloss, dloss != 0, rows, m->config.vocab_size);
-    sum_kernel<<<1, 256, 0, gpu.stream>>>(sum, a.losses, rows);
+    sum_kernel<float><<<1, 256, 0, gpu.stream>>>(sum, a.losses, rows);
     LAUNCHED();
 }
 
@@ -3234,7 +3234,7 @@ template <typename X> static double model_grad_norm(Gpu& gpu, const ModelOf<X>* 
     double *sums = (double*)xcalloc(m->units * blocks, sizeof(double)), sum = 0;
     for (int u = 0; u < m->units; u++) {
         Share s = model_share(m, u);
-        sum_kernel<<<blocks, 256, 0, gpu.stream>>>(m->sums + u * blocks, (const float4*)(m->grads + s.at), s.size / 4);
+        sum_kernel<float4><<<blocks, 256, 0, gpu.stream>>>(m->sums + u * blocks, (const float4*)(m->grads + s.at), s.size / 4);
     }
     LAUNCHED();
     CUDA(cudaMemcpyAsync(sums, m->sums, sizeof(double) * m->units * blocks, cudaMemcpyDeviceToHost, gpu.stream));
@@ -3271,7 +3271,7 @@ template <typename X> static void model_update(Gpu& gpu, ModelOf<X>* m, const Op
     for (int u = 0; u < m->units; u++) { // while one is updated, those before it go to all ranks, as model_wait knows
         Share s = model_share(m, u); bool floats = m->shards > 1 && u == 0;
         auto launch = [&](auto* to) {
-            update_kernel<<<ceil_div(s.size / 4, 256), 256, 0, gpu.stream>>>((float4*)(m->masters + s.shard),
+            update_kernel<X><<<ceil_div(s.size / 4, 256), 256, 0, gpu.stream>>>((float4*)(m->masters + s.shard),
                 to + s.at, (const float4*)(m->grads + s.at), (float4*)(m->adam_m + s.shard),
                 (float4*)(m->adam_v + s.shard), s.size / 4, keep, size, correction, o->beta1, o->beta2, 1.0 - o->beta1,
                 1.0 - o->beta2, o->adam_eps, grad_scale);

@@ -1,11 +1,11 @@
 #!/bin/sh
 # Several processes: however the work is split, the run is the same; what one of them meets, all know. Under a minute.
-# From the project folder, after make: sh dev/test_mpi.sh
+# From the project folder, after make: sh dev/test_mpi.sh [PROGRAM TEST FLAGS], by default of the CPU programs
 export LC_ALL=C OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 # MPI libraries leak
 # Open MPI refuses root, and more ranks than cores, unless told
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
 export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMPI_MCA_mpi_yield_when_idle=1
-program=$PWD/train_megalodon test=$PWD/test_megalodon dump=$PWD/data/reference/slices.safetensors
+program=$(realpath "${1:-train_megalodon}") test=$(realpath "${2:-test_megalodon}") flags=$3 dump=$PWD/data/reference/slices.safetensors
 folder=$(mktemp -d) || exit 1
 trap 'rm -rf "$folder"' EXIT
 trap 'exit 1' INT TERM
@@ -73,7 +73,7 @@ compare() { # CHECKPOINT CHECKPOINT [START]: see test_megalodon.c
 seq 1 2000 > text.txt
 model="--num-layers 2 --model-dim 24 --z-dim 8 --value-dim 20 --ffn-hidden-dim 16 --chunk-size 4 --norm-num-groups 3
        --cema-ndim 6 --train text.txt --warmup 3 --val-every 0
-       --dropout 0.2 --hidden-dropout 0.1 --attention-dropout 0.2" # masks do not depend on the split either
+       --dropout 0.2 --hidden-dropout 0.1 --attention-dropout 0.2 $flags" # masks do not depend on the split either
 long="--seq 48"
 "$program" $model $long --batch 4 --lr 0 --steps 1 --out start > out
 "$program" $model $long --batch 4 --steps 10 --checkpoint-every 1 --out one > out
@@ -109,10 +109,10 @@ run 3 --resume carried --chunk-parallel 3 --batch 2 --accum 2
 result "carried states of 2 ranks, resumed on 3" "$([ $status = 0 ] || cat err; same_losses carried books)"
 
 for ranks in 2 3 4; do
-    timeout 60 mpirun -np $ranks "$test" --chunk-parallel $ranks "$dump" > out 2> err
+    timeout 60 mpirun -np $ranks "$test" $flags --chunk-parallel $ranks "$dump" > out 2> err
     result "the dump in $ranks slices" "$([ $? = 0 ] || grep -v ^ok out err)"
     result "and one line a tensor" "$([ "$(grep -c '^ok .* grad.embed.weight ' out)" = 1 ] || cat out)"
-    timeout 60 mpirun -np $ranks "$test" --chunk-parallel $ranks --break grad.layers.0.mega.cema.alpha "$dump" > out 2> err
+    timeout 60 mpirun -np $ranks "$test" $flags --chunk-parallel $ranks --break grad.layers.0.mega.cema.alpha "$dump" > out 2> err
     result "in $ranks slices, broken" "$([ $? = 1 ] && grep -q '^overall okay: 0' out || tail -n 1 out)"
 done
 

@@ -594,7 +594,7 @@ template <typename X> static void model_noise(Gpu& gpu, ModelOf<X>* m) {
             if (i == P_wh2) { continue; } // wh1 covers both
             size_t n = i == P_wh1 ? m->places[i].rows * m->places[i].pitch : m->specs[i].size;
             if (init == INIT_THETA) { scale = 2; }
-            noise_kernel<<<1024, 256, 0, gpu.stream>>>(m->params + m->places[i].offset + l * m->places[i].step, n,
+            noise_kernel<float><<<1024, 256, 0, gpu.stream>>>(m->params + m->places[i].offset + l * m->places[i].step, n,
                                                        scale, i * 1000 + l);
         }
     }
@@ -714,7 +714,7 @@ static void bench_kernels(Gpu& gpu) {
     size_t n = (size_t)B * T * D;
     auto fill = [&](size_t n, float scale, uint64_t seed) {
         bf16* p = (bf16*)gpu_alloc(&gpu, n * sizeof(bf16));
-        noise_kernel<<<4096, 256, 0, gpu.stream>>>(p, n, scale, seed);
+        noise_kernel<bf16><<<4096, 256, 0, gpu.stream>>>(p, n, scale, seed);
         return p;
     };
     auto floats = [&](size_t n, float scale, uint64_t seed) {

@@ -1,8 +1,8 @@
 #!/bin/sh
 # The GPU program with documents and carried states: the CPU program's losses in fp32, and resumed bit for bit.
-# From the project folder, after make and make cuda: sh dev/cuda/test_carry.sh
+# From the project folder, after make and make cuda: sh dev/cuda/test_carry.sh [PROGRAM]
 export LC_ALL=C
-cpu=$PWD/train_megalodon gpu=$PWD/train_megalodon_cuda
+cpu=$PWD/train_megalodon gpu=$(realpath "${1:-train_megalodon_cuda}")
 folder=$(mktemp -d) || exit 1
 trap 'rm -rf "$folder"' EXIT
 trap 'exit 1' INT TERM
