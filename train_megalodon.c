@@ -47,6 +47,12 @@ what the code does, because that is what checkpoints mean, and says so.
 #else
 #define OMP(...)
 #endif
+#ifdef USE_MPI
+#include <mpi.h>
+#define MPI(...) __VA_ARGS__
+#else
+#define MPI(...)
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Errors and memory
@@ -54,7 +60,6 @@ what the code does, because that is what checkpoints mean, and says so.
 // The processes of a job, see "Ranks". The `chunks` ranks of a group hold consecutive slices of the same sequences,
 // other groups hold other sequences: rank = group * chunks + chunk.
 static struct { int rank, count, chunk, chunks, group, groups; } ranks = {0, 1, 0, 1, 0, 1};
-void ranks_abort(void);
 
 // Every error ends here: one line that names the file, flag or tensor and says what was expected; exit status 1. What
 // all ranks find wrong, rank 0 says alone: it ends the job before the others speak.
@@ -67,7 +72,7 @@ __attribute__((noreturn, format(printf, 1, 2))) void die(const char* format, ...
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
     va_end(args);
-    ranks_abort();
+    MPI(if (ranks.count > 1) { MPI_Abort(MPI_COMM_WORLD, 1); }) // no rank may go on, or wait, when one has failed
     exit(1);
 }
 
@@ -75,9 +80,10 @@ __attribute__((noreturn, format(printf, 1, 2))) void die(const char* format, ...
 void* xcalloc(size_t n, size_t size) {
     enum { HUGE_PAGE = 1 << 21 };
     void* p = NULL;
-    if (size && n > SIZE_MAX / 2 / size) { die("out of memory: %zu x %zu bytes asked for", n, size); }
-    bool failed = posix_memalign(&p, n * size < HUGE_PAGE ? 64 : HUGE_PAGE, n * size + 1);
-    if (failed) { die("out of memory: %.1f MB asked for", n * size / 1e6); }
+    bool fits = !size || n <= SIZE_MAX / 2 / size;
+    if (!fits || posix_memalign(&p, n * size < HUGE_PAGE ? 64 : HUGE_PAGE, n * size + 1)) {
+        die("out of memory: %.1f MB asked for", 1e-6 * n * size);
+    }
 #ifdef MADV_HUGEPAGE
     if (n * size >= HUGE_PAGE) { madvise(p, n * size, MADV_HUGEPAGE); } // fewer page faults and address translations
 #endif
@@ -110,17 +116,8 @@ int min_int(int a, int b) { return a < b ? a : b; }
 // ---------------------------------------------------------------------------------------------------------------------
 // Ranks: the processes that mpirun or srun started; one, without them. All that is MPI stands here.
 
-#ifdef USE_MPI
-#include <mpi.h>
-static MPI_Comm rank_group; // the ranks with slices of the same sequences
-void ranks_close(void) { MPI_Finalize(); }
-#endif
-
-void ranks_abort(void) { // no rank may go on, or wait, when one has failed
-#ifdef USE_MPI
-    if (ranks.count > 1) { MPI_Abort(MPI_COMM_WORLD, 1); }
-#endif
-}
+MPI(static MPI_Comm rank_group;) // the ranks with slices of the same sequences
+MPI(void ranks_close(void) { MPI_Finalize(); })
 
 // Starts MPI, if there are several processes. What ranks other than 0 print is not seen.
 void ranks_open(void) {
@@ -128,14 +125,11 @@ void ranks_open(void) {
     int started = 1;
     for (int i = 0; i < 3; i++) { started = getenv(counts[i]) ? atoi(getenv(counts[i])) : started; }
     if (started <= 1) { return; }
-#ifdef USE_MPI
-    int level;
-    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
-    MPI_Comm_size(MPI_COMM_WORLD, &ranks.count);
-    MPI_Comm_rank(MPI_COMM_WORLD, &ranks.rank);
-    ranks.groups = ranks.count; ranks.group = ranks.rank;
-    atexit(ranks_close);
-#endif
+    MPI(int level;
+        MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
+        MPI_Comm_size(MPI_COMM_WORLD, &ranks.count);
+        MPI_Comm_rank(MPI_COMM_WORLD, &ranks.rank);
+        atexit(ranks_close);)
     if (ranks.count != started) {
         die("%d processes were started, this one knows of %d: built without MPI (make says), or for another mpirun; "
             "srun: --mpi=pmix", started, ranks.count);
@@ -150,19 +144,15 @@ void ranks_group(int chunks) {
     }
     ranks.chunks = chunks; ranks.chunk = ranks.rank % chunks;
     ranks.groups = ranks.count / chunks; ranks.group = ranks.rank / chunks;
-#ifdef USE_MPI
-    if (ranks.count > 1) { MPI_Comm_split(MPI_COMM_WORLD, ranks.group, ranks.rank, &rank_group); }
-#endif
+    MPI(if (ranks.count > 1) { MPI_Comm_split(MPI_COMM_WORLD, ranks.group, ranks.rank, &rank_group); })
 }
 
 int ranks_local(void) { // this rank's number on its machine
     int local = 0;
-#ifdef USE_MPI
-    if (ranks.count == 1) { return 0; }
-    MPI_Comm machine;
-    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine);
-    MPI_Comm_rank(machine, &local);
-#endif
+    if (ranks.count == 1) { return local; }
+    MPI(MPI_Comm machine;
+        MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine);
+        MPI_Comm_rank(machine, &local);)
     return local;
 }
 
@@ -178,16 +168,12 @@ int slice_length(int T, int c) {
 // all = the `bytes` bytes of each rank of the group, in their order
 void all_gather(void* all, const void* mine, size_t bytes) {
     if (ranks.chunks == 1) { memcpy(all, mine, bytes); return; }
-#ifdef USE_MPI
-    MPI_Allgather(mine, bytes, MPI_BYTE, all, bytes, MPI_BYTE, rank_group);
-#endif
+    MPI(MPI_Allgather(mine, bytes, MPI_BYTE, all, bytes, MPI_BYTE, rank_group);)
 }
 
 // x (n) = its sum over all ranks. Every rank returns when all are here.
 void all_sum(double* x, int n) {
-#ifdef USE_MPI
-    if (ranks.count > 1) { MPI_Allreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD); }
-#endif
+    MPI(if (ranks.count > 1) { MPI_Allreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD); })
     (void)x; (void)n;
 }
 
@@ -200,11 +186,9 @@ void shards_exchange(float* x, size_t n, int what) {
         size_t end = shard_start(n, r + 1);
         for (size_t at = shard_start(n, r), size; at < end; at += size) {
             size = min_size(end - at, 1 << 28); // MPI counts in ints
-#ifdef USE_MPI
-            if (what == GATHER_SHARDS) { MPI_Bcast(x + at, size, MPI_FLOAT, r, MPI_COMM_WORLD); }
-            void* mine = r == ranks.rank ? MPI_IN_PLACE : x + at;
-            if (what == SUM_SHARD) { MPI_Reduce(mine, x + at, size, MPI_FLOAT, MPI_SUM, r, MPI_COMM_WORLD); }
-#endif
+            MPI(if (what == GATHER_SHARDS) { MPI_Bcast(x + at, size, MPI_FLOAT, r, MPI_COMM_WORLD); }
+                void* mine = r == ranks.rank ? MPI_IN_PLACE : x + at;
+                if (what == SUM_SHARD) { MPI_Reduce(mine, x + at, size, MPI_FLOAT, MPI_SUM, r, MPI_COMM_WORLD); })
         }
     }
     (void)x; (void)what;
