@@ -513,11 +513,12 @@ static inline void gemm_pack(float* packed, const float* x, size_t stride_i, siz
 }
 
 // At least n floats of the calling thread's, kept from call to call: fresh pages would cost more than the packing.
-float* gemm_scratch(size_t n) {
-    static __thread float* scratch;
-    static __thread size_t capacity;
-    if (n > capacity) { free(scratch); scratch = (float*)xcalloc(n, sizeof(float)); capacity = n; }
-    return scratch;
+enum { OF_PRODUCTS, OF_ATTENTION, NUM_USES };
+float* scratch(int use, size_t n) {
+    static __thread float* memory[NUM_USES];
+    static __thread size_t sizes[NUM_USES];
+    if (n > sizes[use]) { free(memory[use]); memory[use] = (float*)xcalloc(n, sizeof(float)); sizes[use] = n; }
+    return memory[use];
 }
 
 // C (M,N) = A (M,K) B (K,N) + add (M,N; may be C itself) + bias (N) on every row; both may be NULL. Row i of C and add
@@ -528,7 +529,7 @@ void gemm(float* c, size_t ldc, const float* a, size_t a_i, size_t a_k, const fl
           int M, int N, int K, const float* add, const float* bias) {
     int strips_m = (M + TILE_M - 1) / TILE_M, strips_n = (N + TILE_N - 1) / TILE_N, depth = min_int(K, PANEL_K);
     int direct = a_k == 1 ? M / TILE_M : 0; // strips of A that are read where they are
-    float* packed_b = gemm_scratch(((size_t)(strips_m - direct) * TILE_M + (size_t)strips_n * TILE_N) * depth);
+    float* packed_b = scratch(OF_PRODUCTS, ((size_t)(strips_m - direct) * TILE_M + (size_t)strips_n * TILE_N) * depth);
     float* packed_a = packed_b + (size_t)strips_n * TILE_N * depth;
     OMP(omp parallel if ((double)M * N * K > 1e5))
     for (int k0 = 0; k0 < K; k0 += PANEL_K) {
@@ -1150,37 +1151,33 @@ enum { ROWS = 96 };
 void attention_forward(float* out, float* lse, const float* q, const float* k, const float* v,
                        int B, int T, int K, int pos, int c, int H, int Z, int V, Dropout drop) {
     int zd = Z / H, vd = V / H, chunks = pos ? 1 : (T + c - 1) / c, blocks = (min_int(c, T) + ROWS - 1) / ROWS;
-    OMP(omp parallel)
-    {
-        float* S = (float*)xcalloc((size_t)ROWS * min_int(c, pos + T), sizeof(float));
-        OMP(omp for schedule(static) collapse(3))
-        for (int b = 0; b < B; b++) {
-            for (int h = 0; h < H; h++) {
-                for (int cb = 0; cb < chunks * blocks; cb++) {
-                    int first = cb / blocks * c, t0 = first + cb % blocks * ROWS; // of the chunk, of the block
-                    int rows = min_int(ROWS, min_int(first + c, T) - t0), keys = pos + t0 - first + rows;
-                    if (rows <= 0) { continue; }
-                    size_t at = (size_t)b * T + t0, at_k = (size_t)b * K + first;
-                    gemm(S, keys, q + at * Z + h * zd, Z, 1, k + at_k * Z + h * zd, 1, Z, rows, keys, zd, NULL, NULL);
-                    for (int i = 0; i < rows; i++) { // query i of the block sees the first n keys of its chunk
-                        float *s = S + (size_t)i * keys, top = -INFINITY, sum = 0;
-                        int n = keys - rows + i + 1;
-                        if (drop.drop) { dropout_row(s, s, NULL, drop, b, t0 + i, h, n); }
-                        for (int j = 0; j < n; j++) { top = s[j] > top ? s[j] : top; }
-                        OMP(omp simd reduction(+:sum))
-                        for (int j = 0; j < n; j++) {
-                            s[j] = s[j] == -INFINITY ? 0.0f : exp_fast(s[j] - top);
-                            sum += s[j];
-                        }
-                        if (sum == 0) { top = 0; sum = 1; } // all keys dropped
-                        for (int j = 0; j < keys; j++) { s[j] = j < n ? s[j] / sum : 0.0f; }
-                        lse[(at + i) * H + h] = top + logf(sum);
+    OMP(omp parallel for schedule(static) collapse(3))
+    for (int b = 0; b < B; b++) {
+        for (int h = 0; h < H; h++) {
+            for (int cb = 0; cb < chunks * blocks; cb++) {
+                int first = cb / blocks * c, t0 = first + cb % blocks * ROWS; // of the chunk, of the block
+                int rows = min_int(ROWS, min_int(first + c, T) - t0), keys = pos + t0 - first + rows;
+                if (rows <= 0) { continue; }
+                float* S = scratch(OF_ATTENTION, (size_t)ROWS * min_int(c, pos + T));
+                size_t at = (size_t)b * T + t0, at_k = (size_t)b * K + first;
+                gemm(S, keys, q + at * Z + h * zd, Z, 1, k + at_k * Z + h * zd, 1, Z, rows, keys, zd, NULL, NULL);
+                for (int i = 0; i < rows; i++) { // query i of the block sees the first n keys of its chunk
+                    float *s = S + (size_t)i * keys, top = -INFINITY, sum = 0;
+                    int n = keys - rows + i + 1;
+                    if (drop.drop) { dropout_row(s, s, NULL, drop, b, t0 + i, h, n); }
+                    for (int j = 0; j < n; j++) { top = s[j] > top ? s[j] : top; }
+                    OMP(omp simd reduction(+:sum))
+                    for (int j = 0; j < n; j++) {
+                        s[j] = s[j] == -INFINITY ? 0.0f : exp_fast(s[j] - top);
+                        sum += s[j];
                     }
-                    gemm(out + at * V + h * vd, V, S, keys, 1, v + at_k * V + h * vd, V, 1, rows, vd, keys, NULL, NULL);
+                    if (sum == 0) { top = 0; sum = 1; } // all keys dropped
+                    for (int j = 0; j < keys; j++) { s[j] = j < n ? s[j] / sum : 0.0f; }
+                    lse[(at + i) * H + h] = top + logf(sum);
                 }
+                gemm(out + at * V + h * vd, V, S, keys, 1, v + at_k * V + h * vd, V, 1, rows, vd, keys, NULL, NULL);
             }
         }
-        free(S);
     }
 }
 
@@ -1190,45 +1187,41 @@ void attention_forward(float* out, float* lse, const float* q, const float* k, c
 void attention_backward(float* dq, float* dk, float* dv, const float* dout, const float* lse, const float* q,
                         const float* k, const float* v, int B, int T, int c, int H, int Z, int V, Dropout drop) {
     int zd = Z / H, vd = V / H, chunks = (T + c - 1) / c;
-    OMP(omp parallel)
-    {
-        float* P = (float*)xcalloc((size_t)2 * ROWS * min_int(c, T), sizeof(float));
-        OMP(omp for schedule(static) collapse(3))
-        for (int b = 0; b < B; b++) {
-            for (int h = 0; h < H; h++) {
-                for (int chunk = 0; chunk < chunks; chunk++) {
-                    int first = chunk * c, last = min_int(first + c, T), t0 = last - (last - first - 1) % ROWS - 1;
-                    size_t at_k = (size_t)b * T + first;
-                    const float *kc = k + at_k * Z + h * zd, *vc = v + at_k * V + h * vd;
-                    float *dkc = dk + at_k * Z + h * zd, *dvc = dv + at_k * V + h * vd;
-                    for (bool added = false; t0 >= first; t0 -= ROWS, added = true) { // the last block reaches all keys
-                        int rows = min_int(ROWS, last - t0), keys = t0 - first + rows;
-                        size_t at = (size_t)b * T + t0;
-                        const float *qb = q + at * Z + h * zd, *db = dout + at * V + h * vd;
-                        float* dS = P + (size_t)rows * keys;
-                        gemm(P, keys, qb, Z, 1, kc, 1, Z, rows, keys, zd, NULL, NULL);
-                        gemm(dS, keys, db, V, 1, vc, 1, V, rows, keys, vd, NULL, NULL);
-                        for (int i = 0; i < rows; i++) {
-                            float *p = P + (size_t)i * keys, *ds = dS + (size_t)i * keys, norm = lse[(at + i) * H + h];
-                            int n = keys - rows + i + 1;
-                            float dot = 0;
-                            if (drop.drop) { dropout_row(p, p, NULL, drop, b, t0 + i, h, n); }
-                            OMP(omp simd reduction(+:dot))
-                            for (int j = 0; j < n; j++) {
-                                p[j] = p[j] == -INFINITY ? 0.0f : exp_fast(p[j] - norm);
-                                dot += p[j] * ds[j];
-                            }
-                            for (int j = 0; j < n; j++) { ds[j] = p[j] * (ds[j] - dot); }
-                            for (int j = n; j < keys; j++) { p[j] = ds[j] = 0; }
+    OMP(omp parallel for schedule(static) collapse(3))
+    for (int b = 0; b < B; b++) {
+        for (int h = 0; h < H; h++) {
+            for (int chunk = 0; chunk < chunks; chunk++) {
+                int first = chunk * c, last = min_int(first + c, T), t0 = last - (last - first - 1) % ROWS - 1;
+                size_t at_k = (size_t)b * T + first;
+                float* P = scratch(OF_ATTENTION, (size_t)2 * ROWS * min_int(c, T));
+                const float *kc = k + at_k * Z + h * zd, *vc = v + at_k * V + h * vd;
+                float *dkc = dk + at_k * Z + h * zd, *dvc = dv + at_k * V + h * vd;
+                for (bool added = false; t0 >= first; t0 -= ROWS, added = true) { // the last block reaches all keys
+                    int rows = min_int(ROWS, last - t0), keys = t0 - first + rows;
+                    size_t at = (size_t)b * T + t0;
+                    const float *qb = q + at * Z + h * zd, *db = dout + at * V + h * vd;
+                    float* dS = P + (size_t)rows * keys;
+                    gemm(P, keys, qb, Z, 1, kc, 1, Z, rows, keys, zd, NULL, NULL);
+                    gemm(dS, keys, db, V, 1, vc, 1, V, rows, keys, vd, NULL, NULL);
+                    for (int i = 0; i < rows; i++) {
+                        float *p = P + (size_t)i * keys, *ds = dS + (size_t)i * keys, norm = lse[(at + i) * H + h];
+                        int n = keys - rows + i + 1;
+                        float dot = 0;
+                        if (drop.drop) { dropout_row(p, p, NULL, drop, b, t0 + i, h, n); }
+                        OMP(omp simd reduction(+:dot))
+                        for (int j = 0; j < n; j++) {
+                            p[j] = p[j] == -INFINITY ? 0.0f : exp_fast(p[j] - norm);
+                            dot += p[j] * ds[j];
                         }
-                        gemm(dq + at * Z + h * zd, Z, dS, keys, 1, kc, Z, 1, rows, zd, keys, NULL, NULL);
-                        gemm(dkc, Z, dS, 1, keys, qb, Z, 1, keys, zd, rows, added ? dkc : NULL, NULL);
-                        gemm(dvc, V, P, 1, keys, db, V, 1, keys, vd, rows, added ? dvc : NULL, NULL);
+                        for (int j = 0; j < n; j++) { ds[j] = p[j] * (ds[j] - dot); }
+                        for (int j = n; j < keys; j++) { p[j] = ds[j] = 0; }
                     }
+                    gemm(dq + at * Z + h * zd, Z, dS, keys, 1, kc, Z, 1, rows, zd, keys, NULL, NULL);
+                    gemm(dkc, Z, dS, 1, keys, qb, Z, 1, keys, zd, rows, added ? dkc : NULL, NULL);
+                    gemm(dvc, V, P, 1, keys, db, V, 1, keys, vd, rows, added ? dvc : NULL, NULL);
                 }
             }
         }
-        free(P);
     }
 }
 
