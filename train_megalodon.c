@@ -171,6 +171,12 @@ void all_gather(void* all, const void* mine, size_t bytes) {
     MPI(MPI_Allgather(mine, bytes, MPI_BYTE, all, bytes, MPI_BYTE, rank_group);)
 }
 
+// x = the last rank's of the group: what a state is after the last slice is what the next step goes on from
+void share_last(void* x, size_t bytes) {
+    MPI(if (ranks.chunks > 1) { MPI_Bcast(x, bytes, MPI_BYTE, ranks.chunks - 1, rank_group); })
+    (void)x; (void)bytes;
+}
+
 // x (n) = its sum over all ranks. Every rank returns when all are here.
 void all_sum(double* x, int n) {
     MPI(if (ranks.count > 1) { MPI_Allreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD); })
@@ -1262,6 +1268,7 @@ void crossentropy_backward(float* logits, const float* losses, const int* target
 // memory, with the result of one call on all of them. Slot l of each array belongs to layer l.
 typedef struct {
     int B, pos;      // batch rows; timesteps in the current chunk so far
+    size_t bytes;    // of norm and h, which stand together
     NormState* norm; // (L+1,B,G) timestep norms; slot L is output.final_norm's
     float* h;        // (L,B,D,N,2) CEMA
     float *k, *v;    // (L,B,c,Z) and (L,B,c,V): keys and values of the current chunk; NULL if calls end where chunks do
@@ -1282,7 +1289,7 @@ typedef struct {
     int B, T, keep;
     Spec specs[NUM_ACTS], dspecs[NUM_ACTS];
     Acts acts, grads;
-    State* before; // training where ranks hold slices of T timesteps: what comes before this one's; else NULL
+    State before; // training where ranks hold slices of T timesteps: what comes before this one's; else empty
     Masks masks;
 } Pass;
 
@@ -1323,15 +1330,17 @@ void model_free(Model* m) {
 }
 
 void state_alloc(State* s, const Config* c, int B, bool cache) {
-    size_t layers = c->num_layers, chunk = cache ? (size_t)B * c->chunk_size : 0;
-    s->B = B; s->pos = 0;
-    s->norm = (NormState*)xcalloc((layers + 1) * B * c->norm_num_groups, sizeof(NormState));
-    s->h = (float*)xcalloc(layers * B * c->model_dim * c->cema_ndim * 2, sizeof(float));
-    s->k = cache ? (float*)xcalloc(layers * chunk * c->z_dim, sizeof(float)) : NULL;
-    s->v = cache ? (float*)xcalloc(layers * chunk * c->value_dim, sizeof(float)) : NULL;
+    size_t layers = c->num_layers, norms = (layers + 1) * B * c->norm_num_groups;
+    size_t h = layers * B * c->model_dim * c->cema_ndim * 2, chunks = cache ? layers * B * c->chunk_size : 0;
+    s->B = B; s->pos = 0; s->bytes = norms * sizeof(NormState) + h * sizeof(float);
+    s->norm = (NormState*)xcalloc(s->bytes / sizeof(float) + chunks * (c->z_dim + c->value_dim), sizeof(float));
+    s->h = (float*)(s->norm + norms);
+    s->k = cache ? s->h + h : NULL;
+    s->v = cache ? s->k + chunks * c->z_dim : NULL;
 }
 
-void state_free(State* s) { free(s->norm); free(s->h); free(s->k); free(s->v); }
+void state_free(State* s) { free(s->norm); }
+void state_reset(State* s) { memset(s->norm, 0, s->bytes); s->pos = 0; } // back to the empty past
 
 // keep_grads: KEEP_NONE, or KEEP_ALL where a test wants to see the gradients of every layer's activations.
 void pass_alloc(Pass* s, const Config* c, int B, int T, int keep, int keep_grads) {
@@ -1342,21 +1351,10 @@ void pass_alloc(Pass* s, const Config* c, int B, int T, int keep, int keep_grads
     specs_place(&s->acts, (float*)xcalloc(specs_size(s->specs, NUM_ACTS), sizeof(float)), s->specs, NUM_ACTS);
     if (keep == KEEP_NONE) { return; }
     specs_place(&s->grads, (float*)xcalloc(specs_size(s->dspecs, NUM_ACTS), sizeof(float)), s->dspecs, NUM_ACTS);
-    if (ranks.chunks == 1) { return; }
-    s->before = (State*)xcalloc(1, sizeof(State));
-    state_alloc(s->before, c, B, false);
+    if (ranks.chunks > 1) { state_alloc(&s->before, c, B, false); }
 }
 
-void pass_free(Pass* s) {
-    free(s->acts.embed); free(s->grads.embed);
-    if (s->before) { state_free(s->before); free(s->before); }
-}
-
-void state_reset(State* s, const Config* c) { // back to the empty past
-    memset(s->norm, 0, sizeof(NormState) * (c->num_layers + 1) * s->B * c->norm_num_groups);
-    memset(s->h, 0, sizeof(float) * c->num_layers * s->B * c->model_dim * c->cema_ndim * 2);
-    s->pos = 0;
-}
+void pass_free(Pass* s) { free(s->acts.embed); free(s->grads.embed); state_free(&s->before); }
 
 // Rows that start afresh forget the past. The others' statistics become what checkpoints hold of them, floats, so that
 // a resumed run goes on with the same bits.
@@ -1373,19 +1371,9 @@ void state_carry(State* s, const Config* c, const bool* fresh) {
     }
 }
 
-// Where ranks hold slices, the state after the last one is what the next step goes on from.
-void state_share(State* s, const Config* c) {
-    size_t norm = sizeof(NormState) * (c->num_layers + 1) * s->B * c->norm_num_groups;
-    size_t h = sizeof(float) * c->num_layers * s->B * c->model_dim * c->cema_ndim * 2, last = ranks.chunks - 1;
-    char* all = (char*)(last ? xcalloc(ranks.chunks, norm > h ? norm : h) : NULL);
-    if (last) { all_gather(all, s->norm, norm); memcpy(s->norm, all + last * norm, norm); }
-    if (last) { all_gather(all, s->h, h); memcpy(s->h, all + last * h, h); }
-    free(all);
-}
-
-State state_layer(const State* s, const Config* c, int l) { // layer l's part of s; all NULL where s is NULL
-    State r = {0, 0, NULL, NULL, NULL, NULL};
-    if (!s) { return r; }
+State state_layer(const State* s, const Config* c, int l) { // layer l's part of s; all NULL where s is NULL or empty
+    State r = {0, 0, 0, NULL, NULL, NULL, NULL};
+    if (!s || !s->norm) { return r; }
     size_t slot = (size_t)l * s->B;
     r = *s;
     r.norm += slot * c->norm_num_groups;
@@ -1440,7 +1428,7 @@ void block_forward(const Model* m, const Pass* s, int l, const State* start, Sta
     Params p = params_layer(m, m->params, l);
     Acts a = acts_layer(s->specs, s->acts, l);
     Dropouts drop = dropouts_at(s->masks, T, l);
-    State in = state_layer(start, c, l), next = state_layer(end, c, l), before = state_layer(s->before, c, l);
+    State in = state_layer(start, c, l), next = state_layer(end, c, l), before = state_layer(&s->before, c, l);
 
     // Long memory: n = timestep_norm(x), e = cema(n), m = rms_norm(e).
     timestepnorm_forward(a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, before.norm, in.norm, x, p.timenorm_w,
@@ -1498,7 +1486,7 @@ void block_backward(const Model* m, const Pass* s, int l, const State* start, St
     Params p = params_layer(m, m->params, l), g = params_layer(m, m->grads, l);
     Acts a = acts_layer(s->specs, s->acts, l), d = acts_layer(s->dspecs, s->grads, l);
     Dropouts drop = dropouts_at(s->masks, T, l);
-    State in = state_layer(s->before ? s->before : start, c, l), din = state_layer(dstart, c, l);
+    State in = state_layer(s->before.norm ? &s->before : start, c, l), din = state_layer(dstart, c, l);
 
     for (size_t i = 0; c->rescale_nffn && i < rows * D; i++) {
         g.rescale[i % D] += d.out[i] * a.fc2[i];
@@ -1554,7 +1542,7 @@ void model_forward(const Model* m, const Pass* s, const int* tokens, const State
     dropout(a.embed, a.embed, NULL, dropouts_at(s->masks, T, 0).embed, rows, D);
     for (int l = 0; l < L; l++) { block_forward(m, s, l, start, end); }
     timestepnorm_forward(a.final, a.final_mean, a.final_rstd, state_layer(end, c, L).norm,
-                         state_layer(s->before, c, L).norm, state_layer(start, c, L).norm, block_input(s->specs, a, L),
+                         state_layer(&s->before, c, L).norm, state_layer(start, c, L).norm, block_input(s->specs, a, L),
                          m->params.final_w, m->params.final_b, B, T, D, c->norm_num_groups, c->norm_eps);
     matmul_forward(a.logits, a.final, output_weight(m, m->params), NULL, NULL, rows, D, c->vocab_size);
     if (end) { end->pos = ((start ? start->pos : 0) + T) % c->chunk_size; }
@@ -1582,7 +1570,7 @@ void model_backward(const Model* m, const Pass* s, const int* tokens, const int*
                     NULL, rows, D, c->vocab_size);
     memset(dx, 0, sizeof(float) * rows * D);
     timestepnorm_backward(dx, m->grads.final_w, m->grads.final_b, state_layer(dstart, c, L).norm, d.final, a.final_mean,
-                          a.final_rstd, state_layer(s->before ? s->before : start, c, L).norm,
+                          a.final_rstd, state_layer(s->before.norm ? &s->before : start, c, L).norm,
                           block_input(s->specs, a, L), m->params.final_w, B, T, D, c->norm_num_groups, NULL);
     for (int l = L - 1; l >= 0; l--) { // with --recompute, only the last layer's activations are still there
         if (s->keep == KEEP_BLOCKS && l < L - 1) { block_forward(m, s, l, start, NULL); }
@@ -1740,7 +1728,7 @@ void cpu_micro_step(void* self, const int* tokens, const int* targets, double dl
     model_backward(&r->m, &r->pass, tokens, targets, dloss, past, NULL);
     if (!fresh) { return; }
     State s = *past; *past = *next; *next = s;
-    state_share(past, &r->m.config);
+    share_last(past->norm, past->bytes);
 }
 
 double cpu_finish_step(void* self, double* loss) {
@@ -1765,7 +1753,7 @@ const float* cpu_logits(void* self) {
     return r->stream.acts.logits + (size_t)(r->stream.T - 1) * r->m.config.vocab_size;
 }
 
-void cpu_reset(void* self) { state_reset(&((Cpu*)self)->state, &((Cpu*)self)->m.config); }
+void cpu_reset(void* self) { state_reset(&((Cpu*)self)->state); }
 
 Backend cpu_backend(Cpu* r) {
     Backend b = {r, "CPU", 0, STREAM_TOKENS, cpu_memory_needed, cpu_open, cpu_close, cpu_copy, cpu_micro_step,
