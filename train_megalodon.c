@@ -1974,12 +1974,14 @@ void checkpoint_save(const Backend* b, const Spec* specs, const Options* o, int 
     free(header); free(tensor);
 }
 
-// Checks that a file has the tensors of the first blocks, and with b, reads them into it.
+// Brings the tensors of the first blocks to b: a file's, or without one the weights as they start. Without b it only
+// checks that the file has them.
 void blocks_load(const Backend* b, const Options* o, const Spec* specs, const SafeTensors* st, int blocks) {
     size_t part[2];
     for (Saved s = before_saved; saved_next(&s, specs, blocks);) {
         float* tensor = b ? (float*)xcalloc(s.spec->size, sizeof(float)) : NULL;
-        safetensors_read(st, s.name, s.spec, tensor);
+        if (st) { safetensors_read(st, s.name, s.spec, tensor); }
+        else { param_init(tensor, s.spec, s.row, s.layer, &o->model, o->seed); }
         for (int k = 0; b && k < (s.block == STATES ? o->accum : 1); k++) {
             saved_copy(b, o, &s, k, tensor, false, part);
         }
@@ -2013,10 +2015,12 @@ void weights_check(const Spec* specs, const SafeTensors* st, bool share_emb) {
 // Use: evaluation, generation, training; on any backend
 
 // Adds to `spans` the losses of the documents of d in order, each from an empty past on, every token scored once (the
-// first one only after an EOD); and writes them to `file` if not NULL. Returns the mean of all in nats.
-double evaluate(const Backend* b, const Config* c, const Dataset* d, Span spans[NUM_SPANS], FILE* file) {
+// first one only after an EOD); and writes them to the file `path` if that is not "". Returns the mean of all in nats.
+double evaluate(const Backend* b, const Config* c, const Dataset* d, Span spans[NUM_SPANS], const char* path) {
     int *tokens = (int*)xcalloc(b->stream_tokens + 1, sizeof(int)), T;
     float* losses = (float*)xcalloc(b->stream_tokens, sizeof(float));
+    FILE* file = *path ? fopen(path, "wb") : NULL;
+    if (*path && !file) { die("--losses %s: %s", path, strerror(errno)); }
     for (const Document* k = d->documents; k < d->documents + d->num_documents; k++) {
         size_t inputs = document_inputs(d, k);
         b->reset(b->self);
@@ -2028,19 +2032,10 @@ double evaluate(const Backend* b, const Config* c, const Dataset* d, Span spans[
             if (file) { fwrite(losses, sizeof(float), T, file); } // errors show when it is closed
         }
     }
+    if (file && (ferror(file) || fclose(file))) { die("--losses %s: %s", path, strerror(errno)); }
     free(tokens); free(losses);
     Span sum = spans_sum(spans);
     return sum.nats / sum.tokens;
-}
-
-// --eval: the losses, what they say about the text, and --losses.
-void evaluate_file(const Backend* b, const Options* o, const Dataset* d) {
-    Span spans[NUM_SPANS] = {{0, 0}};
-    FILE* file = *o->losses ? fopen(o->losses, "wb") : NULL;
-    if (*o->losses && !file) { die("--losses %s: %s", o->losses, strerror(errno)); }
-    evaluate(b, &o->model, d, spans, file);
-    if (file && (ferror(file) || fclose(file))) { die("--losses %s: %s", o->losses, strerror(errno)); }
-    spans_print(spans, d);
 }
 
 typedef struct { float p; int id; } Candidate;
@@ -2208,7 +2203,7 @@ void train(const Backend* b, const Options* o, const Spec* specs, int first_step
         double ms = 1e3 * (seconds() - step_started);
         bool validates = held_out->size > (o->eod < 0) && (last || (o->val_every && done % o->val_every == 0));
         Span spans[NUM_SPANS] = {{0, 0}};
-        if (validates && ranks.rank == 0) { val = evaluate(b, &o->model, held_out, spans, NULL); }
+        if (validates && ranks.rank == 0) { val = evaluate(b, &o->model, held_out, spans, ""); }
         double left = (seconds() - started) / (done - first_step) * (o->steps - done);
         log_step(o, log, done, loss, norm, lr, ms, left, val, peak);
         if (o->sample_every && (last || done % o->sample_every == 0) && ranks.rank == 0) {
@@ -2292,6 +2287,7 @@ void run(const Backend* b, const Options* o, SafeTensors* st) {
     int blocks = *o->resume && training ? NUM_BLOCKS : WEIGHTS + 1;
     Spec specs[NUM_PARAMS + NUM_CARRIED];
     static Dataset data, held_out;
+    Span spans[NUM_SPANS] = {{0, 0}};
     ranks_group(o->chunk_parallel);
     slice_length(o->seq, o->model.chunk_size);
     if (!training && ranks.rank) { return; } // these take one
@@ -2312,24 +2308,13 @@ void run(const Backend* b, const Options* o, SafeTensors* st) {
     data_open(o, training, &data, &held_out);
     if (loaded) { blocks_load(NULL, o, specs, st, blocks); } // before the memory is taken that the file says it needs
     b->open(b->self, o, training);
-    if (loaded) {
-        weights_check(specs, st, o->model.share_emb);
-        blocks_load(b, o, specs, st, blocks);
-        fprintf(info, "weights: %s\n", st->path);
-    }
-    size_t part[2];
-    for (Saved s = before_saved; !loaded && saved_next(&s, specs, WEIGHTS + 1);) {
-        float* tensor = (float*)xcalloc(s.spec->size, sizeof(float));
-        param_init(tensor, s.spec, s.row, s.layer, &o->model, o->seed);
-        b->copy(b->self, WEIGHTS, s.row, s.layer, tensor, false, part);
-        free(tensor);
-    }
-    if (training) {
-        int step = *o->resume ? atoi(safetensors_meta(st, "step")) : 0;
-        if (step >= o->steps) { printf("step %d of %d: nothing left to do\n", step, o->steps); }
-        else { train(b, o, specs, step, &data, &held_out); }
-    } else if (o->generate) { generate(b, o, tokenizer, o->generate, 0); }
-    else { evaluate_file(b, o, &data); }
+    if (loaded) { weights_check(specs, st, o->model.share_emb); fprintf(info, "weights: %s\n", st->path); }
+    blocks_load(b, o, specs, loaded ? st : NULL, blocks);
+    int step = *o->resume ? atoi(safetensors_meta(st, "step")) : 0;
+    if (o->generate) { generate(b, o, tokenizer, o->generate, 0); }
+    else if (*o->eval) { evaluate(b, &o->model, &data, spans, o->losses); spans_print(spans, &data); }
+    else if (step < o->steps) { train(b, o, specs, step, &data, &held_out); }
+    else { printf("step %d of %d: nothing left to do\n", step, o->steps); }
     tokenizer_close(tokenizer);
     b->close(b->self);
     if (loaded) { safetensors_close(st); }
