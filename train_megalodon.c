@@ -1928,50 +1928,46 @@ double step_tokens(const Options* o) { return (double)o->accum * ranks.groups * 
 // writes the header, then every rank what is in its shard.
 void checkpoint_save(const Backend* b, const Spec* specs, const Options* o, int step) {
     char* header = NULL;
-    size_t length = 0, bytes = 0, largest = 0;
+    size_t length = 0, bytes = 0, mine[2];
     FILE* h = open_memstream(&header, &length);
     if (!h) { die("out of memory"); }
-    fprintf(h, "{\"__metadata__\":{\"format\":\"megalodon\",\"step\":\"%d\",\"tokens\":\"%.0f\"", step,
+    fprintf(h, "%8s{\"__metadata__\":{\"format\":\"megalodon\",\"step\":\"%d\",\"tokens\":\"%.0f\"", "", step,
             step * step_tokens(o));
     for (int i = 0; option_rows[i].group != MODE_GROUP; i++) { header_add_meta(h, option_key(i), option_text(o, i)); }
     fputc('}', h);
     for (Saved s = before_saved; saved_next(&s, specs, NUM_BLOCKS); bytes = s.end) {
         header_add_tensor(h, s.name, s.spec, s.begin);
-        largest = s.spec->size > largest ? s.spec->size : largest;
     }
     fputc('}', h);
     while (ftell(h) % 8) { fputc(' ', h); }
     fclose(h);
+    for (int i = 0; i < 8; i++) { header[i] = (length - 8) >> 8 * i & 255; } // how much follows
 
     const char *path = text_of("%s/step_%08d.safetensors", o->out, step), *part = text_of("%s.part", path);
-    double at = ranks.rank ? 0 : 8 + length; // the same on all ranks, though their headers may differ in --threads
+    double at = ranks.rank ? 0 : length; // the same on all ranks, though their headers may differ in --threads
     all_sum(&at, 1);
     int fd = open(part, O_CREAT | O_WRONLY, 0666);
     FILE* f = fd < 0 ? NULL : fdopen(fd, "wb");
-    float* tensor = (float*)xcalloc(largest, sizeof(float));
-    bool good = f && !ftruncate(fd, at + bytes);
-    for (int i = 0; good && !ranks.rank && i < 8; i++) { good = fputc(length >> 8 * i & 255, f) != EOF; }
-    good = good && (ranks.rank || fwrite(header, 1, length, f) == length);
+    bool good = f && !ftruncate(fd, at + bytes) && (ranks.rank || fwrite(header, 1, length, f) == length);
     for (Saved s = before_saved; good && saved_next(&s, specs, NUM_BLOCKS);) {
+        float* tensor = (float*)xcalloc(s.spec->size, sizeof(float));
         for (int k = 0; good && k < (s.block == STATES ? o->accum : 1); k++) {
-            size_t mine[2];
             saved_copy(b, o, &s, k, tensor, true, mine);
             good = !fseeko(f, at + s.begin + mine[0] * sizeof(float), SEEK_SET) &&
                    fwrite(tensor + mine[0], sizeof(float), mine[1] - mine[0], f) == mine[1] - mine[0];
         }
+        free(tensor);
     }
-    good = good && !fflush(f) && !fsync(fileno(f));
-    int error = errno;
-    if (f) { fclose(f); }
+    good = good && !fflush(f) && !fsync(fd) && !fclose(f);
     if (good) { all_sum(&at, 1); } // waits for all
     if (!good || (ranks.rank == 0 && rename(part, path))) {
-        error = good ? errno : error;
+        const char* error = strerror(errno);
         unlink(part);
-        die("cannot write %s: %s (earlier checkpoints are untouched)", path, strerror(error));
+        die("cannot write %s: %s (earlier checkpoints are untouched)", path, error);
     }
     int folder = open(o->out, O_RDONLY | O_DIRECTORY); // the new name must survive a power cut too
     if (folder >= 0) { fsync(folder); close(folder); }
-    free(header); free(tensor);
+    free(header);
 }
 
 // Brings the tensors of the first blocks to b: a file's, or without one the weights as they start. Without b it only
