@@ -15,7 +15,7 @@ What happened in earlier chunks reaches the present only through the first two. 
     options and tables    every flag, parameter and activation is declared once, in a table; all else derives from them
     layers                each forward followed by its backward, with its equation and its shapes
     model                 one block as in Figure 3 of the paper, the forward and backward pass, AdamW
-    files                 checkpoints; data/safetensors.h: their format; data/tokens.h: text, tokens, documents
+    files                 data/safetensors.h: weights and checkpoints; data/tokens.h: text, tokens, documents
     use                   streaming evaluation and generation, the training loop, the command line
 
 Conventions. Arrays are row-major, (B,T,D) means batch, time, features. Weights are (out, in): y = x W^T + b. The names
@@ -27,7 +27,6 @@ what the code does, because that is what checkpoints mean, and says so.
 */
 #include <ctype.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -88,14 +87,6 @@ void* xcalloc(size_t n, size_t size) {
     if (n * size >= HUGE_PAGE) { madvise(p, n * size, MADV_HUGEPAGE); } // fewer page faults and address translations
 #endif
     return memset(p, 0, n * size);
-}
-
-// Room for one more element: the list doubles whenever its count is a power of two.
-void* list_grow(void* list, size_t count, size_t size) {
-    if (count & (count - 1)) { return list; }
-    list = realloc(list, (count ? 2 * count : 1) * size);
-    if (!list) { die("out of memory: a list of %zu bytes asked for", 2 * count * size); }
-    return list;
 }
 
 // printf into one of 32 buffers, taken in turn: what it returns stands until 32 calls later.
@@ -307,6 +298,8 @@ static const struct { const char* name; Config config; } presets[] = {
     {"paper7B",       {32, 4096, 4, 1024, 8192,  8192, 4096, 64, 16, 32000, 100000, 1e-5, 1, 0, 0, 0}},
 };
 enum { NUM_PRESETS = sizeof(presets) / sizeof(presets[0]) };
+
+double step_tokens(const Options* o) { return (double)o->accum * ranks.groups * o->batch * o->seq; } // of all ranks
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Parameters and activations: one table each
@@ -1762,8 +1755,6 @@ Backend cpu_backend(Cpu* r) {
     return b;
 }
 
-#include "data/safetensors.h" // the format of checkpoints: reading it, and what of a file is refused
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Options as text: the command line, the metadata of files, the printed configuration
 
@@ -1837,21 +1828,6 @@ int option_find(const char* word) {
     die("unknown option \"%s\": --help lists all of them", word);
 }
 
-// What a file records, over o, only the model and its tokens unless `all`; flags that contradict a model are refused.
-void options_from_file(Options* o, const SafeTensors* st, const bool* given, bool all) {
-    for (int i = 0; i < NUM_OPTIONS && option_rows[i].group <= (all ? TRAINING_GROUP : TOKEN_GROUP); i++) {
-        const char* text = safetensors_meta(st, option_key(i));
-        Options file = *o;
-        if (!text) { continue; }
-        option_set(&file, i, text, st->path);
-        const char *theirs = option_text(&file, i), *ours = option_text(o, i);
-        if (!given[i]) { *o = file; }
-        else if (option_rows[i].group == MODEL_GROUP && strcmp(theirs, ours)) {
-            die("%s has %s %s, the flags say %s", st->path, option_rows[i].name, theirs, ours);
-        }
-    }
-}
-
 void options_print(const Options* o, bool training, FILE* f) {
     for (int i = 0, column = 0; option_rows[i].group < (training ? MODE_GROUP : TRAINING_GROUP); i++) {
         const char* value = option_text(o, i);
@@ -1861,151 +1837,8 @@ void options_print(const Options* o, bool training, FILE* f) {
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Checkpoints: weights, both Adam moments, all flags and the step, from which data order and sampling follow; with
-// --carry also the carried states
-
-// The tensors of block STATES, of all rows of a step; rows of a table like param_specs's, which stand after those.
-enum { NUM_CARRIED = 7 };
-void carried_specs(Spec specs[NUM_CARRIED], const Options* o) {
-    const Config* c = &o->model;
-    size_t R = (size_t)o->batch * o->accum * ranks.groups, D = c->model_dim, N = c->cema_ndim, G = c->norm_num_groups;
-    int L = o->carry ? c->num_layers : 0, once = o->carry;
-    const Spec rows[NUM_CARRIED] = {
-        {"layers.%d.mega.timenorm.count", L,    {R, 0, 0, 0}, R, 0},
-        {"layers.%d.mega.timenorm.mean",  L,    {R, G, 0, 0}, R * G, 0},
-        {"layers.%d.mega.timenorm.var",   L,    {R, G, 0, 0}, R * G, 0},
-        {"output.final_norm.count",       once, {R, 0, 0, 0}, R, 0},
-        {"output.final_norm.mean",        once, {R, G, 0, 0}, R * G, 0},
-        {"output.final_norm.var",         once, {R, G, 0, 0}, R * G, 0},
-        {"layers.%d.mega.cema.h",         L,    {R, D, N, 2}, R * D * N * 2, 0},
-    };
-    memcpy(specs, rows, sizeof(rows));
-}
-
-// A walk over the tensors of a checkpoint, in the order of the file: for (Saved s = before_saved; saved_next(...);)
-// begin and end: of its data, in bytes.
-typedef struct { int block, row, layer; const Spec* spec; size_t begin, end; char name[128]; } Saved;
-static const Saved before_saved = {WEIGHTS, 0, -1, NULL, 0, 0, ""};
-bool saved_next(Saved* s, const Spec* specs, int blocks) { // false after the last one of the first `blocks` blocks
-    s->layer++;
-    while (s->layer >= specs[s->row].slots || !specs[s->row].size) {
-        s->layer = 0;
-        if (++s->row < (s->block == STATES ? NUM_PARAMS + NUM_CARRIED : NUM_PARAMS)) { continue; }
-        s->row = ++s->block == STATES ? NUM_PARAMS : 0;
-        if (s->block == blocks) { return false; }
-    }
-    s->spec = &specs[s->row];
-    s->begin = s->end; s->end += s->spec->size * sizeof(float);
-    layer_name(s->name, block_prefixes[s->block], s->spec->name, s->layer);
-    return true;
-}
-
-// Copies a tensor between `tensor` and the backend; of STATES, the rows of a micro-step. part receives what of the
-// tensor is this rank's.
-void saved_copy(const Backend* b, const Options* o, const Saved* s, int micro, float* tensor, bool to_host,
-                size_t part[2]) {
-    if (s->block < STATES) { b->copy(b->self, s->block, s->row, s->layer, tensor, to_host, part); return; }
-    size_t n = (size_t)o->batch * o->model.norm_num_groups, each = s->spec->size / o->accum / ranks.groups;
-    int i = s->row - NUM_PARAMS, layer = i < 3 ? s->layer : o->model.num_layers;
-    part[0] = ((size_t)micro * ranks.groups + ranks.group) * each;
-    part[1] = part[0] + each;
-    tensor += part[0];
-    if (i == 6) { b->copy(b->self, CARRIED_H, micro, s->layer, tensor, to_host, part); return; }
-    NormState* norms = (NormState*)xcalloc(n, sizeof(NormState));
-    b->copy(b->self, CARRIED_NORM, micro, layer, norms, true, part);
-    for (size_t k = 0; k < n; k++) { // the groups of a row hold its count each
-        double* field = i % 3 == 0 ? &norms[k].count : i % 3 == 1 ? &norms[k].mean : &norms[k].var;
-        if (to_host) { tensor[k * each / n] = *field; } else { *field = tensor[k * each / n]; }
-    }
-    if (!to_host) { b->copy(b->self, CARRIED_NORM, micro, layer, norms, false, part); }
-    free(norms);
-}
-
-double step_tokens(const Options* o) { return (double)o->accum * ranks.groups * o->batch * o->seq; }
-
-// Writes DIR/step_%08d.safetensors under another name, flushes it to the disk, and only then gives it its name. Rank 0
-// writes the header, then every rank what is in its shard.
-void checkpoint_save(const Backend* b, const Spec* specs, const Options* o, int step) {
-    char* header = NULL;
-    size_t length = 0, bytes = 0, mine[2];
-    FILE* h = open_memstream(&header, &length);
-    if (!h) { die("out of memory"); }
-    fprintf(h, "%8s{\"__metadata__\":{\"format\":\"megalodon\",\"step\":\"%d\",\"tokens\":\"%.0f\"", "", step,
-            step * step_tokens(o));
-    for (int i = 0; option_rows[i].group != MODE_GROUP; i++) { header_add_meta(h, option_key(i), option_text(o, i)); }
-    fputc('}', h);
-    for (Saved s = before_saved; saved_next(&s, specs, NUM_BLOCKS); bytes = s.end) {
-        header_add_tensor(h, s.name, s.spec, s.begin);
-    }
-    fputc('}', h);
-    while (ftell(h) % 8) { fputc(' ', h); }
-    fclose(h);
-    for (int i = 0; i < 8; i++) { header[i] = (length - 8) >> 8 * i & 255; } // how much follows
-
-    const char *path = text_of("%s/step_%08d.safetensors", o->out, step), *part = text_of("%s.part", path);
-    double at = ranks.rank ? 0 : length; // the same on all ranks, though their headers may differ in --threads
-    all_sum(&at, 1);
-    int fd = open(part, O_CREAT | O_WRONLY, 0666);
-    FILE* f = fd < 0 ? NULL : fdopen(fd, "wb");
-    bool good = f && !ftruncate(fd, at + bytes) && (ranks.rank || fwrite(header, 1, length, f) == length);
-    for (Saved s = before_saved; good && saved_next(&s, specs, NUM_BLOCKS);) {
-        float* tensor = (float*)xcalloc(s.spec->size, sizeof(float));
-        for (int k = 0; good && k < (s.block == STATES ? o->accum : 1); k++) {
-            saved_copy(b, o, &s, k, tensor, true, mine);
-            good = !fseeko(f, at + s.begin + mine[0] * sizeof(float), SEEK_SET) &&
-                   fwrite(tensor + mine[0], sizeof(float), mine[1] - mine[0], f) == mine[1] - mine[0];
-        }
-        free(tensor);
-    }
-    good = good && !fflush(f) && !fsync(fd) && !fclose(f);
-    if (good) { all_sum(&at, 1); } // waits for all
-    if (!good || (ranks.rank == 0 && rename(part, path))) {
-        const char* error = strerror(errno);
-        unlink(part);
-        die("cannot write %s: %s (earlier checkpoints are untouched)", path, error);
-    }
-    int folder = open(o->out, O_RDONLY | O_DIRECTORY); // the new name must survive a power cut too
-    if (folder >= 0) { fsync(folder); close(folder); }
-    free(header);
-}
-
-// Brings the tensors of the first blocks to b: a file's, or without one the weights as they start. Without b it only
-// checks that the file has them.
-void blocks_load(const Backend* b, const Options* o, const Spec* specs, const SafeTensors* st, int blocks) {
-    size_t part[2];
-    for (Saved s = before_saved; saved_next(&s, specs, blocks);) {
-        float* tensor = b ? (float*)xcalloc(s.spec->size, sizeof(float)) : NULL;
-        if (st) { safetensors_read(st, s.name, s.spec, tensor); }
-        else { param_init(tensor, s.spec, s.row, s.layer, &o->model, o->seed); }
-        for (int k = 0; b && k < (s.block == STATES ? o->accum : 1); k++) {
-            saved_copy(b, o, &s, k, tensor, false, part);
-        }
-        free(tensor);
-    }
-}
-
-// Refuses files that hold more than this model has. A released state dict also holds buffers, which mean nothing here,
-// and the embedding again as the output layer where they are tied.
-void weights_check(const Spec* specs, const SafeTensors* st, bool share_emb) {
-    for (int t = 0; t < st->num_tensors; t++) {
-        const char *has = st->tensors[t].name, *dot = strrchr(has, '.');
-        bool known = !strncmp(has, "adam_", 5) || !strncmp(has, "state.", 6) || !strcmp(has, "rope.freqs")
-                     || (dot && !strncmp(dot, ".prior_", 7));
-        for (Saved s = before_saved; !known && saved_next(&s, specs, WEIGHTS + 1);) { known = !strcmp(has, s.name); }
-        if (!known && share_emb && !strcmp(has, "output.output.weight")) {
-            float *output = (float*)xcalloc(specs[0].size, sizeof(float)), *embed = (float*)xcalloc(specs[0].size, 4);
-            safetensors_read(st, has, &specs[0], output);
-            safetensors_read(st, specs[0].name, &specs[0], embed);
-            known = !memcmp(output, embed, specs[0].size * sizeof(float));
-            if (!known) { die("%s: share_emb is 1, but '%s' differs from '%s'", st->path, has, specs[0].name); }
-            free(output); free(embed);
-        }
-        if (!known) { die("%s: unexpected tensor '%s': a model of this configuration has none", st->path, has); }
-    }
-}
-
-#include "data/tokens.h" // tokenizers, files of tokens, documents, what losses say about a text
+#include "data/safetensors.h" // weights and checkpoints: the format, and what of a file is refused
+#include "data/tokens.h"      // tokenizers, files of tokens, documents, what losses say about a text
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Use: evaluation, generation, training; on any backend
@@ -2274,6 +2107,21 @@ void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
     if (o->threads) { omp_set_num_threads(o->threads); }
     o->threads = omp_get_max_threads();
 #endif
+}
+
+// Brings the tensors of the first blocks to b: a file's, or without one the weights as they start. Without b it only
+// checks that the file has them.
+void blocks_load(const Backend* b, const Options* o, const Spec* specs, const SafeTensors* st, int blocks) {
+    size_t part[2];
+    for (Saved s = before_saved; saved_next(&s, specs, blocks);) {
+        float* tensor = b ? (float*)xcalloc(s.spec->size, sizeof(float)) : NULL;
+        if (st) { safetensors_read(st, s.name, s.spec, tensor); }
+        else { param_init(tensor, s.spec, s.row, s.layer, &o->model, o->seed); }
+        for (int k = 0; b && k < (s.block == STATES ? o->accum : 1); k++) {
+            saved_copy(b, o, &s, k, tensor, false, part);
+        }
+        free(tensor);
+    }
 }
 
 // What the options ask for. With --load or --resume st is open.
