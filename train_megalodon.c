@@ -1906,20 +1906,15 @@ double seconds(void) {
     return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
-// Prints n tokens that follow the prompt, or up to the end of the document. An empty prompt starts a new document, or
-// where there are no documents, a line. A single sample is printed as it comes, several one after the other.
+// Prints n tokens that follow the prompt, or up to the end of the document: the first sample as it comes, the others,
+// made together with it, after it.
 void generate(const Backend* b, const Options* o, const Tokenizer* t, int n, uint64_t stream) {
-    const char* prompt = *o->prompt || o->eod >= 0 ? o->prompt : "\n";
     int vocab = o->model.vocab_size, B = o->generate ? o->samples : 1, left = 0, going = B;
     int *tokens = (int*)xcalloc((size_t)B * (n + 1), sizeof(int)), *next = (int*)xcalloc(B, sizeof(int));
     int* ends = (int*)xcalloc(B, sizeof(int)); // tokens of each sample, once it is done
-    Tokens past = {NULL, 0};
-    if (o->eod >= 0) { tokens_add(&past, o->eod); }
-    encode(t, (const unsigned char*)prompt, strlen(prompt), &past);
-    if (!past.count) { tokens_add(&past, t->eod); } // a prompt of spaces that the tokenizer drops
+    Tokens past = prompt_tokens(o, t);
     b->reset(b->self);
     for (size_t i = 0; i < past.count; i++) { // the last one waits in next
-        if (past.ids[i] >= vocab) { die("--prompt: byte %d is not below vocab_size %d", past.ids[i], vocab); }
         if (i > 0) { b->stream(b->self, next, 1, NULL, NULL); }
         for (int s = 0; s < B; s++) { next[s] = past.ids[i]; ends[s] = n; }
     }
@@ -1935,11 +1930,11 @@ void generate(const Backend* b, const Options* o, const Tokenizer* t, int n, uin
         for (int s = 0; s < B; s++) {
             if (ends[s] == n && next[s] == o->eod) { ends[s] = i; going--; }
         }
-        if (B == 1 && going) { token_print(t, vocab, next[0], &left); }
+        if (i < ends[0]) { token_print(t, vocab, next[0], &left); }
     }
-    for (int s = 0; B > 1 && s < B; s++) {
+    for (int s = 1; s < B; s++) {
+        printf("\n----------------\n");
         for (int i = 0; i < ends[s]; i++) { token_print(t, vocab, tokens[(size_t)s * n + i], &left); }
-        printf(s + 1 < B ? "\n----------------\n" : "");
     }
     fflush(stdout);
     double speed = (double)B * n / (seconds() - started);

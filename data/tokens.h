@@ -377,6 +377,20 @@ void encode(const Tokenizer* t, const unsigned char* text, size_t n, Tokens* out
     }
 }
 
+// What a sample goes on from: the prompt; where that is empty a new document, or without documents a line.
+Tokens prompt_tokens(const Options* o, const Tokenizer* t) {
+    const char* prompt = *o->prompt || o->eod >= 0 ? o->prompt : "\n";
+    Tokens out = {NULL, 0};
+    if (o->eod >= 0) { tokens_add(&out, o->eod); }
+    encode(t, (const unsigned char*)prompt, strlen(prompt), &out);
+    if (!out.count) { tokens_add(&out, t->eod); } // a prompt of spaces that the tokenizer drops
+    for (size_t i = 0; i < out.count; i++) {
+        bool known = out.ids[i] < o->model.vocab_size;
+        if (!known) { die("--prompt: byte %d is not below vocab_size %d", out.ids[i], o->model.vocab_size); }
+    }
+    return out;
+}
+
 // Prints a token as the text it stands for, or as a number where that is not known. What it prints is flushed when no
 // character is cut; *left counts the bytes it still lacks.
 void token_print(const Tokenizer* t, int vocab, int id, int* left) {
