@@ -2142,19 +2142,17 @@ void run(const Backend* b, const Options* o, SafeTensors* st) {
     if (training) { fprintf(info, "memory: %.1f MB\n", needed / 1e6); }
     if (needed > 1e15) { die("--batch %d --seq %d: more than any machine has", o->batch, o->seq); }
     if (o->dry_run) { return; }
-    Tokenizer* tokenizer = tokenizer_for(o);
-    data.tokenizer = held_out.tokenizer = tokenizer;
     data_open(o, training, &data, &held_out);
     if (loaded) { blocks_load(NULL, o, specs, st, blocks); } // before the memory is taken that the file says it needs
     b->open(b->self, o, training);
     if (loaded) { weights_check(specs, st, o->model.share_emb); fprintf(info, "weights: %s\n", st->path); }
     blocks_load(b, o, specs, loaded ? st : NULL, blocks);
     int step = *o->resume ? atoi(safetensors_meta(st, "step")) : 0;
-    if (o->generate) { generate(b, o, tokenizer, o->generate, 0); }
+    if (o->generate) { generate(b, o, data.tokenizer, o->generate, 0); }
     else if (*o->eval) { evaluate(b, &o->model, &data, spans, o->losses); spans_print(spans, &data); }
     else if (step < o->steps) { train(b, o, specs, step, &data, &held_out); }
     else { printf("step %d of %d: nothing left to do\n", step, o->steps); }
-    tokenizer_close(tokenizer);
+    tokenizer_close(data.tokenizer);
     b->close(b->self);
     if (loaded) { safetensors_close(st); }
     if (fflush(stdout) || ferror(stdout)) { die("stdout: %s", strerror(errno)); }
