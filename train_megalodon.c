@@ -105,7 +105,7 @@ size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 int min_int(int a, int b) { return a < b ? a : b; }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Ranks: the processes that mpirun or srun started; one, without them. All that is MPI stands here.
+// Ranks: the processes that mpirun or srun started; one, without them. What is MPI stands here, and in die.
 
 MPI(static MPI_Comm rank_group;) // the ranks with slices of the same sequences
 MPI(void ranks_close(void) { MPI_Finalize(); })
@@ -1261,7 +1261,7 @@ void crossentropy_backward(float* logits, const float* losses, const int* target
 // memory, with the result of one call on all of them. Slot l of each array belongs to layer l.
 typedef struct {
     int B, pos;      // batch rows; timesteps in the current chunk so far
-    size_t bytes;    // of norm and h, which stand together
+    size_t bytes;    // of norm and h; all four arrays are one block
     NormState* norm; // (L+1,B,G) timestep norms; slot L is output.final_norm's
     float* h;        // (L,B,D,N,2) CEMA
     float *k, *v;    // (L,B,c,Z) and (L,B,c,V): keys and values of the current chunk; NULL if calls end where chunks do
