@@ -388,9 +388,7 @@ void run_stream_open(Run* r, RunStream* s, int B) {
     const State* past = r->host.past;
     pass_alloc(&s->pass, c, B, c->chunk_size, KEEP_NONE, KEEP_NONE);
     state_alloc(&s->state, c, B, true);
-    if (!past) { return; }
-    memcpy(s->state.norm, past->norm, sizeof(NormState) * (c->num_layers + 1) * B * c->norm_num_groups);
-    memcpy(s->state.h, past->h, sizeof(float) * c->num_layers * B * c->model_dim * c->cema_ndim * 2);
+    if (past) { memcpy(s->state.norm, past->norm, past->bytes); }
 }
 void run_stream_close(RunStream* s) { pass_free(&s->pass); state_free(&s->state); }
 void run_stream(Run* r, RunStream* s, const int* tokens, int T, float* logits) {

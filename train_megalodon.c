@@ -15,7 +15,7 @@ What happened in earlier chunks reaches the present only through the first two. 
     options and tables    every flag, parameter and activation is declared once, in a table; all else derives from them
     layers                each forward followed by its backward, with its equation and its shapes
     model                 one block as in Figure 3 of the paper, the forward and backward pass, AdamW
-    files                 checkpoints; data/safetensors.h: their format; data/tokens.h: text, tokens, documents
+    files                 data/safetensors.h: weights and checkpoints; data/tokens.h: text, tokens, documents
     use                   streaming evaluation and generation, the training loop, the command line
 
 Conventions. Arrays are row-major, (B,T,D) means batch, time, features. Weights are (out, in): y = x W^T + b. The names
@@ -27,7 +27,6 @@ what the code does, because that is what checkpoints mean, and says so.
 */
 #include <ctype.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -47,6 +46,12 @@ what the code does, because that is what checkpoints mean, and says so.
 #else
 #define OMP(...)
 #endif
+#ifdef USE_MPI
+#include <mpi.h>
+#define MPI(...) __VA_ARGS__
+#else
+#define MPI(...)
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Errors and memory
@@ -54,7 +59,6 @@ what the code does, because that is what checkpoints mean, and says so.
 // The processes of a job, see "Ranks". The `chunks` ranks of a group hold consecutive slices of the same sequences,
 // other groups hold other sequences: rank = group * chunks + chunk.
 static struct { int rank, count, chunk, chunks, group, groups; } ranks = {0, 1, 0, 1, 0, 1};
-void ranks_abort(void);
 
 // Every error ends here: one line that names the file, flag or tensor and says what was expected; exit status 1. What
 // all ranks find wrong, rank 0 says alone: it ends the job before the others speak.
@@ -67,7 +71,7 @@ __attribute__((noreturn, format(printf, 1, 2))) void die(const char* format, ...
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
     va_end(args);
-    ranks_abort();
+    MPI(if (ranks.count > 1) { MPI_Abort(MPI_COMM_WORLD, 1); }) // no rank may go on, or wait, when one has failed
     exit(1);
 }
 
@@ -75,21 +79,14 @@ __attribute__((noreturn, format(printf, 1, 2))) void die(const char* format, ...
 void* xcalloc(size_t n, size_t size) {
     enum { HUGE_PAGE = 1 << 21 };
     void* p = NULL;
-    if (size && n > SIZE_MAX / 2 / size) { die("out of memory: %zu x %zu bytes asked for", n, size); }
-    bool failed = posix_memalign(&p, n * size < HUGE_PAGE ? 64 : HUGE_PAGE, n * size + 1);
-    if (failed) { die("out of memory: %.1f MB asked for", n * size / 1e6); }
+    bool fits = !size || n <= SIZE_MAX / 2 / size;
+    if (!fits || posix_memalign(&p, n * size < HUGE_PAGE ? 64 : HUGE_PAGE, n * size + 1)) {
+        die("out of memory: %.1f MB asked for", 1e-6 * n * size);
+    }
 #ifdef MADV_HUGEPAGE
     if (n * size >= HUGE_PAGE) { madvise(p, n * size, MADV_HUGEPAGE); } // fewer page faults and address translations
 #endif
     return memset(p, 0, n * size);
-}
-
-// Room for one more element: the list doubles whenever its count is a power of two.
-void* list_grow(void* list, size_t count, size_t size) {
-    if (count & (count - 1)) { return list; }
-    list = realloc(list, (count ? 2 * count : 1) * size);
-    if (!list) { die("out of memory: a list of %zu bytes asked for", 2 * count * size); }
-    return list;
 }
 
 // printf into one of 32 buffers, taken in turn: what it returns stands until 32 calls later.
@@ -108,19 +105,10 @@ size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 int min_int(int a, int b) { return a < b ? a : b; }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Ranks: the processes that mpirun or srun started; one, without them. All that is MPI stands here.
+// Ranks: the processes that mpirun or srun started; one, without them. What is MPI stands here, and in die.
 
-#ifdef USE_MPI
-#include <mpi.h>
-static MPI_Comm rank_group; // the ranks with slices of the same sequences
-void ranks_close(void) { MPI_Finalize(); }
-#endif
-
-void ranks_abort(void) { // no rank may go on, or wait, when one has failed
-#ifdef USE_MPI
-    if (ranks.count > 1) { MPI_Abort(MPI_COMM_WORLD, 1); }
-#endif
-}
+MPI(static MPI_Comm rank_group;) // the ranks with slices of the same sequences
+MPI(void ranks_close(void) { MPI_Finalize(); })
 
 // Starts MPI, if there are several processes. What ranks other than 0 print is not seen.
 void ranks_open(void) {
@@ -128,14 +116,11 @@ void ranks_open(void) {
     int started = 1;
     for (int i = 0; i < 3; i++) { started = getenv(counts[i]) ? atoi(getenv(counts[i])) : started; }
     if (started <= 1) { return; }
-#ifdef USE_MPI
-    int level;
-    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
-    MPI_Comm_size(MPI_COMM_WORLD, &ranks.count);
-    MPI_Comm_rank(MPI_COMM_WORLD, &ranks.rank);
-    ranks.groups = ranks.count; ranks.group = ranks.rank;
-    atexit(ranks_close);
-#endif
+    MPI(int level;
+        MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
+        MPI_Comm_size(MPI_COMM_WORLD, &ranks.count);
+        MPI_Comm_rank(MPI_COMM_WORLD, &ranks.rank);
+        atexit(ranks_close);)
     if (ranks.count != started) {
         die("%d processes were started, this one knows of %d: built without MPI (make says), or for another mpirun; "
             "srun: --mpi=pmix", started, ranks.count);
@@ -150,19 +135,15 @@ void ranks_group(int chunks) {
     }
     ranks.chunks = chunks; ranks.chunk = ranks.rank % chunks;
     ranks.groups = ranks.count / chunks; ranks.group = ranks.rank / chunks;
-#ifdef USE_MPI
-    if (ranks.count > 1) { MPI_Comm_split(MPI_COMM_WORLD, ranks.group, ranks.rank, &rank_group); }
-#endif
+    MPI(if (ranks.count > 1) { MPI_Comm_split(MPI_COMM_WORLD, ranks.group, ranks.rank, &rank_group); })
 }
 
 int ranks_local(void) { // this rank's number on its machine
     int local = 0;
-#ifdef USE_MPI
-    if (ranks.count == 1) { return 0; }
-    MPI_Comm machine;
-    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine);
-    MPI_Comm_rank(machine, &local);
-#endif
+    if (ranks.count == 1) { return local; }
+    MPI(MPI_Comm machine;
+        MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &machine);
+        MPI_Comm_rank(machine, &local);)
     return local;
 }
 
@@ -178,16 +159,18 @@ int slice_length(int T, int c) {
 // all = the `bytes` bytes of each rank of the group, in their order
 void all_gather(void* all, const void* mine, size_t bytes) {
     if (ranks.chunks == 1) { memcpy(all, mine, bytes); return; }
-#ifdef USE_MPI
-    MPI_Allgather(mine, bytes, MPI_BYTE, all, bytes, MPI_BYTE, rank_group);
-#endif
+    MPI(MPI_Allgather(mine, bytes, MPI_BYTE, all, bytes, MPI_BYTE, rank_group);)
+}
+
+// x = the last rank's of the group: what a state is after the last slice is what the next step goes on from
+void share_last(void* x, size_t bytes) {
+    MPI(if (ranks.chunks > 1) { MPI_Bcast(x, bytes, MPI_BYTE, ranks.chunks - 1, rank_group); })
+    (void)x; (void)bytes;
 }
 
 // x (n) = its sum over all ranks. Every rank returns when all are here.
 void all_sum(double* x, int n) {
-#ifdef USE_MPI
-    if (ranks.count > 1) { MPI_Allreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD); }
-#endif
+    MPI(if (ranks.count > 1) { MPI_Allreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD); })
     (void)x; (void)n;
 }
 
@@ -200,11 +183,9 @@ void shards_exchange(float* x, size_t n, int what) {
         size_t end = shard_start(n, r + 1);
         for (size_t at = shard_start(n, r), size; at < end; at += size) {
             size = min_size(end - at, 1 << 28); // MPI counts in ints
-#ifdef USE_MPI
-            if (what == GATHER_SHARDS) { MPI_Bcast(x + at, size, MPI_FLOAT, r, MPI_COMM_WORLD); }
-            void* mine = r == ranks.rank ? MPI_IN_PLACE : x + at;
-            if (what == SUM_SHARD) { MPI_Reduce(mine, x + at, size, MPI_FLOAT, MPI_SUM, r, MPI_COMM_WORLD); }
-#endif
+            MPI(if (what == GATHER_SHARDS) { MPI_Bcast(x + at, size, MPI_FLOAT, r, MPI_COMM_WORLD); }
+                void* mine = r == ranks.rank ? MPI_IN_PLACE : x + at;
+                if (what == SUM_SHARD) { MPI_Reduce(mine, x + at, size, MPI_FLOAT, MPI_SUM, r, MPI_COMM_WORLD); })
         }
     }
     (void)x; (void)what;
@@ -317,6 +298,8 @@ static const struct { const char* name; Config config; } presets[] = {
     {"paper7B",       {32, 4096, 4, 1024, 8192,  8192, 4096, 64, 16, 32000, 100000, 1e-5, 1, 0, 0, 0}},
 };
 enum { NUM_PRESETS = sizeof(presets) / sizeof(presets[0]) };
+
+double step_tokens(const Options* o) { return (double)o->accum * ranks.groups * o->batch * o->seq; } // of all ranks
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Parameters and activations: one table each
@@ -529,11 +512,12 @@ static inline void gemm_pack(float* packed, const float* x, size_t stride_i, siz
 }
 
 // At least n floats of the calling thread's, kept from call to call: fresh pages would cost more than the packing.
-float* gemm_scratch(size_t n) {
-    static __thread float* scratch;
-    static __thread size_t capacity;
-    if (n > capacity) { free(scratch); scratch = (float*)xcalloc(n, sizeof(float)); capacity = n; }
-    return scratch;
+enum { OF_PRODUCTS, OF_ATTENTION, NUM_USES };
+float* scratch(int use, size_t n) {
+    static __thread float* memory[NUM_USES];
+    static __thread size_t sizes[NUM_USES];
+    if (n > sizes[use]) { free(memory[use]); memory[use] = (float*)xcalloc(n, sizeof(float)); sizes[use] = n; }
+    return memory[use];
 }
 
 // C (M,N) = A (M,K) B (K,N) + add (M,N; may be C itself) + bias (N) on every row; both may be NULL. Row i of C and add
@@ -544,7 +528,7 @@ void gemm(float* c, size_t ldc, const float* a, size_t a_i, size_t a_k, const fl
           int M, int N, int K, const float* add, const float* bias) {
     int strips_m = (M + TILE_M - 1) / TILE_M, strips_n = (N + TILE_N - 1) / TILE_N, depth = min_int(K, PANEL_K);
     int direct = a_k == 1 ? M / TILE_M : 0; // strips of A that are read where they are
-    float* packed_b = gemm_scratch(((size_t)(strips_m - direct) * TILE_M + (size_t)strips_n * TILE_N) * depth);
+    float* packed_b = scratch(OF_PRODUCTS, ((size_t)(strips_m - direct) * TILE_M + (size_t)strips_n * TILE_N) * depth);
     float* packed_a = packed_b + (size_t)strips_n * TILE_N * depth;
     OMP(omp parallel if ((double)M * N * K > 1e5))
     for (int k0 = 0; k0 < K; k0 += PANEL_K) {
@@ -1166,37 +1150,33 @@ enum { ROWS = 96 };
 void attention_forward(float* out, float* lse, const float* q, const float* k, const float* v,
                        int B, int T, int K, int pos, int c, int H, int Z, int V, Dropout drop) {
     int zd = Z / H, vd = V / H, chunks = pos ? 1 : (T + c - 1) / c, blocks = (min_int(c, T) + ROWS - 1) / ROWS;
-    OMP(omp parallel)
-    {
-        float* S = (float*)xcalloc((size_t)ROWS * min_int(c, pos + T), sizeof(float));
-        OMP(omp for schedule(static) collapse(3))
-        for (int b = 0; b < B; b++) {
-            for (int h = 0; h < H; h++) {
-                for (int cb = 0; cb < chunks * blocks; cb++) {
-                    int first = cb / blocks * c, t0 = first + cb % blocks * ROWS; // of the chunk, of the block
-                    int rows = min_int(ROWS, min_int(first + c, T) - t0), keys = pos + t0 - first + rows;
-                    if (rows <= 0) { continue; }
-                    size_t at = (size_t)b * T + t0, at_k = (size_t)b * K + first;
-                    gemm(S, keys, q + at * Z + h * zd, Z, 1, k + at_k * Z + h * zd, 1, Z, rows, keys, zd, NULL, NULL);
-                    for (int i = 0; i < rows; i++) { // query i of the block sees the first n keys of its chunk
-                        float *s = S + (size_t)i * keys, top = -INFINITY, sum = 0;
-                        int n = keys - rows + i + 1;
-                        if (drop.drop) { dropout_row(s, s, NULL, drop, b, t0 + i, h, n); }
-                        for (int j = 0; j < n; j++) { top = s[j] > top ? s[j] : top; }
-                        OMP(omp simd reduction(+:sum))
-                        for (int j = 0; j < n; j++) {
-                            s[j] = s[j] == -INFINITY ? 0.0f : exp_fast(s[j] - top);
-                            sum += s[j];
-                        }
-                        if (sum == 0) { top = 0; sum = 1; } // all keys dropped
-                        for (int j = 0; j < keys; j++) { s[j] = j < n ? s[j] / sum : 0.0f; }
-                        lse[(at + i) * H + h] = top + logf(sum);
+    OMP(omp parallel for schedule(static) collapse(3))
+    for (int b = 0; b < B; b++) {
+        for (int h = 0; h < H; h++) {
+            for (int cb = 0; cb < chunks * blocks; cb++) {
+                int first = cb / blocks * c, t0 = first + cb % blocks * ROWS; // of the chunk, of the block
+                int rows = min_int(ROWS, min_int(first + c, T) - t0), keys = pos + t0 - first + rows;
+                if (rows <= 0) { continue; }
+                float* S = scratch(OF_ATTENTION, (size_t)ROWS * min_int(c, pos + T));
+                size_t at = (size_t)b * T + t0, at_k = (size_t)b * K + first;
+                gemm(S, keys, q + at * Z + h * zd, Z, 1, k + at_k * Z + h * zd, 1, Z, rows, keys, zd, NULL, NULL);
+                for (int i = 0; i < rows; i++) { // query i of the block sees the first n keys of its chunk
+                    float *s = S + (size_t)i * keys, top = -INFINITY, sum = 0;
+                    int n = keys - rows + i + 1;
+                    if (drop.drop) { dropout_row(s, s, NULL, drop, b, t0 + i, h, n); }
+                    for (int j = 0; j < n; j++) { top = s[j] > top ? s[j] : top; }
+                    OMP(omp simd reduction(+:sum))
+                    for (int j = 0; j < n; j++) {
+                        s[j] = s[j] == -INFINITY ? 0.0f : exp_fast(s[j] - top);
+                        sum += s[j];
                     }
-                    gemm(out + at * V + h * vd, V, S, keys, 1, v + at_k * V + h * vd, V, 1, rows, vd, keys, NULL, NULL);
+                    if (sum == 0) { top = 0; sum = 1; } // all keys dropped
+                    for (int j = 0; j < keys; j++) { s[j] = j < n ? s[j] / sum : 0.0f; }
+                    lse[(at + i) * H + h] = top + logf(sum);
                 }
+                gemm(out + at * V + h * vd, V, S, keys, 1, v + at_k * V + h * vd, V, 1, rows, vd, keys, NULL, NULL);
             }
         }
-        free(S);
     }
 }
 
@@ -1206,45 +1186,41 @@ void attention_forward(float* out, float* lse, const float* q, const float* k, c
 void attention_backward(float* dq, float* dk, float* dv, const float* dout, const float* lse, const float* q,
                         const float* k, const float* v, int B, int T, int c, int H, int Z, int V, Dropout drop) {
     int zd = Z / H, vd = V / H, chunks = (T + c - 1) / c;
-    OMP(omp parallel)
-    {
-        float* P = (float*)xcalloc((size_t)2 * ROWS * min_int(c, T), sizeof(float));
-        OMP(omp for schedule(static) collapse(3))
-        for (int b = 0; b < B; b++) {
-            for (int h = 0; h < H; h++) {
-                for (int chunk = 0; chunk < chunks; chunk++) {
-                    int first = chunk * c, last = min_int(first + c, T), t0 = last - (last - first - 1) % ROWS - 1;
-                    size_t at_k = (size_t)b * T + first;
-                    const float *kc = k + at_k * Z + h * zd, *vc = v + at_k * V + h * vd;
-                    float *dkc = dk + at_k * Z + h * zd, *dvc = dv + at_k * V + h * vd;
-                    for (bool added = false; t0 >= first; t0 -= ROWS, added = true) { // the last block reaches all keys
-                        int rows = min_int(ROWS, last - t0), keys = t0 - first + rows;
-                        size_t at = (size_t)b * T + t0;
-                        const float *qb = q + at * Z + h * zd, *db = dout + at * V + h * vd;
-                        float* dS = P + (size_t)rows * keys;
-                        gemm(P, keys, qb, Z, 1, kc, 1, Z, rows, keys, zd, NULL, NULL);
-                        gemm(dS, keys, db, V, 1, vc, 1, V, rows, keys, vd, NULL, NULL);
-                        for (int i = 0; i < rows; i++) {
-                            float *p = P + (size_t)i * keys, *ds = dS + (size_t)i * keys, norm = lse[(at + i) * H + h];
-                            int n = keys - rows + i + 1;
-                            float dot = 0;
-                            if (drop.drop) { dropout_row(p, p, NULL, drop, b, t0 + i, h, n); }
-                            OMP(omp simd reduction(+:dot))
-                            for (int j = 0; j < n; j++) {
-                                p[j] = p[j] == -INFINITY ? 0.0f : exp_fast(p[j] - norm);
-                                dot += p[j] * ds[j];
-                            }
-                            for (int j = 0; j < n; j++) { ds[j] = p[j] * (ds[j] - dot); }
-                            for (int j = n; j < keys; j++) { p[j] = ds[j] = 0; }
+    OMP(omp parallel for schedule(static) collapse(3))
+    for (int b = 0; b < B; b++) {
+        for (int h = 0; h < H; h++) {
+            for (int chunk = 0; chunk < chunks; chunk++) {
+                int first = chunk * c, last = min_int(first + c, T), t0 = last - (last - first - 1) % ROWS - 1;
+                size_t at_k = (size_t)b * T + first;
+                float* P = scratch(OF_ATTENTION, (size_t)2 * ROWS * min_int(c, T));
+                const float *kc = k + at_k * Z + h * zd, *vc = v + at_k * V + h * vd;
+                float *dkc = dk + at_k * Z + h * zd, *dvc = dv + at_k * V + h * vd;
+                for (bool added = false; t0 >= first; t0 -= ROWS, added = true) { // the last block reaches all keys
+                    int rows = min_int(ROWS, last - t0), keys = t0 - first + rows;
+                    size_t at = (size_t)b * T + t0;
+                    const float *qb = q + at * Z + h * zd, *db = dout + at * V + h * vd;
+                    float* dS = P + (size_t)rows * keys;
+                    gemm(P, keys, qb, Z, 1, kc, 1, Z, rows, keys, zd, NULL, NULL);
+                    gemm(dS, keys, db, V, 1, vc, 1, V, rows, keys, vd, NULL, NULL);
+                    for (int i = 0; i < rows; i++) {
+                        float *p = P + (size_t)i * keys, *ds = dS + (size_t)i * keys, norm = lse[(at + i) * H + h];
+                        int n = keys - rows + i + 1;
+                        float dot = 0;
+                        if (drop.drop) { dropout_row(p, p, NULL, drop, b, t0 + i, h, n); }
+                        OMP(omp simd reduction(+:dot))
+                        for (int j = 0; j < n; j++) {
+                            p[j] = p[j] == -INFINITY ? 0.0f : exp_fast(p[j] - norm);
+                            dot += p[j] * ds[j];
                         }
-                        gemm(dq + at * Z + h * zd, Z, dS, keys, 1, kc, Z, 1, rows, zd, keys, NULL, NULL);
-                        gemm(dkc, Z, dS, 1, keys, qb, Z, 1, keys, zd, rows, added ? dkc : NULL, NULL);
-                        gemm(dvc, V, P, 1, keys, db, V, 1, keys, vd, rows, added ? dvc : NULL, NULL);
+                        for (int j = 0; j < n; j++) { ds[j] = p[j] * (ds[j] - dot); }
+                        for (int j = n; j < keys; j++) { p[j] = ds[j] = 0; }
                     }
+                    gemm(dq + at * Z + h * zd, Z, dS, keys, 1, kc, Z, 1, rows, zd, keys, NULL, NULL);
+                    gemm(dkc, Z, dS, 1, keys, qb, Z, 1, keys, zd, rows, added ? dkc : NULL, NULL);
+                    gemm(dvc, V, P, 1, keys, db, V, 1, keys, vd, rows, added ? dvc : NULL, NULL);
                 }
             }
         }
-        free(P);
     }
 }
 
@@ -1285,6 +1261,7 @@ void crossentropy_backward(float* logits, const float* losses, const int* target
 // memory, with the result of one call on all of them. Slot l of each array belongs to layer l.
 typedef struct {
     int B, pos;      // batch rows; timesteps in the current chunk so far
+    size_t bytes;    // of norm and h; all four arrays are one block
     NormState* norm; // (L+1,B,G) timestep norms; slot L is output.final_norm's
     float* h;        // (L,B,D,N,2) CEMA
     float *k, *v;    // (L,B,c,Z) and (L,B,c,V): keys and values of the current chunk; NULL if calls end where chunks do
@@ -1305,7 +1282,7 @@ typedef struct {
     int B, T, keep;
     Spec specs[NUM_ACTS], dspecs[NUM_ACTS];
     Acts acts, grads;
-    State* before; // training where ranks hold slices of T timesteps: what comes before this one's; else NULL
+    State before; // training where ranks hold slices of T timesteps: what comes before this one's; else empty
     Masks masks;
 } Pass;
 
@@ -1346,15 +1323,17 @@ void model_free(Model* m) {
 }
 
 void state_alloc(State* s, const Config* c, int B, bool cache) {
-    size_t layers = c->num_layers, chunk = cache ? (size_t)B * c->chunk_size : 0;
-    s->B = B; s->pos = 0;
-    s->norm = (NormState*)xcalloc((layers + 1) * B * c->norm_num_groups, sizeof(NormState));
-    s->h = (float*)xcalloc(layers * B * c->model_dim * c->cema_ndim * 2, sizeof(float));
-    s->k = cache ? (float*)xcalloc(layers * chunk * c->z_dim, sizeof(float)) : NULL;
-    s->v = cache ? (float*)xcalloc(layers * chunk * c->value_dim, sizeof(float)) : NULL;
+    size_t layers = c->num_layers, norms = (layers + 1) * B * c->norm_num_groups;
+    size_t h = layers * B * c->model_dim * c->cema_ndim * 2, chunks = cache ? layers * B * c->chunk_size : 0;
+    s->B = B; s->pos = 0; s->bytes = norms * sizeof(NormState) + h * sizeof(float);
+    s->norm = (NormState*)xcalloc(s->bytes / sizeof(float) + chunks * (c->z_dim + c->value_dim), sizeof(float));
+    s->h = (float*)(s->norm + norms);
+    s->k = cache ? s->h + h : NULL;
+    s->v = cache ? s->k + chunks * c->z_dim : NULL;
 }
 
-void state_free(State* s) { free(s->norm); free(s->h); free(s->k); free(s->v); }
+void state_free(State* s) { free(s->norm); }
+void state_reset(State* s) { memset(s->norm, 0, s->bytes); s->pos = 0; } // back to the empty past
 
 // keep_grads: KEEP_NONE, or KEEP_ALL where a test wants to see the gradients of every layer's activations.
 void pass_alloc(Pass* s, const Config* c, int B, int T, int keep, int keep_grads) {
@@ -1365,21 +1344,10 @@ void pass_alloc(Pass* s, const Config* c, int B, int T, int keep, int keep_grads
     specs_place(&s->acts, (float*)xcalloc(specs_size(s->specs, NUM_ACTS), sizeof(float)), s->specs, NUM_ACTS);
     if (keep == KEEP_NONE) { return; }
     specs_place(&s->grads, (float*)xcalloc(specs_size(s->dspecs, NUM_ACTS), sizeof(float)), s->dspecs, NUM_ACTS);
-    if (ranks.chunks == 1) { return; }
-    s->before = (State*)xcalloc(1, sizeof(State));
-    state_alloc(s->before, c, B, false);
+    if (ranks.chunks > 1) { state_alloc(&s->before, c, B, false); }
 }
 
-void pass_free(Pass* s) {
-    free(s->acts.embed); free(s->grads.embed);
-    if (s->before) { state_free(s->before); free(s->before); }
-}
-
-void state_reset(State* s, const Config* c) { // back to the empty past
-    memset(s->norm, 0, sizeof(NormState) * (c->num_layers + 1) * s->B * c->norm_num_groups);
-    memset(s->h, 0, sizeof(float) * c->num_layers * s->B * c->model_dim * c->cema_ndim * 2);
-    s->pos = 0;
-}
+void pass_free(Pass* s) { free(s->acts.embed); free(s->grads.embed); state_free(&s->before); }
 
 // Rows that start afresh forget the past. The others' statistics become what checkpoints hold of them, floats, so that
 // a resumed run goes on with the same bits.
@@ -1396,19 +1364,9 @@ void state_carry(State* s, const Config* c, const bool* fresh) {
     }
 }
 
-// Where ranks hold slices, the state after the last one is what the next step goes on from.
-void state_share(State* s, const Config* c) {
-    size_t norm = sizeof(NormState) * (c->num_layers + 1) * s->B * c->norm_num_groups;
-    size_t h = sizeof(float) * c->num_layers * s->B * c->model_dim * c->cema_ndim * 2, last = ranks.chunks - 1;
-    char* all = (char*)(last ? xcalloc(ranks.chunks, norm > h ? norm : h) : NULL);
-    if (last) { all_gather(all, s->norm, norm); memcpy(s->norm, all + last * norm, norm); }
-    if (last) { all_gather(all, s->h, h); memcpy(s->h, all + last * h, h); }
-    free(all);
-}
-
-State state_layer(const State* s, const Config* c, int l) { // layer l's part of s; all NULL where s is NULL
-    State r = {0, 0, NULL, NULL, NULL, NULL};
-    if (!s) { return r; }
+State state_layer(const State* s, const Config* c, int l) { // layer l's part of s; all NULL where s is NULL or empty
+    State r = {0, 0, 0, NULL, NULL, NULL, NULL};
+    if (!s || !s->norm) { return r; }
     size_t slot = (size_t)l * s->B;
     r = *s;
     r.norm += slot * c->norm_num_groups;
@@ -1463,7 +1421,7 @@ void block_forward(const Model* m, const Pass* s, int l, const State* start, Sta
     Params p = params_layer(m, m->params, l);
     Acts a = acts_layer(s->specs, s->acts, l);
     Dropouts drop = dropouts_at(s->masks, T, l);
-    State in = state_layer(start, c, l), next = state_layer(end, c, l), before = state_layer(s->before, c, l);
+    State in = state_layer(start, c, l), next = state_layer(end, c, l), before = state_layer(&s->before, c, l);
 
     // Long memory: n = timestep_norm(x), e = cema(n), m = rms_norm(e).
     timestepnorm_forward(a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, before.norm, in.norm, x, p.timenorm_w,
@@ -1521,7 +1479,7 @@ void block_backward(const Model* m, const Pass* s, int l, const State* start, St
     Params p = params_layer(m, m->params, l), g = params_layer(m, m->grads, l);
     Acts a = acts_layer(s->specs, s->acts, l), d = acts_layer(s->dspecs, s->grads, l);
     Dropouts drop = dropouts_at(s->masks, T, l);
-    State in = state_layer(s->before ? s->before : start, c, l), din = state_layer(dstart, c, l);
+    State in = state_layer(s->before.norm ? &s->before : start, c, l), din = state_layer(dstart, c, l);
 
     for (size_t i = 0; c->rescale_nffn && i < rows * D; i++) {
         g.rescale[i % D] += d.out[i] * a.fc2[i];
@@ -1577,7 +1535,7 @@ void model_forward(const Model* m, const Pass* s, const int* tokens, const State
     dropout(a.embed, a.embed, NULL, dropouts_at(s->masks, T, 0).embed, rows, D);
     for (int l = 0; l < L; l++) { block_forward(m, s, l, start, end); }
     timestepnorm_forward(a.final, a.final_mean, a.final_rstd, state_layer(end, c, L).norm,
-                         state_layer(s->before, c, L).norm, state_layer(start, c, L).norm, block_input(s->specs, a, L),
+                         state_layer(&s->before, c, L).norm, state_layer(start, c, L).norm, block_input(s->specs, a, L),
                          m->params.final_w, m->params.final_b, B, T, D, c->norm_num_groups, c->norm_eps);
     matmul_forward(a.logits, a.final, output_weight(m, m->params), NULL, NULL, rows, D, c->vocab_size);
     if (end) { end->pos = ((start ? start->pos : 0) + T) % c->chunk_size; }
@@ -1605,7 +1563,7 @@ void model_backward(const Model* m, const Pass* s, const int* tokens, const int*
                     NULL, rows, D, c->vocab_size);
     memset(dx, 0, sizeof(float) * rows * D);
     timestepnorm_backward(dx, m->grads.final_w, m->grads.final_b, state_layer(dstart, c, L).norm, d.final, a.final_mean,
-                          a.final_rstd, state_layer(s->before ? s->before : start, c, L).norm,
+                          a.final_rstd, state_layer(s->before.norm ? &s->before : start, c, L).norm,
                           block_input(s->specs, a, L), m->params.final_w, B, T, D, c->norm_num_groups, NULL);
     for (int l = L - 1; l >= 0; l--) { // with --recompute, only the last layer's activations are still there
         if (s->keep == KEEP_BLOCKS && l < L - 1) { block_forward(m, s, l, start, NULL); }
@@ -1763,7 +1721,7 @@ void cpu_micro_step(void* self, const int* tokens, const int* targets, double dl
     model_backward(&r->m, &r->pass, tokens, targets, dloss, past, NULL);
     if (!fresh) { return; }
     State s = *past; *past = *next; *next = s;
-    state_share(past, &r->m.config);
+    share_last(past->norm, past->bytes);
 }
 
 double cpu_finish_step(void* self, double* loss) {
@@ -1788,7 +1746,7 @@ const float* cpu_logits(void* self) {
     return r->stream.acts.logits + (size_t)(r->stream.T - 1) * r->m.config.vocab_size;
 }
 
-void cpu_reset(void* self) { state_reset(&((Cpu*)self)->state, &((Cpu*)self)->m.config); }
+void cpu_reset(void* self) { state_reset(&((Cpu*)self)->state); }
 
 Backend cpu_backend(Cpu* r) {
     Backend b = {r, "CPU", 0, STREAM_TOKENS, cpu_memory_needed, cpu_open, cpu_close, cpu_copy, cpu_micro_step,
@@ -1796,8 +1754,6 @@ Backend cpu_backend(Cpu* r) {
     memset(r, 0, sizeof(*r));
     return b;
 }
-
-#include "data/safetensors.h" // the format of checkpoints: reading it, and what of a file is refused
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Options as text: the command line, the metadata of files, the printed configuration
@@ -1872,21 +1828,6 @@ int option_find(const char* word) {
     die("unknown option \"%s\": --help lists all of them", word);
 }
 
-// What a file records, over o, only the model and its tokens unless `all`; flags that contradict a model are refused.
-void options_from_file(Options* o, const SafeTensors* st, const bool* given, bool all) {
-    for (int i = 0; i < NUM_OPTIONS && option_rows[i].group <= (all ? TRAINING_GROUP : TOKEN_GROUP); i++) {
-        const char* text = safetensors_meta(st, option_key(i));
-        Options file = *o;
-        if (!text) { continue; }
-        option_set(&file, i, text, st->path);
-        const char *theirs = option_text(&file, i), *ours = option_text(o, i);
-        if (!given[i]) { *o = file; }
-        else if (option_rows[i].group == MODEL_GROUP && strcmp(theirs, ours)) {
-            die("%s has %s %s, the flags say %s", st->path, option_rows[i].name, theirs, ours);
-        }
-    }
-}
-
 void options_print(const Options* o, bool training, FILE* f) {
     for (int i = 0, column = 0; option_rows[i].group < (training ? MODE_GROUP : TRAINING_GROUP); i++) {
         const char* value = option_text(o, i);
@@ -1896,162 +1837,19 @@ void options_print(const Options* o, bool training, FILE* f) {
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Checkpoints: weights, both Adam moments, all flags and the step, from which data order and sampling follow; with
-// --carry also the carried states
-
-// The tensors of block STATES, of all rows of a step; rows of a table like param_specs's, which stand after those.
-enum { NUM_CARRIED = 7 };
-void carried_specs(Spec specs[NUM_CARRIED], const Options* o) {
-    const Config* c = &o->model;
-    size_t R = (size_t)o->batch * o->accum * ranks.groups, D = c->model_dim, N = c->cema_ndim, G = c->norm_num_groups;
-    int L = o->carry ? c->num_layers : 0, once = o->carry;
-    const Spec rows[NUM_CARRIED] = {
-        {"layers.%d.mega.timenorm.count", L,    {R, 0, 0, 0}, R, 0},
-        {"layers.%d.mega.timenorm.mean",  L,    {R, G, 0, 0}, R * G, 0},
-        {"layers.%d.mega.timenorm.var",   L,    {R, G, 0, 0}, R * G, 0},
-        {"output.final_norm.count",       once, {R, 0, 0, 0}, R, 0},
-        {"output.final_norm.mean",        once, {R, G, 0, 0}, R * G, 0},
-        {"output.final_norm.var",         once, {R, G, 0, 0}, R * G, 0},
-        {"layers.%d.mega.cema.h",         L,    {R, D, N, 2}, R * D * N * 2, 0},
-    };
-    memcpy(specs, rows, sizeof(rows));
-}
-
-// A walk over the tensors of a checkpoint, in the order of the file: for (Saved s = before_saved; saved_next(...);)
-// begin and end: of its data, in bytes.
-typedef struct { int block, row, layer; const Spec* spec; size_t begin, end; char name[128]; } Saved;
-static const Saved before_saved = {WEIGHTS, 0, -1, NULL, 0, 0, ""};
-bool saved_next(Saved* s, const Spec* specs, int blocks) { // false after the last one of the first `blocks` blocks
-    s->layer++;
-    while (s->layer >= specs[s->row].slots || !specs[s->row].size) {
-        s->layer = 0;
-        if (++s->row < (s->block == STATES ? NUM_PARAMS + NUM_CARRIED : NUM_PARAMS)) { continue; }
-        s->row = ++s->block == STATES ? NUM_PARAMS : 0;
-        if (s->block == blocks) { return false; }
-    }
-    s->spec = &specs[s->row];
-    s->begin = s->end; s->end += s->spec->size * sizeof(float);
-    layer_name(s->name, block_prefixes[s->block], s->spec->name, s->layer);
-    return true;
-}
-
-// Copies a tensor between `tensor` and the backend; of STATES, the rows of a micro-step. part receives what of the
-// tensor is this rank's.
-void saved_copy(const Backend* b, const Options* o, const Saved* s, int micro, float* tensor, bool to_host,
-                size_t part[2]) {
-    if (s->block < STATES) { b->copy(b->self, s->block, s->row, s->layer, tensor, to_host, part); return; }
-    size_t n = (size_t)o->batch * o->model.norm_num_groups, each = s->spec->size / o->accum / ranks.groups;
-    int i = s->row - NUM_PARAMS, layer = i < 3 ? s->layer : o->model.num_layers;
-    part[0] = ((size_t)micro * ranks.groups + ranks.group) * each;
-    part[1] = part[0] + each;
-    tensor += part[0];
-    if (i == 6) { b->copy(b->self, CARRIED_H, micro, s->layer, tensor, to_host, part); return; }
-    NormState* norms = (NormState*)xcalloc(n, sizeof(NormState));
-    b->copy(b->self, CARRIED_NORM, micro, layer, norms, true, part);
-    for (size_t k = 0; k < n; k++) { // the groups of a row hold its count each
-        double* field = i % 3 == 0 ? &norms[k].count : i % 3 == 1 ? &norms[k].mean : &norms[k].var;
-        if (to_host) { tensor[k * each / n] = *field; } else { *field = tensor[k * each / n]; }
-    }
-    if (!to_host) { b->copy(b->self, CARRIED_NORM, micro, layer, norms, false, part); }
-    free(norms);
-}
-
-double step_tokens(const Options* o) { return (double)o->accum * ranks.groups * o->batch * o->seq; }
-
-// Writes DIR/step_%08d.safetensors under another name, flushes it to the disk, and only then gives it its name. Rank 0
-// writes the header, then every rank what is in its shard.
-void checkpoint_save(const Backend* b, const Spec* specs, const Options* o, int step) {
-    char* header = NULL;
-    size_t length = 0, bytes = 0, largest = 0;
-    FILE* h = open_memstream(&header, &length);
-    if (!h) { die("out of memory"); }
-    fprintf(h, "{\"__metadata__\":{\"format\":\"megalodon\",\"step\":\"%d\",\"tokens\":\"%.0f\"", step,
-            step * step_tokens(o));
-    for (int i = 0; option_rows[i].group != MODE_GROUP; i++) { header_add_meta(h, option_key(i), option_text(o, i)); }
-    fputc('}', h);
-    for (Saved s = before_saved; saved_next(&s, specs, NUM_BLOCKS); bytes = s.end) {
-        header_add_tensor(h, s.name, s.spec, s.begin);
-        largest = s.spec->size > largest ? s.spec->size : largest;
-    }
-    fputc('}', h);
-    while (ftell(h) % 8) { fputc(' ', h); }
-    fclose(h);
-
-    const char *path = text_of("%s/step_%08d.safetensors", o->out, step), *part = text_of("%s.part", path);
-    double at = ranks.rank ? 0 : 8 + length; // the same on all ranks, though their headers may differ in --threads
-    all_sum(&at, 1);
-    int fd = open(part, O_CREAT | O_WRONLY, 0666);
-    FILE* f = fd < 0 ? NULL : fdopen(fd, "wb");
-    float* tensor = (float*)xcalloc(largest, sizeof(float));
-    bool good = f && !ftruncate(fd, at + bytes);
-    for (int i = 0; good && !ranks.rank && i < 8; i++) { good = fputc(length >> 8 * i & 255, f) != EOF; }
-    good = good && (ranks.rank || fwrite(header, 1, length, f) == length);
-    for (Saved s = before_saved; good && saved_next(&s, specs, NUM_BLOCKS);) {
-        for (int k = 0; good && k < (s.block == STATES ? o->accum : 1); k++) {
-            size_t mine[2];
-            saved_copy(b, o, &s, k, tensor, true, mine);
-            good = !fseeko(f, at + s.begin + mine[0] * sizeof(float), SEEK_SET) &&
-                   fwrite(tensor + mine[0], sizeof(float), mine[1] - mine[0], f) == mine[1] - mine[0];
-        }
-    }
-    good = good && !fflush(f) && !fsync(fileno(f));
-    int error = errno;
-    if (f) { fclose(f); }
-    if (good) { all_sum(&at, 1); } // waits for all
-    if (!good || (ranks.rank == 0 && rename(part, path))) {
-        error = good ? errno : error;
-        unlink(part);
-        die("cannot write %s: %s (earlier checkpoints are untouched)", path, strerror(error));
-    }
-    int folder = open(o->out, O_RDONLY | O_DIRECTORY); // the new name must survive a power cut too
-    if (folder >= 0) { fsync(folder); close(folder); }
-    free(header); free(tensor);
-}
-
-// Checks that a file has the tensors of the first blocks, and with b, reads them into it.
-void blocks_load(const Backend* b, const Options* o, const Spec* specs, const SafeTensors* st, int blocks) {
-    size_t part[2];
-    for (Saved s = before_saved; saved_next(&s, specs, blocks);) {
-        float* tensor = b ? (float*)xcalloc(s.spec->size, sizeof(float)) : NULL;
-        safetensors_read(st, s.name, s.spec, tensor);
-        for (int k = 0; b && k < (s.block == STATES ? o->accum : 1); k++) {
-            saved_copy(b, o, &s, k, tensor, false, part);
-        }
-        free(tensor);
-    }
-}
-
-// Refuses files that hold more than this model has. A released state dict also holds buffers, which mean nothing here,
-// and the embedding again as the output layer where they are tied.
-void weights_check(const Spec* specs, const SafeTensors* st, bool share_emb) {
-    for (int t = 0; t < st->num_tensors; t++) {
-        const char *has = st->tensors[t].name, *dot = strrchr(has, '.');
-        bool known = !strncmp(has, "adam_", 5) || !strncmp(has, "state.", 6) || !strcmp(has, "rope.freqs")
-                     || (dot && !strncmp(dot, ".prior_", 7));
-        for (Saved s = before_saved; !known && saved_next(&s, specs, WEIGHTS + 1);) { known = !strcmp(has, s.name); }
-        if (!known && share_emb && !strcmp(has, "output.output.weight")) {
-            float *output = (float*)xcalloc(specs[0].size, sizeof(float)), *embed = (float*)xcalloc(specs[0].size, 4);
-            safetensors_read(st, has, &specs[0], output);
-            safetensors_read(st, specs[0].name, &specs[0], embed);
-            known = !memcmp(output, embed, specs[0].size * sizeof(float));
-            if (!known) { die("%s: share_emb is 1, but '%s' differs from '%s'", st->path, has, specs[0].name); }
-            free(output); free(embed);
-        }
-        if (!known) { die("%s: unexpected tensor '%s': a model of this configuration has none", st->path, has); }
-    }
-}
-
-#include "data/tokens.h" // tokenizers, files of tokens, documents, what losses say about a text
+#include "data/safetensors.h" // weights and checkpoints: the format, and what of a file is refused
+#include "data/tokens.h"      // tokenizers, files of tokens, documents, what losses say about a text
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Use: evaluation, generation, training; on any backend
 
 // Adds to `spans` the losses of the documents of d in order, each from an empty past on, every token scored once (the
-// first one only after an EOD); and writes them to `file` if not NULL. Returns the mean of all in nats.
-double evaluate(const Backend* b, const Config* c, const Dataset* d, Span spans[NUM_SPANS], FILE* file) {
+// first one only after an EOD); and writes them to the file `path` if that is not "". Returns the mean of all in nats.
+double evaluate(const Backend* b, const Config* c, const Dataset* d, Span spans[NUM_SPANS], const char* path) {
     int *tokens = (int*)xcalloc(b->stream_tokens + 1, sizeof(int)), T;
     float* losses = (float*)xcalloc(b->stream_tokens, sizeof(float));
+    FILE* file = *path ? fopen(path, "wb") : NULL;
+    if (*path && !file) { die("--losses %s: %s", path, strerror(errno)); }
     for (const Document* k = d->documents; k < d->documents + d->num_documents; k++) {
         size_t inputs = document_inputs(d, k);
         b->reset(b->self);
@@ -2063,19 +1861,10 @@ double evaluate(const Backend* b, const Config* c, const Dataset* d, Span spans[
             if (file) { fwrite(losses, sizeof(float), T, file); } // errors show when it is closed
         }
     }
+    if (file && (ferror(file) || fclose(file))) { die("--losses %s: %s", path, strerror(errno)); }
     free(tokens); free(losses);
     Span sum = spans_sum(spans);
     return sum.nats / sum.tokens;
-}
-
-// --eval: the losses, what they say about the text, and --losses.
-void evaluate_file(const Backend* b, const Options* o, const Dataset* d) {
-    Span spans[NUM_SPANS] = {{0, 0}};
-    FILE* file = *o->losses ? fopen(o->losses, "wb") : NULL;
-    if (*o->losses && !file) { die("--losses %s: %s", o->losses, strerror(errno)); }
-    evaluate(b, &o->model, d, spans, file);
-    if (file && (ferror(file) || fclose(file))) { die("--losses %s: %s", o->losses, strerror(errno)); }
-    spans_print(spans, d);
 }
 
 typedef struct { float p; int id; } Candidate;
@@ -2117,20 +1906,15 @@ double seconds(void) {
     return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
-// Prints n tokens that follow the prompt, or up to the end of the document. An empty prompt starts a new document, or
-// where there are no documents, a line. A single sample is printed as it comes, several one after the other.
+// Prints n tokens that follow the prompt, or up to the end of the document: the first sample as it comes, the others,
+// made together with it, after it.
 void generate(const Backend* b, const Options* o, const Tokenizer* t, int n, uint64_t stream) {
-    const char* prompt = *o->prompt || o->eod >= 0 ? o->prompt : "\n";
     int vocab = o->model.vocab_size, B = o->generate ? o->samples : 1, left = 0, going = B;
     int *tokens = (int*)xcalloc((size_t)B * (n + 1), sizeof(int)), *next = (int*)xcalloc(B, sizeof(int));
     int* ends = (int*)xcalloc(B, sizeof(int)); // tokens of each sample, once it is done
-    Tokens past = {NULL, 0};
-    if (o->eod >= 0) { tokens_add(&past, o->eod); }
-    encode(t, (const unsigned char*)prompt, strlen(prompt), &past);
-    if (!past.count) { tokens_add(&past, t->eod); } // a prompt of spaces that the tokenizer drops
+    Tokens past = prompt_tokens(o, t);
     b->reset(b->self);
     for (size_t i = 0; i < past.count; i++) { // the last one waits in next
-        if (past.ids[i] >= vocab) { die("--prompt: byte %d is not below vocab_size %d", past.ids[i], vocab); }
         if (i > 0) { b->stream(b->self, next, 1, NULL, NULL); }
         for (int s = 0; s < B; s++) { next[s] = past.ids[i]; ends[s] = n; }
     }
@@ -2146,11 +1930,11 @@ void generate(const Backend* b, const Options* o, const Tokenizer* t, int n, uin
         for (int s = 0; s < B; s++) {
             if (ends[s] == n && next[s] == o->eod) { ends[s] = i; going--; }
         }
-        if (B == 1 && going) { token_print(t, vocab, next[0], &left); }
+        if (i < ends[0]) { token_print(t, vocab, next[0], &left); }
     }
-    for (int s = 0; B > 1 && s < B; s++) {
+    for (int s = 1; s < B; s++) {
+        printf("\n----------------\n");
         for (int i = 0; i < ends[s]; i++) { token_print(t, vocab, tokens[(size_t)s * n + i], &left); }
-        printf(s + 1 < B ? "\n----------------\n" : "");
     }
     fflush(stdout);
     double speed = (double)B * n / (seconds() - started);
@@ -2243,7 +2027,7 @@ void train(const Backend* b, const Options* o, const Spec* specs, int first_step
         double ms = 1e3 * (seconds() - step_started);
         bool validates = held_out->size > (o->eod < 0) && (last || (o->val_every && done % o->val_every == 0));
         Span spans[NUM_SPANS] = {{0, 0}};
-        if (validates && ranks.rank == 0) { val = evaluate(b, &o->model, held_out, spans, NULL); }
+        if (validates && ranks.rank == 0) { val = evaluate(b, &o->model, held_out, spans, ""); }
         double left = (seconds() - started) / (done - first_step) * (o->steps - done);
         log_step(o, log, done, loss, norm, lr, ms, left, val, peak);
         if (o->sample_every && (last || done % o->sample_every == 0) && ranks.rank == 0) {
@@ -2320,6 +2104,21 @@ void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
 #endif
 }
 
+// Brings the tensors of the first blocks to b: a file's, or without one the weights as they start. Without b it only
+// checks that the file has them.
+void blocks_load(const Backend* b, const Options* o, const Spec* specs, const SafeTensors* st, int blocks) {
+    size_t part[2];
+    for (Saved s = before_saved; saved_next(&s, specs, blocks);) {
+        float* tensor = b ? (float*)xcalloc(s.spec->size, sizeof(float)) : NULL;
+        if (st) { safetensors_read(st, s.name, s.spec, tensor); }
+        else { param_init(tensor, s.spec, s.row, s.layer, &o->model, o->seed); }
+        for (int k = 0; b && k < (s.block == STATES ? o->accum : 1); k++) {
+            saved_copy(b, o, &s, k, tensor, false, part);
+        }
+        free(tensor);
+    }
+}
+
 // What the options ask for. With --load or --resume st is open.
 void run(const Backend* b, const Options* o, SafeTensors* st) {
     bool loaded = *o->load || *o->resume, training = !o->generate && !*o->eval;
@@ -2327,6 +2126,7 @@ void run(const Backend* b, const Options* o, SafeTensors* st) {
     int blocks = *o->resume && training ? NUM_BLOCKS : WEIGHTS + 1;
     Spec specs[NUM_PARAMS + NUM_CARRIED];
     static Dataset data, held_out;
+    Span spans[NUM_SPANS] = {{0, 0}};
     ranks_group(o->chunk_parallel);
     slice_length(o->seq, o->model.chunk_size);
     if (!training && ranks.rank) { return; } // these take one
@@ -2342,30 +2142,17 @@ void run(const Backend* b, const Options* o, SafeTensors* st) {
     if (training) { fprintf(info, "memory: %.1f MB\n", needed / 1e6); }
     if (needed > 1e15) { die("--batch %d --seq %d: more than any machine has", o->batch, o->seq); }
     if (o->dry_run) { return; }
-    Tokenizer* tokenizer = tokenizer_for(o);
-    data.tokenizer = held_out.tokenizer = tokenizer;
     data_open(o, training, &data, &held_out);
     if (loaded) { blocks_load(NULL, o, specs, st, blocks); } // before the memory is taken that the file says it needs
     b->open(b->self, o, training);
-    if (loaded) {
-        weights_check(specs, st, o->model.share_emb);
-        blocks_load(b, o, specs, st, blocks);
-        fprintf(info, "weights: %s\n", st->path);
-    }
-    size_t part[2];
-    for (Saved s = before_saved; !loaded && saved_next(&s, specs, WEIGHTS + 1);) {
-        float* tensor = (float*)xcalloc(s.spec->size, sizeof(float));
-        param_init(tensor, s.spec, s.row, s.layer, &o->model, o->seed);
-        b->copy(b->self, WEIGHTS, s.row, s.layer, tensor, false, part);
-        free(tensor);
-    }
-    if (training) {
-        int step = *o->resume ? atoi(safetensors_meta(st, "step")) : 0;
-        if (step >= o->steps) { printf("step %d of %d: nothing left to do\n", step, o->steps); }
-        else { train(b, o, specs, step, &data, &held_out); }
-    } else if (o->generate) { generate(b, o, tokenizer, o->generate, 0); }
-    else { evaluate_file(b, o, &data); }
-    tokenizer_close(tokenizer);
+    if (loaded) { weights_check(specs, st, o->model.share_emb); fprintf(info, "weights: %s\n", st->path); }
+    blocks_load(b, o, specs, loaded ? st : NULL, blocks);
+    int step = *o->resume ? atoi(safetensors_meta(st, "step")) : 0;
+    if (o->generate) { generate(b, o, data.tokenizer, o->generate, 0); }
+    else if (*o->eval) { evaluate(b, &o->model, &data, spans, o->losses); spans_print(spans, &data); }
+    else if (step < o->steps) { train(b, o, specs, step, &data, &held_out); }
+    else { printf("step %d of %d: nothing left to do\n", step, o->steps); }
+    tokenizer_close(data.tokenizer);
     b->close(b->self);
     if (loaded) { safetensors_close(st); }
     if (fflush(stdout) || ferror(stdout)) { die("stdout: %s", strerror(errno)); }

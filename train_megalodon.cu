@@ -3411,7 +3411,7 @@ template <typename X> static void gpu_micro_step(void* self, const int* tokens, 
     State host; // the last slice's is everyone's
     state_alloc(&host, &r->m.config, past->B, false);
     state_copy(r->gpu, past, &host, &r->m.config, true);
-    state_share(&host, &r->m.config);
+    share_last(host.norm, host.bytes);
     state_copy(r->gpu, past, &host, &r->m.config, false); state_free(&host);
 }
 

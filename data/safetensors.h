@@ -1,5 +1,5 @@
 /*
-Part of train_megalodon.c: files of tensors, and folders of them. A safetensors file is
+Part of train_megalodon.c: files of tensors, and those of them that are checkpoints. A safetensors file is
 
     8 bytes       the length of the header, little-endian
     the header    JSON, an object: "NAME": {"dtype": "F32", "shape": [2,3], "data_offsets": [begin,end]} for each tensor
@@ -12,6 +12,7 @@ is checked against the size of the file.
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <math.h>
 #include <stdbool.h>
@@ -20,6 +21,15 @@ is checked against the size of the file.
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
+
+// Room for one more element: the list doubles whenever its count is a power of two.
+void* list_grow(void* list, size_t count, size_t size) {
+    if (count & (count - 1)) { return list; }
+    list = realloc(list, (count ? 2 * count : 1) * size);
+    if (!list) { die("out of memory: a list of %zu bytes asked for", 2 * count * size); }
+    return list;
+}
 
 enum { MAX_DIMS = 8, HEADER_LIMIT = 100000000 };
 enum { F32, F16, BF16, I32, I64, NUM_DTYPES };
@@ -278,7 +288,65 @@ void safetensors_read(const SafeTensors* st, const char* name, const Spec* spec,
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Writing a header's entries
+// Checkpoints: weights, both Adam moments, all flags and the step, from which data order and sampling follow; with
+// --carry also the carried states
+
+// The tensors of block STATES, of all rows of a step; rows of a table like param_specs's, which stand after those.
+enum { NUM_CARRIED = 7 };
+void carried_specs(Spec specs[NUM_CARRIED], const Options* o) {
+    const Config* c = &o->model;
+    size_t R = (size_t)o->batch * o->accum * ranks.groups, D = c->model_dim, N = c->cema_ndim, G = c->norm_num_groups;
+    int L = o->carry ? c->num_layers : 0, once = o->carry;
+    const Spec rows[NUM_CARRIED] = {
+        {"layers.%d.mega.timenorm.count", L,    {R, 0, 0, 0}, R, 0},
+        {"layers.%d.mega.timenorm.mean",  L,    {R, G, 0, 0}, R * G, 0},
+        {"layers.%d.mega.timenorm.var",   L,    {R, G, 0, 0}, R * G, 0},
+        {"output.final_norm.count",       once, {R, 0, 0, 0}, R, 0},
+        {"output.final_norm.mean",        once, {R, G, 0, 0}, R * G, 0},
+        {"output.final_norm.var",         once, {R, G, 0, 0}, R * G, 0},
+        {"layers.%d.mega.cema.h",         L,    {R, D, N, 2}, R * D * N * 2, 0},
+    };
+    memcpy(specs, rows, sizeof(rows));
+}
+
+// A walk over the tensors of a checkpoint, in the order of the file: for (Saved s = before_saved; saved_next(...);)
+// begin and end: of its data, in bytes.
+typedef struct { int block, row, layer; const Spec* spec; size_t begin, end; char name[128]; } Saved;
+static const Saved before_saved = {WEIGHTS, 0, -1, NULL, 0, 0, ""};
+bool saved_next(Saved* s, const Spec* specs, int blocks) { // false after the last one of the first `blocks` blocks
+    s->layer++;
+    while (s->layer >= specs[s->row].slots || !specs[s->row].size) {
+        s->layer = 0;
+        if (++s->row < (s->block == STATES ? NUM_PARAMS + NUM_CARRIED : NUM_PARAMS)) { continue; }
+        s->row = ++s->block == STATES ? NUM_PARAMS : 0;
+        if (s->block == blocks) { return false; }
+    }
+    s->spec = &specs[s->row];
+    s->begin = s->end; s->end += s->spec->size * sizeof(float);
+    layer_name(s->name, block_prefixes[s->block], s->spec->name, s->layer);
+    return true;
+}
+
+// Copies a tensor between `tensor` and the backend; of STATES, the rows of a micro-step. part receives what of the
+// tensor is this rank's.
+void saved_copy(const Backend* b, const Options* o, const Saved* s, int micro, float* tensor, bool to_host,
+                size_t part[2]) {
+    if (s->block < STATES) { b->copy(b->self, s->block, s->row, s->layer, tensor, to_host, part); return; }
+    size_t n = (size_t)o->batch * o->model.norm_num_groups, each = s->spec->size / o->accum / ranks.groups;
+    int i = s->row - NUM_PARAMS, layer = i < 3 ? s->layer : o->model.num_layers;
+    part[0] = ((size_t)micro * ranks.groups + ranks.group) * each;
+    part[1] = part[0] + each;
+    tensor += part[0];
+    if (i == 6) { b->copy(b->self, CARRIED_H, micro, s->layer, tensor, to_host, part); return; }
+    NormState* norms = (NormState*)xcalloc(n, sizeof(NormState));
+    b->copy(b->self, CARRIED_NORM, micro, layer, norms, true, part);
+    for (size_t k = 0; k < n; k++) { // the groups of a row hold its count each
+        double* field = i % 3 == 0 ? &norms[k].count : i % 3 == 1 ? &norms[k].mean : &norms[k].var;
+        if (to_host) { tensor[k * each / n] = *field; } else { *field = tensor[k * each / n]; }
+    }
+    if (!to_host) { b->copy(b->self, CARRIED_NORM, micro, layer, norms, false, part); }
+    free(norms);
+}
 
 // A key of the metadata and its value; control characters become question marks.
 void header_add_meta(FILE* header, const char* key, const char* value) {
@@ -297,8 +365,51 @@ void header_add_tensor(FILE* header, const char* name, const Spec* s, size_t beg
     fprintf(header, "],\"data_offsets\":[%zu,%zu]}", begin, begin + s->size * sizeof(float));
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Folders of checkpoints, one step_%08d.safetensors for each step that was saved
+// Writes DIR/step_%08d.safetensors under another name, flushes it to the disk, and only then gives it its name. Rank 0
+// writes the header, then every rank what is in its shard.
+void checkpoint_save(const Backend* b, const Spec* specs, const Options* o, int step) {
+    char* header = NULL;
+    size_t length = 0, bytes = 0, mine[2];
+    FILE* h = open_memstream(&header, &length);
+    if (!h) { die("out of memory"); }
+    fprintf(h, "%8s{\"__metadata__\":{\"format\":\"megalodon\",\"step\":\"%d\",\"tokens\":\"%.0f\"", "", step,
+            step * step_tokens(o));
+    for (int i = 0; option_rows[i].group != MODE_GROUP; i++) { header_add_meta(h, option_key(i), option_text(o, i)); }
+    fputc('}', h);
+    for (Saved s = before_saved; saved_next(&s, specs, NUM_BLOCKS); bytes = s.end) {
+        header_add_tensor(h, s.name, s.spec, s.begin);
+    }
+    fputc('}', h);
+    while (ftell(h) % 8) { fputc(' ', h); }
+    fclose(h);
+    for (int i = 0; i < 8; i++) { header[i] = (length - 8) >> 8 * i & 255; } // how much follows
+
+    const char *path = text_of("%s/step_%08d.safetensors", o->out, step), *part = text_of("%s.part", path);
+    double at = ranks.rank ? 0 : length; // the same on all ranks, though their headers may differ in --threads
+    all_sum(&at, 1);
+    int fd = open(part, O_CREAT | O_WRONLY, 0666);
+    FILE* f = fd < 0 ? NULL : fdopen(fd, "wb");
+    bool good = f && !ftruncate(fd, at + bytes) && (ranks.rank || fwrite(header, 1, length, f) == length);
+    for (Saved s = before_saved; good && saved_next(&s, specs, NUM_BLOCKS);) {
+        float* tensor = (float*)xcalloc(s.spec->size, sizeof(float));
+        for (int k = 0; good && k < (s.block == STATES ? o->accum : 1); k++) {
+            saved_copy(b, o, &s, k, tensor, true, mine);
+            good = !fseeko(f, at + s.begin + mine[0] * sizeof(float), SEEK_SET) &&
+                   fwrite(tensor + mine[0], sizeof(float), mine[1] - mine[0], f) == mine[1] - mine[0];
+        }
+        free(tensor);
+    }
+    good = good && !fflush(f) && !fsync(fd) && !fclose(f);
+    if (good) { all_sum(&at, 1); } // waits for all
+    if (!good || (ranks.rank == 0 && rename(part, path))) {
+        const char* error = strerror(errno);
+        unlink(part);
+        die("cannot write %s: %s (earlier checkpoints are untouched)", path, error);
+    }
+    int folder = open(o->out, O_RDONLY | O_DIRECTORY); // the new name must survive a power cut too
+    if (folder >= 0) { fsync(folder); close(folder); }
+    free(header);
+}
 
 // The newest step below `below` that has a checkpoint in a folder; -1 if none has.
 int checkpoint_newest(const char* folder, int below) {
@@ -322,4 +433,39 @@ void checkpoint_open(SafeTensors* st, const char* folder) {
         fprintf(stderr, "skipping %s: %s\n", path, error ? error : "not a checkpoint");
     }
     die("--resume %s: no valid step_*.safetensors there", folder);
+}
+
+// What a file records, over o, only the model and its tokens unless `all`; flags that contradict a model are refused.
+void options_from_file(Options* o, const SafeTensors* st, const bool* given, bool all) {
+    for (int i = 0; i < NUM_OPTIONS && option_rows[i].group <= (all ? TRAINING_GROUP : TOKEN_GROUP); i++) {
+        const char* text = safetensors_meta(st, option_key(i));
+        Options file = *o;
+        if (!text) { continue; }
+        option_set(&file, i, text, st->path);
+        const char *theirs = option_text(&file, i), *ours = option_text(o, i);
+        if (!given[i]) { *o = file; }
+        else if (option_rows[i].group == MODEL_GROUP && strcmp(theirs, ours)) {
+            die("%s has %s %s, the flags say %s", st->path, option_rows[i].name, theirs, ours);
+        }
+    }
+}
+
+// Refuses files that hold more than this model has. A released state dict also holds buffers, which mean nothing here,
+// and the embedding again as the output layer where they are tied.
+void weights_check(const Spec* specs, const SafeTensors* st, bool share_emb) {
+    for (int t = 0; t < st->num_tensors; t++) {
+        const char *has = st->tensors[t].name, *dot = strrchr(has, '.');
+        bool known = !strncmp(has, "adam_", 5) || !strncmp(has, "state.", 6) || !strcmp(has, "rope.freqs")
+                     || (dot && !strncmp(dot, ".prior_", 7));
+        for (Saved s = before_saved; !known && saved_next(&s, specs, WEIGHTS + 1);) { known = !strcmp(has, s.name); }
+        if (!known && share_emb && !strcmp(has, "output.output.weight")) {
+            float *output = (float*)xcalloc(specs[0].size, sizeof(float)), *embed = (float*)xcalloc(specs[0].size, 4);
+            safetensors_read(st, has, &specs[0], output);
+            safetensors_read(st, specs[0].name, &specs[0], embed);
+            known = !memcmp(output, embed, specs[0].size * sizeof(float));
+            if (!known) { die("%s: share_emb is 1, but '%s' differs from '%s'", st->path, has, specs[0].name); }
+            free(output); free(embed);
+        }
+        if (!known) { die("%s: unexpected tensor '%s': a model of this configuration has none", st->path, has); }
+    }
 }

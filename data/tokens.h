@@ -377,6 +377,20 @@ void encode(const Tokenizer* t, const unsigned char* text, size_t n, Tokens* out
     }
 }
 
+// What a sample goes on from: the prompt; where that is empty a new document, or without documents a line.
+Tokens prompt_tokens(const Options* o, const Tokenizer* t) {
+    const char* prompt = *o->prompt || o->eod >= 0 ? o->prompt : "\n";
+    Tokens out = {NULL, 0};
+    if (o->eod >= 0) { tokens_add(&out, o->eod); }
+    encode(t, (const unsigned char*)prompt, strlen(prompt), &out);
+    if (!out.count) { tokens_add(&out, t->eod); } // a prompt of spaces that the tokenizer drops
+    for (size_t i = 0; i < out.count; i++) {
+        bool known = out.ids[i] < o->model.vocab_size;
+        if (!known) { die("--prompt: byte %d is not below vocab_size %d", out.ids[i], o->model.vocab_size); }
+    }
+    return out;
+}
+
 // Prints a token as the text it stands for, or as a number where that is not known. What it prints is flushed when no
 // character is cut; *left counts the bytes it still lacks.
 void token_print(const Tokenizer* t, int vocab, int id, int* left) {
@@ -405,7 +419,7 @@ typedef struct {
 typedef struct { size_t at, size, stretches; } Document; // its first token, tokens, stretches before it (see below)
 
 typedef struct {
-    const Tokenizer* tokenizer; // NULL: a byte is a token
+    Tokenizer* tokenizer;       // NULL: a byte is a token
     Segment* segments;
     int count;
     size_t size;                // tokens
@@ -592,20 +606,14 @@ size_t read_step(const Options* o, const Dataset* data, int step, int* tokens, i
 // ---------------------------------------------------------------------------------------------------------------------
 // What the options ask for
 
-// The tokenizer that the options name, or NULL; refused where it does not fit the model or the data.
-Tokenizer* tokenizer_for(const Options* o) {
-    if (!*o->tokenizer) { return NULL; }
-    Tokenizer* t = tokenizer_open(o->tokenizer);
-    bool fits = t->pieces <= o->model.vocab_size, ends = o->eod < 0 || o->eod == t->eod;
-    if (!fits) { die("--tokenizer %s has %d tokens, vocab_size is %d", t->path, t->pieces, o->model.vocab_size); }
-    if (!ends) { die("--eod %d: in --tokenizer %s documents end with token %d", o->eod, t->path, t->eod); }
-    return t;
-}
-
-// Opens the data for what is asked for, and refuses what could not be used, before any work is done.
+// Opens the tokenizer and the data, and refuses what could not be used, before any work is done.
 void data_open(const Options* o, bool training, Dataset* data, Dataset* held_out) {
     int vocab = o->model.vocab_size, T = o->seq;
     size_t rows = (size_t)o->batch * o->accum * ranks.groups;
+    Tokenizer* t = data->tokenizer = held_out->tokenizer = *o->tokenizer ? tokenizer_open(o->tokenizer) : NULL;
+    bool fits = !t || t->pieces <= vocab, ends = !t || o->eod < 0 || o->eod == t->eod;
+    if (!fits) { die("--tokenizer %s has %d tokens, vocab_size is %d", t->path, t->pieces, vocab); }
+    if (!ends) { die("--eod %d: in --tokenizer %s documents end with token %d", o->eod, t->path, t->eod); }
     data->eod = held_out->eod = o->eod;
     if (*o->eval) { dataset_open(data, NULL, "--eval", o->eval); dataset_index(data, T, vocab); }
     if (data->size == 1 && o->eod < 0) { die("--eval %s: at least 2 tokens are needed", o->eval); }
