@@ -3271,7 +3271,8 @@ template <typename X> static void model_update(Gpu& gpu, ModelOf<X>* m, const Op
     for (int u = 0; u < m->units; u++) { // while one is updated, those before it go to all ranks, as model_wait knows
         Share s = model_share(m, u); bool floats = m->shards > 1 && u == 0;
         auto launch = [&](auto* to) {
-            update_kernel<X><<<ceil_div(s.size / 4, 256), 256, 0, gpu.stream>>>((float4*)(m->masters + s.shard),
+            typedef std::remove_pointer_t<decltype(to)> Y;
+            update_kernel<Y><<<ceil_div(s.size / 4, 256), 256, 0, gpu.stream>>>((float4*)(m->masters + s.shard),
                 to + s.at, (const float4*)(m->grads + s.at), (float4*)(m->adam_m + s.shard),
                 (float4*)(m->adam_v + s.shard), s.size / 4, keep, size, correction, o->beta1, o->beta2, 1.0 - o->beta1,
                 1.0 - o->beta2, o->adam_eps, grad_scale);

@@ -335,9 +335,12 @@ static cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t s) {
 static cudaError_t cudaGraphDestroy(cudaGraph_t g) { delete g; return cudaSuccess; }
 static cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) { delete e; return cudaSuccess; }
 
+template <typename P, typename A> static P argument(A a) { // NULL has passed as an integer
+    if constexpr (std::is_pointer_v<P> && std::is_integral_v<A>) { return nullptr; } else { return a; }
+}
 template <typename... P, typename... A> static void emulated_launch(void (*kernel)(P...), dim3 grid, dim3 block,
         size_t shared, cudaStream_t stream, A... args) {
-    std::tuple<std::decay_t<P>...> given((std::decay_t<P>)args...);
+    std::tuple<std::decay_t<P>...> given(argument<std::decay_t<P>>(args)...);
     if (block.x * block.y * block.z > 1024 || !block.x || !grid.x || grid.y > 65535 || grid.z > 65535) {
         fail("launched with a grid or block that no card takes");
     }
