@@ -68,12 +68,12 @@ dev/bin/check: dev/cuda/check.cu train_megalodon.cu $(SOURCES)
 	$(NVCC) $(NVCCFLAGS) $< -o $@
 
 # The GPU programs on a CPU: train_megalodon, test_megalodon and check in dev/bin/emulated
-EMULATED = g++ -std=gnu++17 -O2 -march=native -w -DGPU $(OPENMP) $(if $(MPI),-DUSE_NCCL) -I. -include dev/cuda/emulate.h
+EMULATED = g++ -std=gnu++17 -O2 -march=native -w -DGPU $(OPENMP) -I. -include dev/cuda/emulate.h
 dev/bin/emulated/sources.done: dev/cuda/emulate.sh train_megalodon.cu test_megalodon.c dev/cuda/check.cu
 	@mkdir -p dev/bin/emulated
 	sh $^ && touch $@
 dev/bin/emulated/%: dev/bin/emulated/sources.done dev/cuda/emulate.h $(SOURCES)
-	$(EMULATED) -x c++ dev/bin/emulated/$*.c* -x none $(MPI) -o $@ -lm
+	$(EMULATED) -x c++ dev/bin/emulated/$*.c* -x none $(if $(filter-out check,$*),$(MPI) $(if $(MPI),-DUSE_NCCL)) -o $@ -lm
 
 train: train_megalodon
 	./train_megalodon --sample-every 1000

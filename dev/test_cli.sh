@@ -1,8 +1,8 @@
 #!/bin/sh
 # What the command line refuses and what it must do, with a model so small that a run takes milliseconds.
-# From the project folder, after make: sh dev/test_cli.sh
+# From the project folder, after make: sh dev/test_cli.sh [PROGRAM]
 export LC_ALL=C OMP_NUM_THREADS=1 # a second thread would only wait for the first
-program=$PWD/train_megalodon table=$PWD/train_megalodon.c
+program=$(realpath "${1:-train_megalodon}") table=$PWD/train_megalodon.c
 . dev/test_common.sh
 
 

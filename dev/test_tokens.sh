@@ -1,8 +1,8 @@
 #!/bin/sh
 # Tokenizers, documents, carried states and what --eval says about a text, by the command line, with a tiny model.
-# From the project folder, after make: sh dev/test_tokens.sh
+# From the project folder, after make: sh dev/test_tokens.sh [PROGRAM]
 export LC_ALL=C OMP_NUM_THREADS=1
-program=$PWD/train_megalodon reference=$PWD/data/reference/tokens
+program=$(realpath "${1:-train_megalodon}") reference=$PWD/data/reference/tokens
 . dev/test_common.sh
 close_to() { # NAME A B: two numbers, to 1e-6 of them
     result "$1" "$(echo "$2 $3" | awk '{ d = $1 - $2; if (!(d <= 1e-6 * $1 && -d <= 1e-6 * $1)) print $1, "and", $2 }')"
