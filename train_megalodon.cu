@@ -2515,9 +2515,6 @@ constexpr bool act_is_float(int i) {
             || i == A_attention_lse || i == A_norm_mean || i == A_norm_rstd || i == A_final_mean || i == A_final_rstd
             || i == A_losses;
 }
-static bool act_is_head_major(int i) {
-    return i == A_q || i == A_k || i == A_v || i == A_attention || i == A_attention_lse;
-}
 // Cheap to compute again in the backward pass: not kept for every layer.
 static bool act_is_cheap(int i) {
     return i == A_timenorm || i == A_rmsnorm || i == A_q || i == A_k || i == A_v || i == A_gated || i == A_norm
@@ -2685,15 +2682,6 @@ template <typename X> static void tensor_copy(Gpu& gpu, const ModelOf<X>* m, flo
     if (to_host) { CUDA(cudaMemcpy2D(host, width, there, pitch, width, p->rows, cudaMemcpyDeviceToHost)); }
     else { CUDA(cudaMemcpy2D(there, pitch, host, width, width, p->rows, cudaMemcpyHostToDevice)); }
 }
-// The same for all tensors of a block of a Model of the CPU.
-template <typename X> static void model_copy(Gpu& gpu, const ModelOf<X>* m, float* block, Params host, bool to_host) {
-    for (int i = 0; i < NUM_PARAMS; i++) {
-        for (int l = 0; m->specs[i].size && l < m->specs[i].slots; l++) {
-            tensor_copy(gpu, m, block, i, l, ((float**)&host)[i] + l * m->specs[i].size, to_host);
-        }
-    }
-}
-
 // The Backend's copy. Where a rank has shares only, the block of the gradients, free between steps, is where tensors
 // are taken apart and put together.
 template <typename X> static void model_part_copy(Gpu& gpu, ModelOf<X>* m, int block, int i, int l, float* host,
@@ -2728,8 +2716,9 @@ template <typename X> static void model_part_copy(Gpu& gpu, ModelOf<X>* m, int b
 
 template <typename X> struct StateOf {
     int B, pos;
-    NormState* norm; // (L+1,B,G)
+    size_t bytes;    // of h and norm, which are one block
     float* h;        // (L,B,D,N,2)
+    NormState* norm; // (L+1,B,G)
     X *k, *v;        // (L,B,H,c,Z/H), (L,B,H,c,V/H); NULL if calls end where chunks do
     float* parts;    // see attention_step
     int steps;       // of one token
@@ -2737,22 +2726,19 @@ template <typename X> struct StateOf {
 };
 
 template <typename X> static void state_alloc(Gpu& gpu, StateOf<X>* s, const Config* c, int B, bool cache) {
-    size_t layers = c->num_layers, chunk = (size_t)B * c->chunk_size;
+    size_t layers = c->num_layers, chunk = (size_t)B * c->chunk_size, h = layers * B * c->model_dim * c->cema_ndim * 2;
     memset(s, 0, sizeof(*s));
-    s->B = B;
-    s->norm = (NormState*)gpu_alloc(&gpu, (layers + 1) * B * c->norm_num_groups * sizeof(NormState));
-    s->h = (float*)gpu_alloc(&gpu, layers * B * c->model_dim * c->cema_ndim * 2 * sizeof(float));
-    if (cache) {
-        s->k = (X*)gpu_alloc(&gpu, layers * chunk * c->z_dim * sizeof(X));
-        s->v = (X*)gpu_alloc(&gpu, layers * chunk * c->value_dim * sizeof(X));
-        s->parts = (float*)gpu_alloc(&gpu, (size_t)B * attention_parts(gpu, B, c->num_heads) * sizeof(float)
-                                           * (c->value_dim + PART * c->num_heads));
-    }
+    s->B = B; s->bytes = h * sizeof(float) + (layers + 1) * B * c->norm_num_groups * sizeof(NormState);
+    s->h = (float*)gpu_alloc(&gpu, s->bytes); s->norm = (NormState*)(s->h + h);
+    if (!cache) { return; }
+    s->k = (X*)gpu_alloc(&gpu, layers * chunk * c->z_dim * sizeof(X));
+    s->v = (X*)gpu_alloc(&gpu, layers * chunk * c->value_dim * sizeof(X));
+    s->parts = (float*)gpu_alloc(&gpu, (size_t)B * attention_parts(gpu, B, c->num_heads) * sizeof(float)
+                                       * (c->value_dim + PART * c->num_heads));
 }
 template <typename X> static void state_free(Gpu& gpu, StateOf<X>* s) {
     gpu_sync(&gpu);
-    void* blocks[5] = {s->norm, s->h, s->k, s->v, s->parts};
-    for (int i = 0; i < 5; i++) { cudaFree(blocks[i]); }
+    cudaFree(s->h); cudaFree(s->k); cudaFree(s->v); cudaFree(s->parts);
     if (s->graph) { CUDA(cudaGraphExecDestroy(s->graph)); }
 }
 
@@ -2769,7 +2755,7 @@ template <typename X> struct PassOf {
     size_t acts_size, grads_size;
     float* carries;                    // CEMA's states between segments, by layer
     size_t carries_step;
-    StateOf<X>* before;         // see the CPU's
+    StateOf<X> before;          // see the CPU's
     // host: pinned, of the 4 others' sizes; order, begin: see embedding_backward
     int *host, *tokens, *targets, *order, *begin;
     int runs;
@@ -2824,11 +2810,8 @@ template <typename X> static void pass_alloc(Gpu& gpu, PassOf<X>* s, const Confi
     s->carries = (float*)gpu_alloc(&gpu, sizeof(float) * cema_carries_size(&gpu, B, T, c->model_dim, c->cema_ndim)
                                          * (keep == KEEP_NONE ? 1 : c->num_layers));
     s->tokens = (int*)gpu_alloc(&gpu, sizeof(int) * (4 * BT + 1));
-    if (keep != KEEP_NONE && ranks.chunks > 1) {
-        s->before = (StateOf<X>*)xcalloc(1, sizeof(StateOf<X>));
-        state_alloc(gpu, s->before, c, B, false);
-    }
-    if (gpu.dry) { free(s->before); return; }
+    if (keep != KEEP_NONE && ranks.chunks > 1) { state_alloc(gpu, &s->before, c, B, false); }
+    if (gpu.dry) { return; }
     s->targets = s->tokens + BT; s->order = s->targets + BT; s->begin = s->order + BT;
     CUDA(cudaMallocHost((void**)&s->host, sizeof(int) * (4 * BT + 1)));
     CUDA(cudaEventCreateWithFlags(&s->copied, cudaEventDisableTiming));
@@ -2838,7 +2821,7 @@ template <typename X> static void pass_free(Gpu& gpu, PassOf<X>* s) {
     gpu_sync(&gpu);
     cudaFree(s->acts); cudaFree(s->grads); cudaFree(s->carries); cudaFree(s->tokens);
     cudaFreeHost(s->host);
-    if (s->before) { state_free(gpu, s->before); free(s->before); }
+    state_free(gpu, &s->before);
     cudaEventDestroy(s->copied);
 }
 
@@ -2856,41 +2839,8 @@ template <typename X> static X* block_input(const ActPlace* places, char* block,
     return l ? acts_layer<X>(places, block, l - 1).out : acts_layer<X>(places, block, 0).embed;
 }
 
-// Activation i of layer l, or with grads its gradient, in the CPU's layout: (B,T,...) floats. False if it is not there.
-template <typename X> static bool pass_fetch(Gpu& gpu, const PassOf<X>* s, const Config* c, int i, int l, bool grads,
-        float* out) {
-    const ActPlace* p = grads ? &s->dplaces[i] : &s->places[i];
-    if (!p->size) { return false; }
-    const size_t* dims = s->specs[i].dims;
-    size_t BT = (size_t)s->B * s->T, n = dims[0] * (dims[1] ? dims[1] : 1), bytes = act_is_float(i) ? sizeof(float)
-            : sizeof(X);
-    int H = act_is_head_major(i) ? c->num_heads : 1;
-    void* raw = xcalloc(BT * n, bytes);
-    gpu_sync(&gpu);
-    CUDA(cudaMemcpy2D(raw, n * bytes, (grads ? s->grads : s->acts) + p->offset + l * p->step, p->pitch * bytes,
-                      n * bytes, BT, cudaMemcpyDeviceToHost));
-    for (size_t k = 0; k < BT * n; k++) { // from head-major, or with H = 1 as it is
-        size_t d = n / H, b = k / (s->T * n), t = k / n % s->T, h = k % n / d;
-        size_t at = ((b * H + h) * s->T + t) * d + k % d;
-        out[k] = act_is_float(i) ? ((float*)raw)[at] : to_float(((X*)raw)[at]);
-    }
-    free(raw);
-    return true;
-}
-
-// The same for all activations or gradients of a Pass of the CPU, as far as they are there.
-template <typename X> static void pass_copy(Gpu& gpu, const PassOf<X>* s, const Config* c, Acts host,
-        const Spec* specs, bool grads) {
-    for (int i = 0; i < NUM_ACTS; i++) {
-        for (int l = 0; specs[i].size && l < specs[i].slots; l++) {
-            pass_fetch(gpu, s, c, i, l, grads, ((float**)&host)[i] + l * specs[i].size);
-        }
-    }
-}
-
-template <typename X> static void state_reset(Gpu& gpu, StateOf<X>* s, const Config* c) {
-    CUDA(cudaMemsetAsync(s->norm, 0, sizeof(NormState) * (c->num_layers + 1) * s->B * c->norm_num_groups, gpu.stream));
-    CUDA(cudaMemsetAsync(s->h, 0, sizeof(float) * c->num_layers * s->B * c->model_dim * c->cema_ndim * 2, gpu.stream));
+template <typename X> static void state_reset(Gpu& gpu, StateOf<X>* s) {
+    CUDA(cudaMemsetAsync(s->h, 0, s->bytes, gpu.stream));
     s->pos = 0;
 }
 // See the CPU's. A row has a piece of each layer's slot.
@@ -2911,18 +2861,9 @@ template <typename X> static void state_carry(Gpu& gpu, StateOf<X>* s, const Con
         CUDA(cudaMemset2DAsync((char*)s->h + b * h, B * h, 0, h, L, gpu.stream));
     }
 }
-// Copies norms and h between a State of the CPU and one of the GPU.
-template <typename X> static void state_copy(Gpu& gpu, StateOf<X>* s, State* host, const Config* c, bool to_host) {
-    size_t norm = sizeof(NormState) * (c->num_layers + 1) * s->B * c->norm_num_groups;
-    size_t h = sizeof(float) * c->num_layers * s->B * c->model_dim * c->cema_ndim * 2;
-    gpu_sync(&gpu);
-    CUDA(cudaMemcpy(to_host ? (void*)host->norm : s->norm, to_host ? s->norm : host->norm, norm, cudaMemcpyDefault));
-    CUDA(cudaMemcpy(to_host ? (void*)host->h : s->h, to_host ? s->h : host->h, h, cudaMemcpyDefault));
-    if (to_host) { host->pos = s->pos; } else { s->pos = host->pos; }
-}
 template <typename X> static StateOf<X> state_layer(const StateOf<X>* s, const Config* c, int l) {
     StateOf<X> r = {};
-    if (!s) { return r; }
+    if (!s || !s->h) { return r; }
     size_t chunk = (size_t)s->B * c->chunk_size;
     r = *s; r.norm += (size_t)l * s->B * c->norm_num_groups;
     r.h += (size_t)l * s->B * c->model_dim * c->cema_ndim * 2;
@@ -2949,8 +2890,8 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
     int B = s->B, T = s->T, pos = start ? start->pos : 0;
     size_t rows = (size_t)B * T;
     Dropouts drop = dropouts_at(s->masks, T, l);
-    StateOf<X> in = state_layer(again && s->before ? s->before : start, c, l), next = state_layer(end, c, l);
-    StateOf<X> before = state_layer(again ? NULL : s->before, c, l);
+    StateOf<X> in = state_layer(again && s->before.h ? &s->before : start, c, l), next = state_layer(end, c, l);
+    StateOf<X> before = state_layer(again ? NULL : &s->before, c, l);
 
     // Long memory: n = timestep_norm(x), e = cema(n), m = rms_norm(e).
     timestepnorm_forward(gpu, a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, before.norm, in.norm, x,
@@ -3019,7 +2960,7 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
     Params g = params_layer<Params>(m->places, m->grads, l);
     ActsOf<X> d = acts_layer<X>(s->dplaces, s->grads, l);
     Dropouts drop = dropouts_at(s->masks, T, l);
-    StateOf<X> in = state_layer(s->before ? s->before : start, c, l), din = state_layer(dstart, c, l);
+    StateOf<X> in = state_layer(s->before.h ? &s->before : start, c, l), din = state_layer(dstart, c, l);
 
     bool again = s->keep == KEEP_CHEAPLY;
     X *hidden = again ? a.hidden : NULL, *norm = again ? a.norm : NULL, *gated = again ? a.gated : NULL;
@@ -3052,14 +2993,14 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
     matmul_backward(gpu, d.rmsnorm, MU, d.wz, ZR, p.wz, rows, D, ZR, true);
     norm_backward<X>(gpu, d.cema, g.rmsnorm_w, NULL, NULL, rmsnorm, d.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema,
                      w.rmsnorm_w, NULL, rows, D, drop.rmsnorm);
-    if (s->before) {
+    if (s->before.h) {
         cema_slice(gpu, d.cema, true, w.cema_alpha, w.cema_delta, w.cema_theta, w.cema_gamma, B, T, D, N);
     }
     matmul_backward_weight(gpu, g.wh1, dsum, D, a.rmsnorm, MU, rows, MU, D);
     matmul_backward_weight(gpu, g.wz, d.wz, ZR, a.rmsnorm, MU, rows, D, ZR);
 
     value_backward(gpu, d.wv, g.wv_b, d.v, a.wv, B, T, V, H);
-    const float* after = s->before ? cema_slice_carry(gpu, NULL, NULL, true, B, T, D, N) : NULL;
+    const float* after = s->before.h ? cema_slice_carry(gpu, NULL, NULL, true, B, T, D, N) : NULL;
     cema_backward(gpu, d.timenorm, g.cema_alpha, g.cema_delta, g.cema_theta, g.cema_gamma, g.cema_omega, din.h, d.cema,
                   s->carries + l * s->carries_step, in.h, after, a.timenorm, w.cema_alpha, w.cema_delta, w.cema_theta,
                   w.cema_gamma, w.cema_omega, B, T, D, N);
@@ -3111,7 +3052,7 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
             memory_step(gpu, a.final, (X*)NULL, after, NULL, x, w.final_w, w.final_b, w, B, D, c->norm_num_groups, 1,
                         c->norm_eps);
         } else {
-            timestepnorm_forward(gpu, a.final, a.final_mean, a.final_rstd, after, state_layer(s->before, c, L).norm,
+            timestepnorm_forward(gpu, a.final, a.final_mean, a.final_rstd, after, state_layer(&s->before, c, L).norm,
                                  before, x, w.final_w, w.final_b, B, T, D, c->norm_num_groups, c->norm_eps);
             model_wait(gpu, m, m->units - 1);
         }
@@ -3161,17 +3102,6 @@ template <typename X> static void model_losses(Gpu& gpu, const ModelOf<X>* m, Pa
     LAUNCHED();
 }
 
-// Sum of the losses in nats, see the CPU's; waits for the GPU.
-template <typename X> static double model_loss(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* targets,
-        size_t* scored, float dloss = 0) {
-    double sum;
-    model_losses(gpu, m, s, targets, dloss, m->sums);
-    for (size_t r = 0; r < (size_t)s->B * s->T; r++) { *scored += targets[r] != IGNORE; }
-    CUDA(cudaMemcpyAsync(&sum, m->sums, sizeof(sum), cudaMemcpyDeviceToHost, gpu.stream));
-    gpu_sync(&gpu);
-    return sum;
-}
-
 // Adds up the gradients of a unit over all ranks, each in its share, from where gpu.stream is now; it does not wait.
 template <typename X> static void unit_reduce(Gpu& gpu, const ModelOf<X>* m, int u) {
     Share s = model_share(m, u);
@@ -3210,7 +3140,7 @@ template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, 
     matmul_backward_weight(gpu, c->share_emb ? g.embed : g.output, a.logits, vocab, a.final, D, rows, D, vocab);
     if (gpu.reduce) { unit_reduce(gpu, m, m->units - 1); }
     timestepnorm_backward<X>(gpu, block_input<X>(s->dplaces, s->grads, L), g.final_w, g.final_b, state_layer(dstart, c,
-            L).norm, NULL, NULL, d.final, a.final_mean, a.final_rstd, state_layer(s->before ? s->before : start, c,
+            L).norm, NULL, NULL, d.final, a.final_mean, a.final_rstd, state_layer(s->before.h ? &s->before : start, c,
             L).norm, block_input<X>(s->places, s->acts, L), w.final_w, B, T, D, c->norm_num_groups);
     for (int l = L - 1; l >= 0; l--) { // with --recompute, only the last layer's activations are still there
         if (s->keep == KEEP_BLOCKS && l < L - 1) { block_forward<X>(gpu, m, s, l, start, NULL, true); }
@@ -3409,11 +3339,9 @@ template <typename X> static void gpu_micro_step(void* self, const int* tokens, 
     if (!fresh) { return; }
     std::swap(*past, *next);
     if (ranks.chunks == 1) { return; }
-    State host; // the last slice's is everyone's
-    state_alloc(&host, &r->m.config, past->B, false);
-    state_copy(r->gpu, past, &host, &r->m.config, true);
-    share_last(host.norm, host.bytes);
-    state_copy(r->gpu, past, &host, &r->m.config, false); state_free(&host);
+    stream_after(r->gpu, r->gpu.states, r->gpu.stream); // the last slice's is everyone's
+    NCCL(ncclBroadcast(past->h, past->h, past->bytes, ncclUint8, ranks.chunks - 1, r->gpu.group, r->gpu.states));
+    slices_wait(r->gpu);
 }
 
 template <typename X> static double gpu_finish_step(void* self, double* loss) {
@@ -3453,7 +3381,7 @@ template <typename X> static const float* gpu_logits(void* self) {
 }
 
 template <typename X> static void gpu_reset(void* self) {
-    state_reset(of<X>(self)->gpu, &of<X>(self)->state, &of<X>(self)->m.config);
+    state_reset(of<X>(self)->gpu, &of<X>(self)->state);
 }
 
 // Dense peak in bf16 of the cards whose data sheets we know; 0 for the others.
