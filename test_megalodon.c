@@ -293,10 +293,10 @@ template <typename X> void state_copy(Gpu& gpu, StateOf<X>* s, State* host, bool
 template <typename X> bool pass_fetch(Gpu& gpu, const PassOf<X>* s, const Config* c, int i, int l, bool grads,
         float* out) {
     const ActPlace* p = grads ? &s->dplaces[i] : &s->places[i];
-    if (!p->size) { return false; }
-    const size_t* dims = s->specs[i].dims;
-    size_t BT = (size_t)s->B * s->T, n = dims[0] * (dims[1] ? dims[1] : 1), bytes = act_is_float(i) ? sizeof(float)
-            : sizeof(X);
+    Spec specs[NUM_ACTS];
+    if (!p->pitch) { return false; }
+    act_specs(specs, c, 1, KEEP_ALL);
+    size_t BT = (size_t)s->B * s->T, n = specs[i].size, bytes = act_is_float(i) ? sizeof(float) : sizeof(X);
     bool head_major = i == A_q || i == A_k || i == A_v || i == A_attention || i == A_attention_lse;
     int H = head_major ? c->num_heads : 1;
     void* raw = xcalloc(BT * n, bytes);

@@ -2520,10 +2520,10 @@ static bool act_is_cheap(int i) {
     return i == A_timenorm || i == A_rmsnorm || i == A_q || i == A_k || i == A_v || i == A_gated || i == A_norm
             || i == A_hidden;
 }
-// Rows of the tables that stand side by side, as one product makes or takes both.
-static int act_joined_to(int i) { return i == A_gated ? A_rmsnorm : i == A_wr ? A_wz : i == A_fc3 ? A_fc1 : -1; }
-static int param_joined_to(int i) {
-    return i == P_wr ? P_wz : i == P_wr_b ? P_wz_b : i == P_fc3 ? P_fc1 : i == P_wh2 ? P_wh1 : -1;
+// The row of the table that stands beside row i, as one product makes or takes both; -1 for none.
+static int act_beside(int i) { return i == A_rmsnorm ? A_gated : i == A_wz ? A_wr : i == A_fc1 ? A_fc3 : -1; }
+static int param_beside(int i) {
+    return i == P_wz ? P_wr : i == P_wz_b ? P_wr_b : i == P_fc1 ? P_fc3 : i == P_wh1 ? P_wh2 : -1;
 }
 
 #define FIELD_OF_X(field, ...) X* field;
@@ -2536,18 +2536,20 @@ struct ParamPlace { size_t offset, step, rows, columns, pitch; };
 
 // Rows that kernels read in fp32 whatever X is.
 static bool param_is_float(int i) {
-    return i == P_timenorm_w || i == P_timenorm_b || (i >= P_cema_alpha && i <= P_rmsnorm_w) || i == P_gamma
-           || i == P_beta || i == P_norm_w || i == P_norm_b || i == P_rescale || i == P_final_w || i == P_final_b;
+    return (i >= P_timenorm_w && i <= P_rmsnorm_w) || (i >= P_gamma && i <= P_norm_b)
+           || (i >= P_rescale && i <= P_final_b);
+}
+// A block of parameters is a row of units: what is read in fp32, the embedding, each layer, the output. Of each unit
+// every rank has an equal share, and of masters and moments no more (ZeRO-1). On one rank, all is one unit.
+static int param_unit(int i, int l, int L) {
+    return param_is_float(i) ? 0 : i == P_embed ? 1 : i == P_output ? L + 2 : 2 + l;
 }
 
-// A block of parameters is a row of units: what is read in fp32, the embedding, each layer, the rest. Of each unit
-// every rank has an equal share, and of masters and moments no more (ZeRO-1). On one rank, all is one unit.
 template <typename X> struct ModelOf {
     Config config;
     Spec specs[NUM_PARAMS];
     ParamPlace places[NUM_PARAMS];
     size_t num_parameters, size;   // size: of a block below, with padding (always zero)
-    size_t ends[3], layer;         // where the first unit, the embedding and the layers end; elements of a layer
     int shards, units;
     float* params;                 // in fp32; if sharded, the first unit only
     float *masters, *adam_m, *adam_v; // this rank's shares; masters not sharded are params
@@ -2559,51 +2561,38 @@ template <typename X> struct ModelOf {
 };
 
 // A unit in a block, and this rank's share: where in the block, where among its shares.
-struct Share { size_t begin, end, at, size, shard; };
+struct Share { size_t begin, at, size, shard; };
 template <typename X> static Share model_share(const ModelOf<X>* m, int u) {
     auto start = [&](int u) {
-        return u == 0 ? 0 : u == m->units ? m->size : u == 1 ? m->ends[0]
-               : u == m->units - 1 ? m->ends[2] : m->ends[1] + (u - 2) * m->layer;
+        return u == 0 ? 0 : u == m->units ? m->size : u == 1 ? m->places[P_embed].offset
+               : m->places[P_wv].offset + (u - 2) * m->places[P_wv].step;
     };
-    Share s = {start(u), start(u + 1), 0, 0, 0};
-    s.size = (s.end - s.begin) / m->shards; s.at = s.begin + (m->shards > 1 ? ranks.rank * s.size : 0);
-    s.shard = s.begin / m->shards;
-    return s;
+    size_t begin = start(u), size = (start(u + 1) - begin) / m->shards;
+    return {begin, begin + (m->shards > 1 ? ranks.rank * size : 0), size, begin / m->shards};
 }
 
-// Lays out the tensors, each at a multiple of 64 elements; the joined ones follow their partner, wh2 row by row.
+// Lays out the tensors, unit by unit, each at a multiple of 64 elements. wh2 follows wh1 row by row, the other tensors
+// that stand beside one follow it as a whole.
 template <typename X> static void params_place(ModelOf<X>* m, const Config* c) {
-    size_t at = 0, pitch = m->specs[P_wh1].dims[1] + m->specs[P_wh2].dims[1];
-    enum { FLOATS_OF_LAYERS, FLOATS, EMBEDDING, LAYERS, REST };
-    for (int part = FLOATS_OF_LAYERS; part <= REST; part++) {
+    size_t at = 0, D = c->model_dim, V = c->value_dim; int L = c->num_layers;
+    for (int u : {0, 1, 2, L + 2}) { // of the layers' units the first
         size_t first = at;
         for (int i = 0; i < NUM_PARAMS; i++) {
-            bool per_layer = strstr(m->specs[i].name, "%d");
-            int of = param_is_float(i) ? (per_layer ? FLOATS_OF_LAYERS : FLOATS) : per_layer ? LAYERS
-                     : i == P_embed ? EMBEDDING : REST;
-            if (of != part || param_joined_to(i) >= 0) { continue; } // those are placed with their partner
-            size_t rows = i == P_wh1 ? m->specs[i].dims[0] : 1, width = m->specs[i].size / rows;
-            m->places[i] = {at, 0, rows, width, i == P_wh1 ? pitch : width};
-            at += width;
-            for (int k = 0; k < NUM_PARAMS; k++) {
-                if (param_joined_to(k) != i) { continue; }
-                m->places[k] = {at, 0, rows, m->specs[k].size / rows, i == P_wh1 ? pitch : m->specs[k].size};
-                at += m->specs[k].size / rows;
-            }
-            at = ceil_div(i == P_wh1 ? m->places[i].offset + rows * pitch : at, 64) * 64;
+            int other = param_beside(i); const Spec* specs = m->specs;
+            size_t more = other < 0 ? 0 : specs[other].size, step = ceil_div(specs[i].size + more, 64) * 64;
+            if (param_unit(i, 0, L) != u || !specs[i].size || m->places[i].step) { continue; }
+            auto place = [&](int k, size_t after) {
+                size_t rows = specs[k].dims[1] ? specs[k].dims[0] : 1, columns = specs[k].size / rows;
+                m->places[k] = {at + after, step, rows, columns, i == P_wh1 ? D + V : columns};
+            };
+            place(i, 0);
+            if (more) { place(other, i == P_wh1 ? D : specs[i].size); }
+            at += u == 0 ? specs[i].slots * step : step;
         }
-        size_t unit = 64 * m->shards;
-        if (part != FLOATS_OF_LAYERS) { at = first + ceil_div(at - first, unit) * unit; }
-        if (part == FLOATS) { at = ceil_div(at, unit) * unit; }
-        if (part == FLOATS_OF_LAYERS || part == LAYERS) {
-            m->layer = at - first;
-            for (int i = 0; i < NUM_PARAMS; i++) {
-                bool here = strstr(m->specs[i].name, "%d") && param_is_float(i) == (part == FLOATS_OF_LAYERS);
-                if (here) { m->places[i].step = m->layer; }
-            }
-            at += (c->num_layers - 1) * m->layer;
-        }
-        if (part >= FLOATS && part < REST) { m->ends[part - FLOATS] = at; }
+        at = first + ceil_div(at - first, 64 * m->shards) * 64 * m->shards;
+        if (u != 2) { continue; }
+        for (int i = 0; i < NUM_PARAMS; i++) { if (param_unit(i, 0, L) == u) { m->places[i].step = at - first; } }
+        at += (L - 1) * (at - first);
     }
     m->size = at;
 }
@@ -2627,8 +2616,8 @@ template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Con
     m->units = m->shards > 1 ? c->num_layers + 3 : 1;
     params_place(m, c);
     auto floats = [&](size_t n) { return (float*)gpu_alloc(&gpu, n * sizeof(float)); };
-    m->masters = m->params = floats(m->shards > 1 ? m->ends[0] : m->size);
-    if (m->shards > 1) { m->masters = floats(m->size / m->shards); }
+    m->params = floats(m->shards > 1 ? m->places[P_embed].offset : m->size);
+    m->masters = m->shards > 1 ? floats(m->size / m->shards) : m->params;
     if (training) {
         m->grads = floats(m->size); m->adam_m = floats(m->size / m->shards);
         m->adam_v = floats(m->size / m->shards);
@@ -2687,31 +2676,28 @@ template <typename X> static void tensor_copy(Gpu& gpu, const ModelOf<X>* m, flo
 template <typename X> static void model_part_copy(Gpu& gpu, ModelOf<X>* m, int block, int i, int l, float* host,
         bool to_host, size_t part[2]) {
     const ParamPlace* p = &m->places[i];
-    size_t at = p->offset + l * p->step, span = (p->rows - 1) * p->pitch + p->columns;
-    bool sharded = m->shards > 1, per_layer = strstr(m->specs[i].name, "%d");
-    int unit = !sharded || param_is_float(i) ? 0 : i == P_embed ? 1 : per_layer ? 2 + l : m->units - 1;
+    bool sharded = m->shards > 1;
+    int unit = sharded ? param_unit(i, l, m->config.num_layers) : 0;
     Share s = model_share(m, unit);
-    auto index = [&](size_t to) { // of what stands at `to` in the block, or next after it, in the tensor
-        to = to > at ? min_size(to - at, span) : 0;
-        return to / p->pitch * p->columns + min_size(to % p->pitch, p->columns);
-    };
-    part[0] = index(s.at); part[1] = index(s.at + s.size);
+    size_t first = p->offset + l * p->step, span = (p->rows - 1) * p->pitch + p->columns;
+    size_t mine[2] = {s.at, s.at + s.size}; // from `first` on
+    for (int k = 0; k < 2; k++) {
+        mine[k] = mine[k] > first ? min_size(mine[k] - first, span) : 0;
+        part[k] = mine[k] / p->pitch * p->columns + min_size(mine[k] % p->pitch, p->columns);
+    }
     float *shares = block == WEIGHTS ? m->masters : block == ADAM_M ? m->adam_m : m->adam_v;
-    float *whole = sharded ? m->grads : shares, *mine = shares + s.shard;
-    size_t bytes = s.size * sizeof(float);
-    if (sharded && to_host) { CUDA(cudaMemcpyAsync(whole + s.at, mine, bytes, cudaMemcpyDefault, gpu.stream)); }
+    float *whole = sharded ? m->grads : shares, *there = whole + first + mine[0];
+    float* here = sharded ? shares + s.shard + (first + mine[0] - s.at) : there;
+    auto copy = [&](float* to, const float* from, size_t n) {
+        if (to != from && n) { CUDA(cudaMemcpyAsync(to, from, n * sizeof(float), cudaMemcpyDefault, gpu.stream)); }
+    };
+    if (to_host) { copy(there, here, mine[1] - mine[0]); }
     tensor_copy(gpu, m, whole, i, l, host, to_host);
     if (to_host) { return; }
-    size_t begin = at > s.at ? at : s.at, end = min_size(at + span, s.at + s.size);
-    if (sharded && begin < end) {
-        CUDA(cudaMemcpyAsync(mine + (begin - s.at), whole + begin, (end - begin) * sizeof(float), cudaMemcpyDefault,
-                             gpu.stream));
-    }
+    copy(here, there, mine[1] - mine[0]);
     if (block != WEIGHTS) { return; }
-    if (sharded && unit == 0) {
-        CUDA(cudaMemcpyAsync(m->params + at, whole + at, span * sizeof(float), cudaMemcpyDefault, gpu.stream));
-    }
-    model_round(gpu, m, whole, at, span);
+    if (unit == 0) { copy(m->params + first, whole + first, span); }
+    model_round(gpu, m, whole, first, span);
 }
 
 template <typename X> struct StateOf {
@@ -2743,13 +2729,12 @@ template <typename X> static void state_free(Gpu& gpu, StateOf<X>* s) {
 }
 
 // A tensor of activations on the device: bytes from the start of the block and between layers (0: they share one),
-// elements between timesteps. size 0: absent.
-struct ActPlace { size_t offset, step, size, pitch; };
+// elements between timesteps (0: absent).
+struct ActPlace { size_t offset, step, pitch; };
 enum { KEEP_CHEAPLY = KEEP_ALL + 1 }; // like KEEP_ALL, but what is cheap is computed again
 
 template <typename X> struct PassOf {
     int B, T, keep, keep_grads;
-    Spec specs[NUM_ACTS];              // shapes of a layer's activations
     ActPlace places[NUM_ACTS], dplaces[NUM_ACTS];
     char *acts, *grads;                // the blocks
     size_t acts_size, grads_size;
@@ -2764,30 +2749,21 @@ template <typename X> struct PassOf {
 };
 
 // Lays out activations (or their gradients) and returns their size in bytes. everything: also what only tests look at.
-template <typename X> static size_t acts_place(ActPlace* places, const Spec* specs, const Config* c, size_t BT,
-        int keep, bool grads, bool everything) {
-    Spec blocks[NUM_ACTS]; size_t at = 0;
-    act_specs(blocks, c, BT, KEEP_BLOCKS);
-    memset(places, 0, sizeof(ActPlace) * NUM_ACTS);
+template <typename X> static size_t acts_place(ActPlace* places, const Config* c, size_t BT, int keep, bool grads,
+        bool everything) {
+    Spec specs[NUM_ACTS]; size_t at = 0;
+    act_specs(specs, c, BT, keep == KEEP_CHEAPLY ? KEEP_ALL : keep);
     for (int i = 0; i < NUM_ACTS; i++) {
-        bool per_layer = strstr(specs[i].name, "%d") || specs[i].slots > 1, is_output = blocks[i].slots > 1;
-        bool own = per_layer && (is_output ? keep != KEEP_NONE : keep == KEEP_ALL || (keep == KEEP_CHEAPLY
-                && !act_is_cheap(i)));
-        if (!specs[i].size || act_joined_to(i) >= 0) { continue; }
-        if ((i == A_znorm || i == A_znorm_rstd) && !everything) { continue; }
+        int other = act_beside(i); bool own = specs[i].slots > 1 && !(keep == KEEP_CHEAPLY && act_is_cheap(i));
+        size_t width = specs[i].size / BT, more = other < 0 ? 0 : specs[other].size / BT, pitch = width + more;
+        size_t bytes = act_is_float(i) ? sizeof(float) : sizeof(X), slot = ceil_div(BT * pitch * bytes, 256) * 256;
+        if (!width || places[i].pitch || ((i == A_znorm || i == A_znorm_rstd) && !everything)) { continue; }
         // lse's place: see attention_backward
         if (grads && ((act_is_float(i) && i != A_attention_lse) || i == A_logits)) { continue; }
         if (grads && i == A_embed && keep != KEEP_ALL) { continue; } // it is .out's, below
-        size_t pitch = specs[i].size / BT, bytes = act_is_float(i) ? sizeof(float) : sizeof(X);
-        for (int k = 0; k < NUM_ACTS; k++) { if (act_joined_to(k) == i) { pitch += specs[k].size / BT; } }
-        size_t slot = ceil_div(BT * pitch * bytes, 256) * 256;
-        places[i] = {at, own ? slot : 0, specs[i].size, pitch};
-        for (int k = 0; k < NUM_ACTS; k++) { // the partner's columns follow
-            if (act_joined_to(k) == i) {
-                places[k] = {at + specs[i].size / BT * bytes, places[i].step, specs[k].size, pitch};
-            }
-        }
-        at += slot * (own ? c->num_layers : 1);
+        places[i] = {at, own ? slot : 0, pitch};
+        if (more) { places[other] = {at + width * bytes, own ? slot : 0, pitch}; }
+        at += own ? c->num_layers * slot : slot;
     }
     if (grads && keep != KEEP_ALL) { places[A_embed] = places[A_out]; }
     return at;
@@ -2799,11 +2775,10 @@ template <typename X> static void pass_alloc(Gpu& gpu, PassOf<X>* s, const Confi
     if (BT > INT_MAX / 2) { die("%d x %d tokens in one pass are too many for the GPU program", B, T); }
     memset(s, 0, sizeof(*s));
     s->B = B; s->T = T; s->keep = keep; s->keep_grads = keep_grads;
-    act_specs(s->specs, c, BT, KEEP_ALL);
-    s->acts_size = acts_place<X>(s->places, s->specs, c, BT, keep, false, keep_grads == KEEP_ALL);
+    s->acts_size = acts_place<X>(s->places, c, BT, keep, false, keep_grads == KEEP_ALL);
     s->acts = (char*)gpu_alloc(&gpu, s->acts_size);
     if (keep != KEEP_NONE) {
-        s->grads_size = acts_place<X>(s->dplaces, s->specs, c, BT, keep_grads, true, keep_grads == KEEP_ALL);
+        s->grads_size = acts_place<X>(s->dplaces, c, BT, keep_grads, true, keep_grads == KEEP_ALL);
         s->grads = (char*)gpu_alloc(&gpu, s->grads_size);
     }
     s->carries_step = keep == KEEP_NONE ? 0 : cema_carries_size(&gpu, B, T, c->model_dim, c->cema_ndim);
@@ -2828,7 +2803,7 @@ template <typename X> static void pass_free(Gpu& gpu, PassOf<X>* s) {
 template <typename X> static ActsOf<X> acts_layer(const ActPlace* places, char* block, int l) {
     ActsOf<X> a;
     for (int i = 0; i < NUM_ACTS; i++) { // fields are of different types, hence memcpy
-        char* p = places[i].size ? block + places[i].offset + l * places[i].step : NULL;
+        char* p = places[i].pitch ? block + places[i].offset + l * places[i].step : NULL;
         memcpy((char*)&a + i * sizeof(p), &p, sizeof(p));
     }
     return a;

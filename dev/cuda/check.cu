@@ -182,7 +182,7 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     model_backward<X>(gpu, &gm, &gp, x, gpast, &gd);
     Acts none = copy.grads;
     for (int i = 0; i < NUM_ACTS; i++) { // rows that the GPU has no gradient of
-        if (!gp.dplaces[i].size || i == A_attention_lse) { s.dspecs[i].size = 0; }
+        if (!gp.dplaces[i].pitch || i == A_attention_lse) { s.dspecs[i].size = 0; }
     }
     pass_copy(gpu, &gp, &c, copy.grads, s.dspecs, true);
     double floor = 0;
