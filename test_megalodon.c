@@ -323,12 +323,10 @@ template <typename X> void pass_copy(Gpu& gpu, const PassOf<X>* s, const Config*
 // Sum of the losses in nats, see the CPU's; waits for the GPU.
 template <typename X> double model_loss(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* targets,
         size_t* scored, float dloss = 0) {
-    double sum;
     model_losses(gpu, m, s, targets, dloss, m->sums);
     for (size_t r = 0; r < (size_t)s->B * s->T; r++) { *scored += targets[r] != IGNORE; }
-    CUDA(cudaMemcpyAsync(&sum, m->sums, sizeof(sum), cudaMemcpyDeviceToHost, gpu.stream));
     gpu_sync(&gpu);
-    return sum;
+    return m->sums[0];
 }
 
 template <typename X> struct Run { Host host; ModelOf<X> m; PassOf<X> s; StateOf<X> start, dstart, *past; };

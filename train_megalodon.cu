@@ -2556,7 +2556,7 @@ template <typename X> struct ModelOf {
     float* grads;
     X* weights;                    // params rounded to X; for X = float not sharded the same memory
     float* rotations;              // (c,Z/H/2,2)
-    double* sums;                  // partial sums of the gradient's norm
+    double* sums;                  // partial sums of the gradient's norm; pinned
     cudaEvent_t* gathered;         // if sharded, by unit: the weights of all ranks have come
 };
 
@@ -2624,10 +2624,10 @@ template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Con
     }
     bool same = std::is_same<X, float>::value && m->shards == 1;
     m->weights = same ? (X*)m->params : (X*)gpu_alloc(&gpu, m->size * sizeof(X));
-    m->sums = (double*)gpu_alloc(&gpu, m->units * NORM_BLOCKS * sizeof(double));
     size_t bytes = sizeof(float) * c->chunk_size * (c->z_dim / c->num_heads);
     m->rotations = (float*)gpu_alloc(&gpu, bytes);
     if (gpu.dry) { return; }
+    CUDA(cudaMallocHost((void**)&m->sums, m->units * NORM_BLOCKS * sizeof(double)));
     if (m->shards > 1) { m->gathered = (cudaEvent_t*)xcalloc(m->units, sizeof(cudaEvent_t)); }
     for (int u = 0; m->gathered && u < m->units; u++) {
         CUDA(cudaEventCreateWithFlags(&m->gathered[u], cudaEventDisableTiming));
@@ -2644,9 +2644,8 @@ template <typename X> static void model_free(Gpu& gpu, ModelOf<X>* m) {
     if ((void*)m->weights != m->params) { cudaFree(m->weights); }
     if (m->masters != m->params) { cudaFree(m->masters); }
     for (int u = 0; m->gathered && u < m->units; u++) { cudaEventDestroy(m->gathered[u]); }
-    free(m->gathered);
-    void* blocks[6] = {m->params, m->grads, m->adam_m, m->adam_v, m->rotations, m->sums};
-    for (int i = 0; i < 6; i++) { cudaFree(blocks[i]); }
+    free(m->gathered); cudaFreeHost(m->sums);
+    cudaFree(m->params); cudaFree(m->grads); cudaFree(m->adam_m); cudaFree(m->adam_v); cudaFree(m->rotations);
 }
 
 template <typename X> __global__ void round_kernel(X* out, const float* inp, size_t n) {
@@ -2771,7 +2770,7 @@ template <typename X> static size_t acts_place(ActPlace* places, const Config* c
 
 template <typename X> static void pass_alloc(Gpu& gpu, PassOf<X>* s, const Config* c, int B, int T, int keep,
         int keep_grads) {
-    size_t BT = (size_t)B * T;
+    size_t BT = (size_t)B * T, carries = cema_carries_size(&gpu, B, T, c->model_dim, c->cema_ndim);
     if (BT > INT_MAX / 2) { die("%d x %d tokens in one pass are too many for the GPU program", B, T); }
     memset(s, 0, sizeof(*s));
     s->B = B; s->T = T; s->keep = keep; s->keep_grads = keep_grads;
@@ -2780,12 +2779,11 @@ template <typename X> static void pass_alloc(Gpu& gpu, PassOf<X>* s, const Confi
     if (keep != KEEP_NONE) {
         s->grads_size = acts_place<X>(s->dplaces, c, BT, keep_grads, true, keep_grads == KEEP_ALL);
         s->grads = (char*)gpu_alloc(&gpu, s->grads_size);
+        s->carries_step = carries;
+        if (ranks.chunks > 1) { state_alloc(gpu, &s->before, c, B, false); }
     }
-    s->carries_step = keep == KEEP_NONE ? 0 : cema_carries_size(&gpu, B, T, c->model_dim, c->cema_ndim);
-    s->carries = (float*)gpu_alloc(&gpu, sizeof(float) * cema_carries_size(&gpu, B, T, c->model_dim, c->cema_ndim)
-                                         * (keep == KEEP_NONE ? 1 : c->num_layers));
+    s->carries = (float*)gpu_alloc(&gpu, sizeof(float) * carries * (keep == KEEP_NONE ? 1 : c->num_layers));
     s->tokens = (int*)gpu_alloc(&gpu, sizeof(int) * (4 * BT + 1));
-    if (keep != KEEP_NONE && ranks.chunks > 1) { state_alloc(gpu, &s->before, c, B, false); }
     if (gpu.dry) { return; }
     s->targets = s->tokens + BT; s->order = s->targets + BT; s->begin = s->order + BT;
     CUDA(cudaMallocHost((void**)&s->host, sizeof(int) * (4 * BT + 1)));
@@ -3135,17 +3133,15 @@ template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, 
 
 // Global L2 norm of the gradient, which the backward pass has added up over the ranks; waits for the GPU.
 template <typename X> static double model_grad_norm(Gpu& gpu, const ModelOf<X>* m) {
-    int blocks = m->units > 1 ? NORM_BLOCKS / 2 : NORM_BLOCKS;
-    double *sums = (double*)xcalloc(m->units * blocks, sizeof(double)), sum = 0;
+    int blocks = m->units > 1 ? NORM_BLOCKS / 2 : NORM_BLOCKS; double sum = 0;
     for (int u = 0; u < m->units; u++) {
         Share s = model_share(m, u);
-        sum_kernel<float4><<<blocks, 256, 0, gpu.stream>>>(m->sums + u * blocks, (const float4*)(m->grads + s.at), s.size / 4);
+        const float4* g = (const float4*)(m->grads + s.at);
+        sum_kernel<float4><<<blocks, 256, 0, gpu.stream>>>(m->sums + u * blocks, g, s.size / 4);
     }
     LAUNCHED();
-    CUDA(cudaMemcpyAsync(sums, m->sums, sizeof(double) * m->units * blocks, cudaMemcpyDeviceToHost, gpu.stream));
     gpu_sync(&gpu);
-    for (int i = 0; i < m->units * blocks; i++) { sum += sums[i]; }
-    free(sums);
+    for (int i = 0; i < m->units * blocks; i++) { sum += m->sums[i]; }
     all_sum(&sum, 1);
     return sqrt(sum);
 }
@@ -3200,31 +3196,41 @@ template <typename X> struct GpuBackend {
     ModelOf<X> m;
     PassOf<X> pass, stream; // of a micro-step, of at most a chunk
     StateOf<X> state;       // what the stream carries
-    StateOf<X> next, *carried; // with --carry: a micro-step's state after it; all of theirs before them
-    double *sums, *losses;  // sum of the losses of each micro-step: on the device, on the host
+    StateOf<X>* carried;    // with --carry: what comes before each micro-step, and at [accum] what comes after one
+    double* sums;           // of the losses of each micro-step; pinned
     double dloss;
     int micro, accum;       // micro-steps since the last update, and of a step
-    X* raw;                 // logits as they come from the device
+    X* raw;                 // logits as they come from the device; pinned
     float* logits;          // on the host
 };
 template <typename X> static GpuBackend<X>* of(void* self) { return (GpuBackend<X>*)self; }
 
+// All that is on the device.
+template <typename X> static void backend_alloc(GpuBackend<X>* r, const Options* o, bool training, int keep) {
+    const Config* c = &o->model;
+    int B = o->generate ? o->samples : 1, T = o->generate ? 1 : c->chunk_size;
+    r->accum = o->accum;
+    model_alloc(r->gpu, &r->m, c, training);
+    if (training) { pass_alloc(r->gpu, &r->pass, c, o->batch, o->seq / ranks.chunks, keep, KEEP_NONE); }
+    r->pass.masks = masks_of(o);
+    pass_alloc(r->gpu, &r->stream, c, B, T, KEEP_NONE, KEEP_NONE);
+    state_alloc(r->gpu, &r->state, c, B, true);
+    if (!training || !o->carry) { return; }
+    r->carried = (StateOf<X>*)xcalloc(o->accum + 1, sizeof(StateOf<X>));
+    for (int i = 0; i <= o->accum; i++) { state_alloc(r->gpu, &r->carried[i], c, o->batch, false); }
+}
+
 // Counted by asking for all of it without taking it; scratch memory as it will be at its largest.
 template <typename X> static size_t memory_needed(const Gpu& gpu, const Options* o, int keep) {
-    const Config* c = &o->model;
-    Gpu count = gpu; ModelOf<X> m; PassOf<X> s; StateOf<X> state;
-    int T = o->seq / ranks.chunks;
-    size_t rows = (size_t)o->batch * T, chunk = min_int(c->chunk_size, T), D = c->model_dim, V = c->value_dim;
-    size_t scores = sizeof(X) * 2 * chunk * chunk, least = 2 * (size_t)SCORES_BYTES;
-    count.dry = true;
-    count.allocated = WORKSPACE + (scores > least ? scores : least) + rows * D / 4
-                      + (D + V) * gpu.card.multiProcessorCount * 160;
-    model_alloc(count, &m, c, true);
-    pass_alloc(count, &s, c, o->batch, T, keep, KEEP_NONE);
-    pass_alloc(count, &s, c, 1, c->chunk_size, KEEP_NONE, KEEP_NONE);
-    state_alloc(count, &state, c, 1, true);
-    for (int i = 0; o->carry && i <= o->accum; i++) { state_alloc(count, &state, c, o->batch, false); }
-    return count.allocated;
+    size_t T = o->seq / ranks.chunks, chunk = min_size(o->model.chunk_size, T), scores = sizeof(X) * 2 * chunk * chunk;
+    size_t least = 2 * (size_t)SCORES_BYTES, D = o->model.model_dim, V = o->model.value_dim;
+    GpuBackend<X> count = {gpu};
+    count.gpu.dry = true;
+    count.gpu.allocated = WORKSPACE + (scores > least ? scores : least) + o->batch * T * D / 4
+                          + (D + V) * gpu.card.multiProcessorCount * 160;
+    backend_alloc(&count, o, true, keep);
+    free(count.carried);
+    return count.gpu.allocated;
 }
 
 // What to keep for the backward pass: all, if training then takes at most half of the card.
@@ -3254,37 +3260,22 @@ template <typename X> static void memory_check(Gpu& gpu, const Options* o) {
 }
 
 template <typename X> static void gpu_open(void* self, const Options* o, bool training) {
-    GpuBackend<X>* r = of<X>(self); const Config* c = &o->model;
+    GpuBackend<X>* r = of<X>(self);
     if (training) { ranks_connect(&r->gpu); memory_check<X>(r->gpu, o); }
-    r->accum = o->accum;
-    model_alloc(r->gpu, &r->m, c, training);
-    if (training) {
-        pass_alloc(r->gpu, &r->pass, c, o->batch, o->seq / ranks.chunks, what_to_keep<X>(r->gpu, o), KEEP_NONE);
-        r->pass.masks = masks_of(o); r->sums = (double*)gpu_alloc(&r->gpu, o->accum * sizeof(double));
-        r->losses = (double*)xcalloc(o->accum, sizeof(double));
-    }
-    if (training && o->carry) {
-        r->carried = (StateOf<X>*)xcalloc(o->accum, sizeof(StateOf<X>));
-        state_alloc(r->gpu, &r->next, c, o->batch, false);
-        for (int i = 0; i < o->accum; i++) { state_alloc(r->gpu, &r->carried[i], c, o->batch, false); }
-    }
-    int B = o->generate ? o->samples : 1, T = o->generate ? 1 : c->chunk_size;
-    pass_alloc(r->gpu, &r->stream, c, B, T, KEEP_NONE, KEEP_NONE);
-    state_alloc(r->gpu, &r->state, c, B, true);
-    CUDA(cudaMallocHost((void**)&r->raw, sizeof(X) * B * c->vocab_size));
-    r->logits = (float*)xcalloc((size_t)B * c->vocab_size, sizeof(float));
+    backend_alloc(r, o, training, what_to_keep<X>(r->gpu, o));
+    size_t logits = (size_t)r->stream.B * o->model.vocab_size;
+    CUDA(cudaMallocHost((void**)&r->sums, o->accum * sizeof(double)));
+    CUDA(cudaMallocHost((void**)&r->raw, logits * sizeof(X)));
+    r->logits = (float*)xcalloc(logits, sizeof(float));
 }
 
 template <typename X> static void gpu_close(void* self) {
     GpuBackend<X>* r = of<X>(self);
     model_free(r->gpu, &r->m);
-    if (r->losses) { pass_free(r->gpu, &r->pass); }
+    if (r->pass.B) { pass_free(r->gpu, &r->pass); }
     pass_free(r->gpu, &r->stream); state_free(r->gpu, &r->state);
-    state_free(r->gpu, &r->next);
-    for (int i = 0; r->carried && i < r->accum; i++) { state_free(r->gpu, &r->carried[i]); }
-    free(r->carried); cudaFree(r->sums);
-    cudaFreeHost(r->raw);
-    free(r->losses); free(r->logits);
+    for (int i = 0; r->carried && i <= r->accum; i++) { state_free(r->gpu, &r->carried[i]); }
+    free(r->carried); cudaFreeHost(r->sums); cudaFreeHost(r->raw); free(r->logits);
     gpu_close(&r->gpu);
 }
 
@@ -3306,7 +3297,7 @@ template <typename X> static void gpu_micro_step(void* self, const int* tokens, 
     GpuBackend<X>* r = of<X>(self);
     r->pass.masks.row = row; r->micro = first ? 0 : r->micro + 1; r->gpu.accumulate = !first;
     r->gpu.reduce = ranks.count > 1 && r->micro == r->accum - 1; r->dloss = dloss;
-    StateOf<X> *past = fresh ? &r->carried[r->micro] : NULL, *next = fresh ? &r->next : NULL;
+    StateOf<X> *past = fresh ? &r->carried[r->micro] : NULL, *next = fresh ? &r->carried[r->accum] : NULL;
     if (fresh) { state_carry(r->gpu, past, &r->m.config, fresh); }
     model_forward<X>(r->gpu, &r->m, &r->pass, tokens, past, next);
     model_losses(r->gpu, &r->m, &r->pass, targets, dloss, r->sums + r->micro);
@@ -3321,9 +3312,8 @@ template <typename X> static void gpu_micro_step(void* self, const int* tokens, 
 
 template <typename X> static double gpu_finish_step(void* self, double* loss) {
     GpuBackend<X>* r = of<X>(self); double norm = model_grad_norm(r->gpu, &r->m);
-    CUDA(cudaMemcpy(r->losses, r->sums, (r->micro + 1) * sizeof(double), cudaMemcpyDeviceToHost));
     *loss = 0;
-    for (int i = 0; i <= r->micro; i++) { *loss += r->losses[i] * r->dloss; }
+    for (int i = 0; i <= r->micro; i++) { *loss += r->sums[i] * r->dloss; }
     all_sum(loss, 1);
     return norm;
 }
