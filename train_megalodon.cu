@@ -2549,7 +2549,7 @@ template <typename X> struct ModelOf {
     Config config;
     Spec specs[NUM_PARAMS];
     ParamPlace places[NUM_PARAMS];
-    size_t num_parameters, size;   // size: of a block below, with padding (always zero)
+    size_t size;                   // of a block below, with padding (always zero)
     int shards, units;
     float* params;                 // in fp32; if sharded, the first unit only
     float *masters, *adam_m, *adam_v; // this rank's shares; masters not sharded are params
@@ -2606,32 +2606,29 @@ template <typename P, typename Y> static P params_layer(const ParamPlace* places
 
 enum { NORM_BLOCKS = 1024 };
 template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Config* c, bool training) {
-    Model host; Config small = *c;
     config_check(c);
     memset(m, 0, sizeof(*m));
     m->config = *c;
     param_specs(m->specs, c);
-    m->num_parameters = specs_size(m->specs, NUM_PARAMS);
     m->shards = training ? ranks.count : 1; // one rank alone evaluates and generates
-    m->units = m->shards > 1 ? c->num_layers + 3 : 1;
+    bool sharded = m->shards > 1, same = !sharded && std::is_same<X, float>::value;
+    m->units = sharded ? c->num_layers + 3 : 1;
     params_place(m, c);
     auto floats = [&](size_t n) { return (float*)gpu_alloc(&gpu, n * sizeof(float)); };
-    m->params = floats(m->shards > 1 ? m->places[P_embed].offset : m->size);
-    m->masters = m->shards > 1 ? floats(m->size / m->shards) : m->params;
-    if (training) {
-        m->grads = floats(m->size); m->adam_m = floats(m->size / m->shards);
-        m->adam_v = floats(m->size / m->shards);
-    }
-    bool same = std::is_same<X, float>::value && m->shards == 1;
+    size_t share = m->size / m->shards;
+    m->params = floats(sharded ? m->places[P_embed].offset : m->size);
+    m->masters = sharded ? floats(share) : m->params;
+    if (training) { m->grads = floats(m->size); m->adam_m = floats(share); m->adam_v = floats(share); }
     m->weights = same ? (X*)m->params : (X*)gpu_alloc(&gpu, m->size * sizeof(X));
     size_t bytes = sizeof(float) * c->chunk_size * (c->z_dim / c->num_heads);
     m->rotations = (float*)gpu_alloc(&gpu, bytes);
     if (gpu.dry) { return; }
     CUDA(cudaMallocHost((void**)&m->sums, m->units * NORM_BLOCKS * sizeof(double)));
-    if (m->shards > 1) { m->gathered = (cudaEvent_t*)xcalloc(m->units, sizeof(cudaEvent_t)); }
-    for (int u = 0; m->gathered && u < m->units; u++) {
+    if (sharded) { m->gathered = (cudaEvent_t*)xcalloc(m->units, sizeof(cudaEvent_t)); }
+    for (int u = 0; sharded && u < m->units; u++) {
         CUDA(cudaEventCreateWithFlags(&m->gathered[u], cudaEventDisableTiming));
     }
+    Model host; Config small = *c;
     small.num_layers = small.vocab_size = small.model_dim = small.norm_num_groups = small.ffn_hidden_dim = 2;
     small.value_dim = small.num_heads;
     model_alloc(&host, &small, false); // for its table of rotations
@@ -2733,7 +2730,7 @@ struct ActPlace { size_t offset, step, pitch; };
 enum { KEEP_CHEAPLY = KEEP_ALL + 1 }; // like KEEP_ALL, but what is cheap is computed again
 
 template <typename X> struct PassOf {
-    int B, T, keep, keep_grads;
+    int B, T, keep;
     ActPlace places[NUM_ACTS], dplaces[NUM_ACTS];
     char *acts, *grads;                // the blocks
     size_t acts_size, grads_size;
@@ -2773,7 +2770,7 @@ template <typename X> static void pass_alloc(Gpu& gpu, PassOf<X>* s, const Confi
     size_t BT = (size_t)B * T, carries = cema_carries_size(&gpu, B, T, c->model_dim, c->cema_ndim);
     if (BT > INT_MAX / 2) { die("%d x %d tokens in one pass are too many for the GPU program", B, T); }
     memset(s, 0, sizeof(*s));
-    s->B = B; s->T = T; s->keep = keep; s->keep_grads = keep_grads;
+    s->B = B; s->T = T; s->keep = keep;
     s->acts_size = acts_place<X>(s->places, c, BT, keep, false, keep_grads == KEEP_ALL);
     s->acts = (char*)gpu_alloc(&gpu, s->acts_size);
     if (keep != KEEP_NONE) {

@@ -544,7 +544,7 @@ static void bench_decode(Gpu& gpu, const char* preset, int B, int at) {
     }
     double t = (seconds() - t0) / n;
     cudaMemGetInfo(&free2, &total);
-    double bytes = 2.0 * m.num_parameters - (c->share_emb ? 0 : 2 * D * c->vocab_size) + (double)B * L * n * (V + Z);
+    double bytes = 2.0 * specs_size(m.specs, NUM_PARAMS) - (c->share_emb ? 0 : 2 * D * c->vocab_size) + (double)B * L * n * (V + Z);
     printf("decode %-9s batch %-2d from timestep %-7d: %7.0f tok/s, %.3f ms a step, %.0f%% of reading weights and cache "
            "at 4.3 TB/s (%.3f ms); %.1f MB, at the end %+.1f\n", preset, B, at, B / t, 1e3 * t,
            100 * bytes / 4.3e12 / t, bytes / 4.3e9, (free0 - free1) / 1e6, ((double)free1 - free2) / 1e6);
