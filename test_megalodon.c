@@ -274,10 +274,10 @@ typedef struct { Model m; Pass s; State start, dstart; const State* past; } Host
 #ifdef GPU
 static Gpu gpu;
 // Copies tensors of a block of the device and a Model of the CPU.
-template <typename X> void model_copy(Gpu& gpu, const ModelOf<X>* m, float* block, Params host, bool to_host) {
+template <typename X> void model_copy(const ModelOf<X>* m, float* block, Params host, bool to_host) {
     for (int i = 0; i < NUM_PARAMS; i++) {
         for (int l = 0; m->specs[i].size && l < m->specs[i].slots; l++) {
-            tensor_copy(gpu, m, block, i, l, ((float**)&host)[i] + l * m->specs[i].size, to_host);
+            tensor_copy(m, block, i, l, ((float**)&host)[i] + l * m->specs[i].size, to_host);
         }
     }
 }
@@ -368,7 +368,7 @@ template <typename X> double run_pass(Run<X>* r, const int* x, const int* y, flo
     state_reset(gpu, &r->dstart);
     model_backward<X>(gpu, &r->m, &r->s, x, r->past, r->past ? &r->dstart : NULL);
     if (r->s.keep == KEEP_ALL) { pass_copy(gpu, &r->s, &h->m.config, h->s.grads, h->s.dspecs, true); }
-    model_copy(gpu, &r->m, r->m.grads, h->m.grads, true);
+    model_copy(&r->m, r->m.grads, h->m.grads, true);
     state_copy(gpu, &r->dstart, &h->dstart, true);
     return loss;
 }
@@ -377,13 +377,13 @@ template <typename X> double run_update(Run<X>* r, const Options* o, double lr, 
     if (ranks.count > 1) { stream_after(gpu, gpu.stream, gpu.blocks); }
     double norm = model_grad_norm(gpu, &r->m);
     model_update(gpu, &r->m, o, lr, step, clip_scale(norm, o->clip));
-    if (ranks.count == 1) { model_copy(gpu, &r->m, r->m.params, r->host.m.params, true); return norm; }
+    if (ranks.count == 1) { model_copy(&r->m, r->m.params, r->host.m.params, true); return norm; }
     stream_after(gpu, gpu.stream, gpu.blocks);
     for (int i = 0; sizeof(X) == 4 && i < NUM_PARAMS; i++) {
         float* block = param_is_float(i) ? r->m.params : (float*)r->m.weights;
         for (int l = 0; r->m.specs[i].size && l < r->m.specs[i].slots; l++) {
             float* w = ((float**)&r->host.m.params)[i] + l * r->m.specs[i].size;
-            tensor_copy(gpu, &r->m, block, i, l, w, true);
+            tensor_copy(&r->m, block, i, l, w, true);
         }
     }
     return norm;

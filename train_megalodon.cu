@@ -2658,12 +2658,11 @@ template <typename X> static void model_round(Gpu& gpu, ModelOf<X>* m, const flo
 }
 
 // Copies tensor i of layer l between a block on the device (params, grads, adam_m or adam_v) and the host.
-template <typename X> static void tensor_copy(Gpu& gpu, const ModelOf<X>* m, float* block, int i, int l, float* host,
+template <typename X> static void tensor_copy(const ModelOf<X>* m, float* block, int i, int l, float* host,
         bool to_host) {
     const ParamPlace* p = &m->places[i];
     float* there = block + p->offset + l * p->step;
     size_t width = p->columns * sizeof(float), pitch = p->pitch * sizeof(float);
-    gpu_sync(&gpu);
     if (to_host) { CUDA(cudaMemcpy2D(host, width, there, pitch, width, p->rows, cudaMemcpyDeviceToHost)); }
     else { CUDA(cudaMemcpy2D(there, pitch, host, width, width, p->rows, cudaMemcpyHostToDevice)); }
 }
@@ -2688,7 +2687,7 @@ template <typename X> static void model_part_copy(Gpu& gpu, ModelOf<X>* m, int b
         if (to != from && n) { CUDA(cudaMemcpyAsync(to, from, n * sizeof(float), cudaMemcpyDefault, gpu.stream)); }
     };
     if (to_host) { copy(there, here, mine[1] - mine[0]); }
-    tensor_copy(gpu, m, whole, i, l, host, to_host);
+    tensor_copy(m, whole, i, l, host, to_host);
     if (to_host) { return; }
     copy(here, there, mine[1] - mine[0]);
     if (block != WEIGHTS) { return; }
@@ -2841,12 +2840,15 @@ template <typename X> static StateOf<X> state_layer(const StateOf<X>* s, const C
     return r;
 }
 
-// What every function of a block needs: sizes, its input, weights, those in fp32, activations.
-#define OF_BLOCK(m, s, l) \
+// What every function below needs: sizes; layer l's input, weights, those in fp32, activations, dropout. Tensors that
+// stand once are the same of any layer.
+#define OF_LAYER(m, s, l) \
     const Config* c = &(m)->config; \
-    int D = c->model_dim, H = c->num_heads, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim, N = c->cema_ndim; \
-    int G = c->norm_num_groups, FF = c->swiglu ? 2 * F : F, ZR = Z + V, MU = D + V; /* of fc1|fc3, wz|wr, m|u */ \
-    float eps = c->norm_eps; \
+    int B = (s)->B, T = (s)->T, L = c->num_layers, D = c->model_dim, H = c->num_heads, Z = c->z_dim, V = c->value_dim; \
+    int F = c->ffn_hidden_dim, N = c->cema_ndim, G = c->norm_num_groups, vocab = c->vocab_size; \
+    int FF = c->swiglu ? 2 * F : F, ZR = Z + V, MU = D + V; /* of fc1|fc3, wz|wr, m|u */ \
+    size_t rows = (size_t)B * T; float eps = c->norm_eps; \
+    Dropouts drop = dropouts_at((s)->masks, T, l); \
     const X* x = block_input<X>((s)->places, (s)->acts, l); \
     ParamsOf<X> p = params_layer<ParamsOf<X>>((m)->places, (m)->weights, l); \
     Params w = params_layer<Params>((m)->places, (m)->params, l); \
@@ -2856,10 +2858,8 @@ template <typename X> static StateOf<X> state_layer(const StateOf<X>* s, const C
 // the backward pass; what comes before a slice is known then.
 template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l,
         const StateOf<X>* start, const StateOf<X>* end, bool again = false) {
-    OF_BLOCK(m, s, l);
-    int B = s->B, T = s->T, pos = start ? start->pos : 0;
-    size_t rows = (size_t)B * T;
-    Dropouts drop = dropouts_at(s->masks, T, l);
+    OF_LAYER(m, s, l);
+    int pos = start ? start->pos : 0;
     StateOf<X> in = state_layer(again && s->before.h ? &s->before : start, c, l), next = state_layer(end, c, l);
     StateOf<X> before = state_layer(again ? NULL : &s->before, c, l);
 
@@ -2904,8 +2904,7 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
 // The same for one token more of each stream.
 template <typename X> static void block_step(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l,
         const StateOf<X>* state) {
-    OF_BLOCK(m, s, l);
-    int B = s->B; bool rescale = c->rescale_nffn;
+    OF_LAYER(m, s, l); bool rescale = c->rescale_nffn;
     StateOf<X> past = state_layer(state, c, l);
     memory_step(gpu, a.timenorm, a.cema, past.norm, past.h, x, w.timenorm_w, w.timenorm_b, w, B, D, G, N, eps);
     product_forward<X>(gpu, B, eps, {a.wz, a.rmsnorm, MU, D, ZR, p.wz, p.wz_b, NULL, a.cema, NULL, w.rmsnorm_w, NULL,
@@ -2924,12 +2923,10 @@ template <typename X> static void block_step(Gpu& gpu, const ModelOf<X>* m, cons
 // so gradients of weights come after those.
 template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l,
         const StateOf<X>* start, const StateOf<X>* dstart) {
-    OF_BLOCK(m, s, l);
-    int B = s->B, T = s->T, C = c->chunk_size; size_t rows = (size_t)B * T;
+    OF_LAYER(m, s, l); int C = c->chunk_size;
     X* dx = block_input<X>(s->dplaces, s->grads, l);
     Params g = params_layer<Params>(m->places, m->grads, l);
     ActsOf<X> d = acts_layer<X>(s->dplaces, s->grads, l);
-    Dropouts drop = dropouts_at(s->masks, T, l);
     StateOf<X> in = state_layer(s->before.h ? &s->before : start, c, l), din = state_layer(dstart, c, l);
 
     bool again = s->keep == KEEP_CHEAPLY;
@@ -2997,12 +2994,7 @@ template <typename X> static void model_wait(Gpu& gpu, const ModelOf<X>* m, int 
 // working. One token more for a cache is always the same work: from the third one on, a graph's.
 template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* tokens,
         const StateOf<X>* start, StateOf<X>* end) {
-    const Config* c = &m->config;
-    int B = s->B, T = s->T, D = c->model_dim, L = c->num_layers, vocab = c->vocab_size;
-    size_t rows = (size_t)B * T;
-    ParamsOf<X> p = params_layer<ParamsOf<X>>(m->places, m->weights, 0);
-    Params w = params_layer<Params>(m->places, m->params, 0);
-    ActsOf<X> a = acts_layer<X>(s->places, s->acts, 0);
+    OF_LAYER(m, s, 0);
     CUDA(cudaEventSynchronize(s->copied));
     bool step = T == 1 && end && end->k && start == end; // one token more of each stream
     memcpy(s->host, tokens, rows * sizeof(int));
@@ -3010,8 +3002,7 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
     pass_upload(gpu, s, s->tokens, rows + step);
     for (int u = 0; u < (step ? m->units : min_int(m->units, 2)); u++) { model_wait(gpu, m, u); }
     auto work = [&] {
-        embedding_forward(gpu, a.embed, s->tokens, p.embed, embedding_scale(c), rows, D,
-                          dropouts_at(s->masks, T, 0).embed);
+        embedding_forward(gpu, a.embed, s->tokens, p.embed, embedding_scale(c), rows, D, drop.embed);
         for (int l = 0; l < L; l++) {
             if (step) { block_step(gpu, m, s, l, end); continue; }
             model_wait(gpu, m, 2 + l); block_forward(gpu, m, s, l, start, end);
@@ -3019,11 +3010,10 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
         const X* x = block_input<X>(s->places, s->acts, L);
         NormState *before = state_layer(start, c, L).norm, *after = state_layer(end, c, L).norm;
         if (step) {
-            memory_step(gpu, a.final, (X*)NULL, after, NULL, x, w.final_w, w.final_b, w, B, D, c->norm_num_groups, 1,
-                        c->norm_eps);
+            memory_step(gpu, a.final, (X*)NULL, after, NULL, x, w.final_w, w.final_b, w, B, D, G, 1, eps);
         } else {
             timestepnorm_forward(gpu, a.final, a.final_mean, a.final_rstd, after, state_layer(&s->before, c, L).norm,
-                                 before, x, w.final_w, w.final_b, B, T, D, c->norm_num_groups, c->norm_eps);
+                                 before, x, w.final_w, w.final_b, B, T, D, G, eps);
             model_wait(gpu, m, m->units - 1);
         }
         product_forward<X>(gpu, rows, 0, {a.logits, a.final, D, D, vocab, c->share_emb ? p.embed : p.output});
@@ -3084,12 +3074,10 @@ template <typename X> static void unit_reduce(Gpu& gpu, const ModelOf<X>* m, int
 // Adds to the gradients, or with gpu.accumulate off assigns them, from dlogits, which model_loss has left in logits.
 template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* tokens,
         const StateOf<X>* start, const StateOf<X>* dstart) {
-    const Config* c = &m->config;
-    int B = s->B, T = s->T, D = c->model_dim, L = c->num_layers, vocab = c->vocab_size;
-    size_t rows = (size_t)B * T;
-    ParamsOf<X> p = params_layer<ParamsOf<X>>(m->places, m->weights, 0);
-    Params w = params_layer<Params>(m->places, m->params, 0), g = params_layer<Params>(m->places, m->grads, 0);
-    ActsOf<X> a = acts_layer<X>(s->places, s->acts, 0), d = acts_layer<X>(s->dplaces, s->grads, 0);
+    OF_LAYER(m, s, 0);
+    Params g = params_layer<Params>(m->places, m->grads, 0);
+    ActsOf<X> d = acts_layer<X>(s->dplaces, s->grads, 0);
+    StateOf<X> in = state_layer(s->before.h ? &s->before : start, c, L), din = state_layer(dstart, c, L);
 
     // Positions sorted by token, for the embedding at the end; the GPU is still busy with the forward pass.
     CUDA(cudaEventSynchronize(s->copied));
@@ -3109,9 +3097,9 @@ template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, 
     matmul_backward(gpu, d.final, D, a.logits, vocab, c->share_emb ? p.embed : p.output, rows, D, vocab, false);
     matmul_backward_weight(gpu, c->share_emb ? g.embed : g.output, a.logits, vocab, a.final, D, rows, D, vocab);
     if (gpu.reduce) { unit_reduce(gpu, m, m->units - 1); }
-    timestepnorm_backward<X>(gpu, block_input<X>(s->dplaces, s->grads, L), g.final_w, g.final_b, state_layer(dstart, c,
-            L).norm, NULL, NULL, d.final, a.final_mean, a.final_rstd, state_layer(s->before.h ? &s->before : start, c,
-            L).norm, block_input<X>(s->places, s->acts, L), w.final_w, B, T, D, c->norm_num_groups);
+    timestepnorm_backward<X>(gpu, block_input<X>(s->dplaces, s->grads, L), g.final_w, g.final_b, din.norm, NULL, NULL,
+                             d.final, a.final_mean, a.final_rstd, in.norm, block_input<X>(s->places, s->acts, L),
+                             w.final_w, B, T, D, G);
     for (int l = L - 1; l >= 0; l--) { // with --recompute, only the last layer's activations are still there
         if (s->keep == KEEP_BLOCKS && l < L - 1) { block_forward<X>(gpu, m, s, l, start, NULL, true); }
         block_backward(gpu, m, s, l, start, dstart);
@@ -3121,7 +3109,7 @@ template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, 
         CUDA(cudaMemsetAsync(g.embed, 0, (size_t)vocab * D * sizeof(float), gpu.stream));
     }
     embedding_backward(gpu, g.embed, d.embed, s->tokens, s->order, s->begin, s->runs, embedding_scale(c), D,
-                       dropouts_at(s->masks, T, 0).embed);
+                       drop.embed);
     if (gpu.reduce) {
         for (int u = 0; u < 2; u++) { unit_reduce(gpu, m, u); }
         stream_after(gpu, gpu.stream, gpu.blocks);
@@ -3285,7 +3273,6 @@ template <typename X> static void gpu_copy(void* self, int block, int i, int l, 
     void* here = block == CARRIED_NORM ? (void*)s.norm : s.h;
     size_t bytes = block == CARRIED_NORM ? sizeof(NormState) * s.B * c->norm_num_groups
                                          : sizeof(float) * s.B * c->model_dim * c->cema_ndim * 2;
-    gpu_sync(&of<X>(self)->gpu);
     CUDA(cudaMemcpy(to_host ? host : here, to_host ? here : host, bytes, cudaMemcpyDefault));
 }
 
@@ -3326,7 +3313,6 @@ template <typename X> static void gpu_stream(void* self, const int* tokens, int 
     model_forward(r->gpu, &r->m, &r->stream, tokens, &r->state, &r->state);
     if (!targets) { return; }
     model_losses(r->gpu, &r->m, &r->stream, targets, 0, r->m.sums);
-    gpu_sync(&r->gpu);
     const float* from = acts_layer<X>(r->stream.places, r->stream.acts, 0).losses;
     CUDA(cudaMemcpy(losses, from, T * sizeof(float), cudaMemcpyDeviceToHost));
 }

@@ -124,14 +124,14 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     PassOf<X> gp, plain;
     StateOf<X> gs, gd;
     model_alloc(gpu, &gm, &c, true);
-    model_copy(gpu, &gm, gm.params, m.params, false);
+    model_copy(&gm, gm.params, m.params, false);
     model_round(gpu, &gm, gm.params, 0, gm.size);
     pass_alloc(gpu, &gp, &c, B, T, KEEP_ALL, KEEP_ALL);
     gp.masks = masks;
     CUDA(cudaMemset(gp.acts, 0xff, gp.acts_size)); // NaN
     CUDA(cudaMemset(gp.grads, 0xff, gp.grads_size));
     for (size_t i = 0; i < m.num_parameters; i++) { got.params.embed[i] = NAN; }
-    model_copy(gpu, &gm, gm.grads, got.params, false);
+    model_copy(&gm, gm.grads, got.params, false);
     state_alloc(gpu, &gs, &c, B, false);
     state_alloc(gpu, &gd, &c, B, false);
     state_copy(gpu, &gs, &start, false);
@@ -193,7 +193,7 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     (void)none;
     compare_acts("dact", &c, s.dspecs, copy.grads, s.grads, 1e-4 * floor, grad_bound, !fp32);
     double grad_floor = (fp32 ? 1e-4 : 1e-3) * largest(m.grads.embed, m.num_parameters);
-    model_copy(gpu, &gm, gm.grads, got.params, true);
+    model_copy(&gm, gm.grads, got.params, true);
     compare_params("grad", &m, got.params, m.grads, grad_floor, grad_bound, !fp32);
     if (past) {
         state_copy(gpu, &gd, &gdstart, true);
@@ -214,11 +214,11 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
         Params at;
         specs_place(&at, again, m.specs, NUM_PARAMS);
         for (size_t i = 0; i < m.num_parameters; i++) { again[i] = NAN; }
-        model_copy(gpu, &gm, gm.grads, at, false);
+        model_copy(&gm, gm.grads, at, false);
         model_forward<X>(gpu, &gm, &plain, x, gpast, NULL);
         model_loss(gpu, &gm, &plain, y, &gscored, dloss);
         model_backward<X>(gpu, &gm, &plain, x, gpast, NULL);
-        model_copy(gpu, &gm, gm.grads, at, true);
+        model_copy(&gm, gm.grads, at, true);
         compare(keep == KEEP_BLOCKS ? "grad, recomputed" : "grad, kept cheaply", again, got.params.embed,
                 m.num_parameters, 0, fp32 ? 1e-6 : 1e-4, false);
         if (keep == KEEP_CHEAPLY) { // twice with accumulation, and the same bits again
@@ -228,14 +228,14 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
             model_backward<X>(gpu, &gm, &plain, x, gpast, NULL);
             Model twice;
             model_alloc(&twice, &c, false);
-            model_copy(gpu, &gm, gm.grads, twice.params, true);
+            model_copy(&gm, gm.grads, twice.params, true);
             for (size_t i = 0; i < m.num_parameters; i++) { again[i] *= 2; }
             compare("grad, added", twice.params.embed, again, m.num_parameters, 0, 1e-6, false);
             gpu.accumulate = false;
             model_forward<X>(gpu, &gm, &plain, x, gpast, NULL);
             model_loss(gpu, &gm, &plain, y, &gscored, dloss);
             model_backward<X>(gpu, &gm, &plain, x, gpast, NULL);
-            model_copy(gpu, &gm, gm.grads, twice.params, true);
+            model_copy(&gm, gm.grads, twice.params, true);
             for (size_t i = 0; i < m.num_parameters; i++) { again[i] /= 2; }
             compare("grad, same bits", twice.params.embed, again, m.num_parameters, 0, 0, false);
             model_free(&twice);
@@ -247,14 +247,14 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     // The optimizer, from the CPU's gradients.
     Options o = default_options;
     o.model = c;
-    model_copy(gpu, &gm, gm.grads, m.grads, false);
+    model_copy(&gm, gm.grads, m.grads, false);
     float norm = model_grad_norm(gpu, &gm), cnorm = model_grad_norm(&m);
     compare("gradient norm", &norm, &cnorm, 1, 0, 1e-6, false);
     for (int step = 1; step <= 2; step++) {
         model_update(gpu, &gm, &o, 1e-3, step, 0.7);
         model_update(&m, &o, 1e-3, step, 0.7);
     }
-    model_copy(gpu, &gm, gm.params, got.params, true);
+    model_copy(&gm, gm.params, got.params, true);
     compare("updated", got.params.embed, m.params.embed, m.num_parameters, 0, 1e-6, false);
     memset(got.params.embed, 0, bytes);
     printf("%s, %s, (B,T) = (%d,%d)%s%s: %d checked, %d failed\n", what, fp32 ? "fp32" : "bf16", B, T,
