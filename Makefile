@@ -63,7 +63,7 @@ dev/bin/bench: dev/bench.c $(SOURCES)
 	$(CC) $(THIS_CFLAGS) $< $(OPENMP) $(OPENBLAS) -o $@ -lm
 
 # GPU kernels and models against their CPU twins in one process; --bench and --kernels print times and rates.
-dev/bin/check: dev/cuda/check.cu train_megalodon.cu $(SOURCES)
+dev/bin/check: dev/cuda/check.cu test_megalodon.c train_megalodon.cu $(SOURCES)
 	@mkdir -p dev/bin
 	$(NVCC) $(NVCCFLAGS) $< -o $@
 

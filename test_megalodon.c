@@ -273,6 +273,62 @@ typedef struct { Model m; Pass s; State start, dstart; const State* past; } Host
 
 #ifdef GPU
 static Gpu gpu;
+// Copies tensors of a block of the device and a Model of the CPU.
+template <typename X> void model_copy(const ModelOf<X>* m, float* block, Params host, bool to_host) {
+    for (int i = 0; i < NUM_PARAMS; i++) {
+        for (int l = 0; m->specs[i].size && l < m->specs[i].slots; l++) {
+            tensor_copy(m, block, i, l, ((float**)&host)[i] + l * m->specs[i].size, to_host);
+        }
+    }
+}
+// Copies norms and h between a State of the CPU and one of the GPU.
+template <typename X> void state_copy(Gpu& gpu, StateOf<X>* s, State* host, bool to_host) {
+    size_t h = (char*)s->norm - (char*)s->h, norm = s->bytes - h;
+    gpu_sync(&gpu);
+    CUDA(cudaMemcpy(to_host ? (void*)host->norm : s->norm, to_host ? s->norm : host->norm, norm, cudaMemcpyDefault));
+    CUDA(cudaMemcpy(to_host ? (void*)host->h : s->h, to_host ? s->h : host->h, h, cudaMemcpyDefault));
+    if (to_host) { host->pos = s->pos; } else { s->pos = host->pos; }
+}
+// Activation i of layer l, or with grads its gradient, in the CPU's layout: (B,T,...) floats. False if it is not there.
+template <typename X> bool pass_fetch(Gpu& gpu, const PassOf<X>* s, const Config* c, int i, int l, bool grads,
+        float* out) {
+    const ActPlace* p = grads ? &s->dplaces[i] : &s->places[i];
+    Spec specs[NUM_ACTS];
+    if (!p->pitch) { return false; }
+    act_specs(specs, c, 1, KEEP_ALL);
+    size_t BT = (size_t)s->B * s->T, n = specs[i].size, bytes = act_is_float(i) ? sizeof(float) : sizeof(X);
+    bool head_major = i == A_q || i == A_k || i == A_v || i == A_attention || i == A_attention_lse;
+    int H = head_major ? c->num_heads : 1;
+    void* raw = xcalloc(BT * n, bytes);
+    gpu_sync(&gpu);
+    CUDA(cudaMemcpy2D(raw, n * bytes, (grads ? s->grads : s->acts) + p->offset + l * p->step, p->pitch * bytes,
+                      n * bytes, BT, cudaMemcpyDeviceToHost));
+    for (size_t k = 0; k < BT * n; k++) { // from head-major, or with H = 1 as it is
+        size_t d = n / H, b = k / (s->T * n), t = k / n % s->T, h = k % n / d;
+        size_t at = ((b * H + h) * s->T + t) * d + k % d;
+        out[k] = act_is_float(i) ? ((float*)raw)[at] : to_float(((X*)raw)[at]);
+    }
+    free(raw);
+    return true;
+}
+// The same for all activations or gradients of a Pass of the CPU, as far as they are there.
+template <typename X> void pass_copy(Gpu& gpu, const PassOf<X>* s, const Config* c, Acts host, const Spec* specs,
+        bool grads) {
+    for (int i = 0; i < NUM_ACTS; i++) {
+        for (int l = 0; specs[i].size && l < specs[i].slots; l++) {
+            pass_fetch(gpu, s, c, i, l, grads, ((float**)&host)[i] + l * specs[i].size);
+        }
+    }
+}
+// Sum of the losses in nats, see the CPU's; waits for the GPU.
+template <typename X> double model_loss(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* targets,
+        size_t* scored, float dloss = 0) {
+    model_losses(gpu, m, s, targets, dloss, m->sums);
+    for (size_t r = 0; r < (size_t)s->B * s->T; r++) { *scored += targets[r] != IGNORE; }
+    gpu_sync(&gpu);
+    return m->sums[0];
+}
+
 template <typename X> struct Run { Host host; ModelOf<X> m; PassOf<X> s; StateOf<X> start, dstart, *past; };
 
 template <typename X> void run_open(Run<X>* r, int keep) { // after host's weights and past are set
@@ -288,7 +344,7 @@ template <typename X> void run_open(Run<X>* r, int keep) { // after host's weigh
     pass_alloc(gpu, &r->s, c, r->host.s.B, r->host.s.T, keep, keep == KEEP_ALL ? KEEP_ALL : KEEP_NONE);
     state_alloc(gpu, &r->start, c, r->host.s.B, false);
     state_alloc(gpu, &r->dstart, c, r->host.s.B, false);
-    state_copy(gpu, &r->start, &r->host.start, c, false);
+    state_copy(gpu, &r->start, &r->host.start, false);
     r->past = r->host.past ? &r->start : NULL;
 }
 template <typename X> void run_close(Run<X>* r) {
@@ -309,11 +365,11 @@ template <typename X> double run_pass(Run<X>* r, const int* x, const int* y, flo
     if (dloss == 0) { return loss; }
     gpu.accumulate = false;
     model_loss(gpu, &r->m, &r->s, y, &scored, dloss);
-    state_reset(gpu, &r->dstart, &h->m.config);
+    state_reset(gpu, &r->dstart);
     model_backward<X>(gpu, &r->m, &r->s, x, r->past, r->past ? &r->dstart : NULL);
     if (r->s.keep == KEEP_ALL) { pass_copy(gpu, &r->s, &h->m.config, h->s.grads, h->s.dspecs, true); }
-    model_copy(gpu, &r->m, r->m.grads, h->m.grads, true);
-    state_copy(gpu, &r->dstart, &h->dstart, &h->m.config, true);
+    model_copy(&r->m, r->m.grads, h->m.grads, true);
+    state_copy(gpu, &r->dstart, &h->dstart, true);
     return loss;
 }
 template <typename X> double run_update(Run<X>* r, const Options* o, double lr, int step) {
@@ -321,13 +377,13 @@ template <typename X> double run_update(Run<X>* r, const Options* o, double lr, 
     if (ranks.count > 1) { stream_after(gpu, gpu.stream, gpu.blocks); }
     double norm = model_grad_norm(gpu, &r->m);
     model_update(gpu, &r->m, o, lr, step, clip_scale(norm, o->clip));
-    if (ranks.count == 1) { model_copy(gpu, &r->m, r->m.params, r->host.m.params, true); return norm; }
+    if (ranks.count == 1) { model_copy(&r->m, r->m.params, r->host.m.params, true); return norm; }
     stream_after(gpu, gpu.stream, gpu.blocks);
     for (int i = 0; sizeof(X) == 4 && i < NUM_PARAMS; i++) {
         float* block = param_is_float(i) ? r->m.params : (float*)r->m.weights;
         for (int l = 0; r->m.specs[i].size && l < r->m.specs[i].slots; l++) {
             float* w = ((float**)&r->host.m.params)[i] + l * r->m.specs[i].size;
-            tensor_copy(gpu, &r->m, block, i, l, w, true);
+            tensor_copy(&r->m, block, i, l, w, true);
         }
     }
     return norm;
@@ -337,7 +393,7 @@ template <typename X> void run_stream_open(Run<X>* r, RunStream<X>* s, int B) {
     const Config* c = &r->host.m.config;
     pass_alloc(gpu, &s->pass, c, B, c->chunk_size, KEEP_NONE, KEEP_NONE);
     state_alloc(gpu, &s->state, c, B, true);
-    if (r->past) { state_copy(gpu, &s->state, &r->host.start, c, false); }
+    if (r->past) { state_copy(gpu, &s->state, &r->host.start, false); }
 }
 template <typename X> void run_stream_close(RunStream<X>* s) {
     pass_free(gpu, &s->pass);

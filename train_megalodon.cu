@@ -2515,18 +2515,15 @@ constexpr bool act_is_float(int i) {
             || i == A_attention_lse || i == A_norm_mean || i == A_norm_rstd || i == A_final_mean || i == A_final_rstd
             || i == A_losses;
 }
-static bool act_is_head_major(int i) {
-    return i == A_q || i == A_k || i == A_v || i == A_attention || i == A_attention_lse;
-}
 // Cheap to compute again in the backward pass: not kept for every layer.
 static bool act_is_cheap(int i) {
     return i == A_timenorm || i == A_rmsnorm || i == A_q || i == A_k || i == A_v || i == A_gated || i == A_norm
             || i == A_hidden;
 }
-// Rows of the tables that stand side by side, as one product makes or takes both.
-static int act_joined_to(int i) { return i == A_gated ? A_rmsnorm : i == A_wr ? A_wz : i == A_fc3 ? A_fc1 : -1; }
-static int param_joined_to(int i) {
-    return i == P_wr ? P_wz : i == P_wr_b ? P_wz_b : i == P_fc3 ? P_fc1 : i == P_wh2 ? P_wh1 : -1;
+// The row of the table that stands beside row i, as one product makes or takes both; -1 for none.
+static int act_beside(int i) { return i == A_rmsnorm ? A_gated : i == A_wz ? A_wr : i == A_fc1 ? A_fc3 : -1; }
+static int param_beside(int i) {
+    return i == P_wz ? P_wr : i == P_wz_b ? P_wr_b : i == P_fc1 ? P_fc3 : i == P_wh1 ? P_wh2 : -1;
 }
 
 #define FIELD_OF_X(field, ...) X* field;
@@ -2539,74 +2536,63 @@ struct ParamPlace { size_t offset, step, rows, columns, pitch; };
 
 // Rows that kernels read in fp32 whatever X is.
 static bool param_is_float(int i) {
-    return i == P_timenorm_w || i == P_timenorm_b || (i >= P_cema_alpha && i <= P_rmsnorm_w) || i == P_gamma
-           || i == P_beta || i == P_norm_w || i == P_norm_b || i == P_rescale || i == P_final_w || i == P_final_b;
+    return (i >= P_timenorm_w && i <= P_rmsnorm_w) || (i >= P_gamma && i <= P_norm_b)
+           || (i >= P_rescale && i <= P_final_b);
+}
+// A block of parameters is a row of units: what is read in fp32, the embedding, each layer, the output. Of each unit
+// every rank has an equal share, and of masters and moments no more (ZeRO-1). On one rank, all is one unit.
+static int param_unit(int i, int l, int L) {
+    return param_is_float(i) ? 0 : i == P_embed ? 1 : i == P_output ? L + 2 : 2 + l;
 }
 
-// A block of parameters is a row of units: what is read in fp32, the embedding, each layer, the rest. Of each unit
-// every rank has an equal share, and of masters and moments no more (ZeRO-1). On one rank, all is one unit.
 template <typename X> struct ModelOf {
     Config config;
     Spec specs[NUM_PARAMS];
     ParamPlace places[NUM_PARAMS];
-    size_t num_parameters, size;   // size: of a block below, with padding (always zero)
-    size_t ends[3], layer;         // where the first unit, the embedding and the layers end; elements of a layer
+    size_t size;                   // of a block below, with padding (always zero)
     int shards, units;
     float* params;                 // in fp32; if sharded, the first unit only
     float *masters, *adam_m, *adam_v; // this rank's shares; masters not sharded are params
     float* grads;
     X* weights;                    // params rounded to X; for X = float not sharded the same memory
     float* rotations;              // (c,Z/H/2,2)
-    double* sums;                  // partial sums of the gradient's norm
+    double* sums;                  // partial sums of the gradient's norm; pinned
     cudaEvent_t* gathered;         // if sharded, by unit: the weights of all ranks have come
 };
 
 // A unit in a block, and this rank's share: where in the block, where among its shares.
-struct Share { size_t begin, end, at, size, shard; };
+struct Share { size_t begin, at, size, shard; };
 template <typename X> static Share model_share(const ModelOf<X>* m, int u) {
     auto start = [&](int u) {
-        return u == 0 ? 0 : u == m->units ? m->size : u == 1 ? m->ends[0]
-               : u == m->units - 1 ? m->ends[2] : m->ends[1] + (u - 2) * m->layer;
+        return u == 0 ? 0 : u == m->units ? m->size : u == 1 ? m->places[P_embed].offset
+               : m->places[P_wv].offset + (u - 2) * m->places[P_wv].step;
     };
-    Share s = {start(u), start(u + 1), 0, 0, 0};
-    s.size = (s.end - s.begin) / m->shards; s.at = s.begin + (m->shards > 1 ? ranks.rank * s.size : 0);
-    s.shard = s.begin / m->shards;
-    return s;
+    size_t begin = start(u), size = (start(u + 1) - begin) / m->shards;
+    return {begin, begin + (m->shards > 1 ? ranks.rank * size : 0), size, begin / m->shards};
 }
 
-// Lays out the tensors, each at a multiple of 64 elements; the joined ones follow their partner, wh2 row by row.
+// Lays out the tensors, unit by unit, each at a multiple of 64 elements. wh2 follows wh1 row by row, the other tensors
+// that stand beside one follow it as a whole.
 template <typename X> static void params_place(ModelOf<X>* m, const Config* c) {
-    size_t at = 0, pitch = m->specs[P_wh1].dims[1] + m->specs[P_wh2].dims[1];
-    enum { FLOATS_OF_LAYERS, FLOATS, EMBEDDING, LAYERS, REST };
-    for (int part = FLOATS_OF_LAYERS; part <= REST; part++) {
+    size_t at = 0, D = c->model_dim, V = c->value_dim; int L = c->num_layers;
+    for (int u : {0, 1, 2, L + 2}) { // of the layers' units the first
         size_t first = at;
         for (int i = 0; i < NUM_PARAMS; i++) {
-            bool per_layer = strstr(m->specs[i].name, "%d");
-            int of = param_is_float(i) ? (per_layer ? FLOATS_OF_LAYERS : FLOATS) : per_layer ? LAYERS
-                     : i == P_embed ? EMBEDDING : REST;
-            if (of != part || param_joined_to(i) >= 0) { continue; } // those are placed with their partner
-            size_t rows = i == P_wh1 ? m->specs[i].dims[0] : 1, width = m->specs[i].size / rows;
-            m->places[i] = {at, 0, rows, width, i == P_wh1 ? pitch : width};
-            at += width;
-            for (int k = 0; k < NUM_PARAMS; k++) {
-                if (param_joined_to(k) != i) { continue; }
-                m->places[k] = {at, 0, rows, m->specs[k].size / rows, i == P_wh1 ? pitch : m->specs[k].size};
-                at += m->specs[k].size / rows;
-            }
-            at = ceil_div(i == P_wh1 ? m->places[i].offset + rows * pitch : at, 64) * 64;
+            int other = param_beside(i); const Spec* specs = m->specs;
+            size_t more = other < 0 ? 0 : specs[other].size, step = ceil_div(specs[i].size + more, 64) * 64;
+            if (param_unit(i, 0, L) != u || !specs[i].size || m->places[i].step) { continue; }
+            auto place = [&](int k, size_t after) {
+                size_t rows = specs[k].dims[1] ? specs[k].dims[0] : 1, columns = specs[k].size / rows;
+                m->places[k] = {at + after, step, rows, columns, i == P_wh1 ? D + V : columns};
+            };
+            place(i, 0);
+            if (more) { place(other, i == P_wh1 ? D : specs[i].size); }
+            at += u == 0 ? specs[i].slots * step : step;
         }
-        size_t unit = 64 * m->shards;
-        if (part != FLOATS_OF_LAYERS) { at = first + ceil_div(at - first, unit) * unit; }
-        if (part == FLOATS) { at = ceil_div(at, unit) * unit; }
-        if (part == FLOATS_OF_LAYERS || part == LAYERS) {
-            m->layer = at - first;
-            for (int i = 0; i < NUM_PARAMS; i++) {
-                bool here = strstr(m->specs[i].name, "%d") && param_is_float(i) == (part == FLOATS_OF_LAYERS);
-                if (here) { m->places[i].step = m->layer; }
-            }
-            at += (c->num_layers - 1) * m->layer;
-        }
-        if (part >= FLOATS && part < REST) { m->ends[part - FLOATS] = at; }
+        at = first + ceil_div(at - first, 64 * m->shards) * 64 * m->shards;
+        if (u != 2) { continue; }
+        for (int i = 0; i < NUM_PARAMS; i++) { if (param_unit(i, 0, L) == u) { m->places[i].step = at - first; } }
+        at += (L - 1) * (at - first);
     }
     m->size = at;
 }
@@ -2620,32 +2606,29 @@ template <typename P, typename Y> static P params_layer(const ParamPlace* places
 
 enum { NORM_BLOCKS = 1024 };
 template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Config* c, bool training) {
-    Model host; Config small = *c;
     config_check(c);
     memset(m, 0, sizeof(*m));
     m->config = *c;
     param_specs(m->specs, c);
-    m->num_parameters = specs_size(m->specs, NUM_PARAMS);
     m->shards = training ? ranks.count : 1; // one rank alone evaluates and generates
-    m->units = m->shards > 1 ? c->num_layers + 3 : 1;
+    bool sharded = m->shards > 1, same = !sharded && std::is_same<X, float>::value;
+    m->units = sharded ? c->num_layers + 3 : 1;
     params_place(m, c);
     auto floats = [&](size_t n) { return (float*)gpu_alloc(&gpu, n * sizeof(float)); };
-    m->masters = m->params = floats(m->shards > 1 ? m->ends[0] : m->size);
-    if (m->shards > 1) { m->masters = floats(m->size / m->shards); }
-    if (training) {
-        m->grads = floats(m->size); m->adam_m = floats(m->size / m->shards);
-        m->adam_v = floats(m->size / m->shards);
-    }
-    bool same = std::is_same<X, float>::value && m->shards == 1;
+    size_t share = m->size / m->shards;
+    m->params = floats(sharded ? m->places[P_embed].offset : m->size);
+    m->masters = sharded ? floats(share) : m->params;
+    if (training) { m->grads = floats(m->size); m->adam_m = floats(share); m->adam_v = floats(share); }
     m->weights = same ? (X*)m->params : (X*)gpu_alloc(&gpu, m->size * sizeof(X));
-    m->sums = (double*)gpu_alloc(&gpu, m->units * NORM_BLOCKS * sizeof(double));
     size_t bytes = sizeof(float) * c->chunk_size * (c->z_dim / c->num_heads);
     m->rotations = (float*)gpu_alloc(&gpu, bytes);
     if (gpu.dry) { return; }
-    if (m->shards > 1) { m->gathered = (cudaEvent_t*)xcalloc(m->units, sizeof(cudaEvent_t)); }
-    for (int u = 0; m->gathered && u < m->units; u++) {
+    CUDA(cudaMallocHost((void**)&m->sums, m->units * NORM_BLOCKS * sizeof(double)));
+    if (sharded) { m->gathered = (cudaEvent_t*)xcalloc(m->units, sizeof(cudaEvent_t)); }
+    for (int u = 0; sharded && u < m->units; u++) {
         CUDA(cudaEventCreateWithFlags(&m->gathered[u], cudaEventDisableTiming));
     }
+    Model host; Config small = *c;
     small.num_layers = small.vocab_size = small.model_dim = small.norm_num_groups = small.ffn_hidden_dim = 2;
     small.value_dim = small.num_heads;
     model_alloc(&host, &small, false); // for its table of rotations
@@ -2658,9 +2641,8 @@ template <typename X> static void model_free(Gpu& gpu, ModelOf<X>* m) {
     if ((void*)m->weights != m->params) { cudaFree(m->weights); }
     if (m->masters != m->params) { cudaFree(m->masters); }
     for (int u = 0; m->gathered && u < m->units; u++) { cudaEventDestroy(m->gathered[u]); }
-    free(m->gathered);
-    void* blocks[6] = {m->params, m->grads, m->adam_m, m->adam_v, m->rotations, m->sums};
-    for (int i = 0; i < 6; i++) { cudaFree(blocks[i]); }
+    free(m->gathered); cudaFreeHost(m->sums);
+    cudaFree(m->params); cudaFree(m->grads); cudaFree(m->adam_m); cudaFree(m->adam_v); cudaFree(m->rotations);
 }
 
 template <typename X> __global__ void round_kernel(X* out, const float* inp, size_t n) {
@@ -2676,60 +2658,48 @@ template <typename X> static void model_round(Gpu& gpu, ModelOf<X>* m, const flo
 }
 
 // Copies tensor i of layer l between a block on the device (params, grads, adam_m or adam_v) and the host.
-template <typename X> static void tensor_copy(Gpu& gpu, const ModelOf<X>* m, float* block, int i, int l, float* host,
+template <typename X> static void tensor_copy(const ModelOf<X>* m, float* block, int i, int l, float* host,
         bool to_host) {
     const ParamPlace* p = &m->places[i];
     float* there = block + p->offset + l * p->step;
     size_t width = p->columns * sizeof(float), pitch = p->pitch * sizeof(float);
-    gpu_sync(&gpu);
     if (to_host) { CUDA(cudaMemcpy2D(host, width, there, pitch, width, p->rows, cudaMemcpyDeviceToHost)); }
     else { CUDA(cudaMemcpy2D(there, pitch, host, width, width, p->rows, cudaMemcpyHostToDevice)); }
 }
-// The same for all tensors of a block of a Model of the CPU.
-template <typename X> static void model_copy(Gpu& gpu, const ModelOf<X>* m, float* block, Params host, bool to_host) {
-    for (int i = 0; i < NUM_PARAMS; i++) {
-        for (int l = 0; m->specs[i].size && l < m->specs[i].slots; l++) {
-            tensor_copy(gpu, m, block, i, l, ((float**)&host)[i] + l * m->specs[i].size, to_host);
-        }
-    }
-}
-
 // The Backend's copy. Where a rank has shares only, the block of the gradients, free between steps, is where tensors
 // are taken apart and put together.
 template <typename X> static void model_part_copy(Gpu& gpu, ModelOf<X>* m, int block, int i, int l, float* host,
         bool to_host, size_t part[2]) {
     const ParamPlace* p = &m->places[i];
-    size_t at = p->offset + l * p->step, span = (p->rows - 1) * p->pitch + p->columns;
-    bool sharded = m->shards > 1, per_layer = strstr(m->specs[i].name, "%d");
-    int unit = !sharded || param_is_float(i) ? 0 : i == P_embed ? 1 : per_layer ? 2 + l : m->units - 1;
+    bool sharded = m->shards > 1;
+    int unit = sharded ? param_unit(i, l, m->config.num_layers) : 0;
     Share s = model_share(m, unit);
-    auto index = [&](size_t to) { // of what stands at `to` in the block, or next after it, in the tensor
-        to = to > at ? min_size(to - at, span) : 0;
-        return to / p->pitch * p->columns + min_size(to % p->pitch, p->columns);
-    };
-    part[0] = index(s.at); part[1] = index(s.at + s.size);
+    size_t first = p->offset + l * p->step, span = (p->rows - 1) * p->pitch + p->columns;
+    size_t mine[2] = {s.at, s.at + s.size}; // from `first` on
+    for (int k = 0; k < 2; k++) {
+        mine[k] = mine[k] > first ? min_size(mine[k] - first, span) : 0;
+        part[k] = mine[k] / p->pitch * p->columns + min_size(mine[k] % p->pitch, p->columns);
+    }
     float *shares = block == WEIGHTS ? m->masters : block == ADAM_M ? m->adam_m : m->adam_v;
-    float *whole = sharded ? m->grads : shares, *mine = shares + s.shard;
-    size_t bytes = s.size * sizeof(float);
-    if (sharded && to_host) { CUDA(cudaMemcpyAsync(whole + s.at, mine, bytes, cudaMemcpyDefault, gpu.stream)); }
-    tensor_copy(gpu, m, whole, i, l, host, to_host);
+    float *whole = sharded ? m->grads : shares, *there = whole + first + mine[0];
+    float* here = sharded ? shares + s.shard + (first + mine[0] - s.at) : there;
+    auto copy = [&](float* to, const float* from, size_t n) {
+        if (to != from && n) { CUDA(cudaMemcpyAsync(to, from, n * sizeof(float), cudaMemcpyDefault, gpu.stream)); }
+    };
+    if (to_host) { copy(there, here, mine[1] - mine[0]); }
+    tensor_copy(m, whole, i, l, host, to_host);
     if (to_host) { return; }
-    size_t begin = at > s.at ? at : s.at, end = min_size(at + span, s.at + s.size);
-    if (sharded && begin < end) {
-        CUDA(cudaMemcpyAsync(mine + (begin - s.at), whole + begin, (end - begin) * sizeof(float), cudaMemcpyDefault,
-                             gpu.stream));
-    }
+    copy(here, there, mine[1] - mine[0]);
     if (block != WEIGHTS) { return; }
-    if (sharded && unit == 0) {
-        CUDA(cudaMemcpyAsync(m->params + at, whole + at, span * sizeof(float), cudaMemcpyDefault, gpu.stream));
-    }
-    model_round(gpu, m, whole, at, span);
+    if (unit == 0) { copy(m->params + first, whole + first, span); }
+    model_round(gpu, m, whole, first, span);
 }
 
 template <typename X> struct StateOf {
     int B, pos;
-    NormState* norm; // (L+1,B,G)
+    size_t bytes;    // of h and norm, which are one block
     float* h;        // (L,B,D,N,2)
+    NormState* norm; // (L+1,B,G)
     X *k, *v;        // (L,B,H,c,Z/H), (L,B,H,c,V/H); NULL if calls end where chunks do
     float* parts;    // see attention_step
     int steps;       // of one token
@@ -2737,39 +2707,35 @@ template <typename X> struct StateOf {
 };
 
 template <typename X> static void state_alloc(Gpu& gpu, StateOf<X>* s, const Config* c, int B, bool cache) {
-    size_t layers = c->num_layers, chunk = (size_t)B * c->chunk_size;
+    size_t layers = c->num_layers, chunk = (size_t)B * c->chunk_size, h = layers * B * c->model_dim * c->cema_ndim * 2;
     memset(s, 0, sizeof(*s));
-    s->B = B;
-    s->norm = (NormState*)gpu_alloc(&gpu, (layers + 1) * B * c->norm_num_groups * sizeof(NormState));
-    s->h = (float*)gpu_alloc(&gpu, layers * B * c->model_dim * c->cema_ndim * 2 * sizeof(float));
-    if (cache) {
-        s->k = (X*)gpu_alloc(&gpu, layers * chunk * c->z_dim * sizeof(X));
-        s->v = (X*)gpu_alloc(&gpu, layers * chunk * c->value_dim * sizeof(X));
-        s->parts = (float*)gpu_alloc(&gpu, (size_t)B * attention_parts(gpu, B, c->num_heads) * sizeof(float)
-                                           * (c->value_dim + PART * c->num_heads));
-    }
+    s->B = B; s->bytes = h * sizeof(float) + (layers + 1) * B * c->norm_num_groups * sizeof(NormState);
+    s->h = (float*)gpu_alloc(&gpu, s->bytes); s->norm = (NormState*)(s->h + h);
+    if (!cache) { return; }
+    s->k = (X*)gpu_alloc(&gpu, layers * chunk * c->z_dim * sizeof(X));
+    s->v = (X*)gpu_alloc(&gpu, layers * chunk * c->value_dim * sizeof(X));
+    s->parts = (float*)gpu_alloc(&gpu, (size_t)B * attention_parts(gpu, B, c->num_heads) * sizeof(float)
+                                       * (c->value_dim + PART * c->num_heads));
 }
 template <typename X> static void state_free(Gpu& gpu, StateOf<X>* s) {
     gpu_sync(&gpu);
-    void* blocks[5] = {s->norm, s->h, s->k, s->v, s->parts};
-    for (int i = 0; i < 5; i++) { cudaFree(blocks[i]); }
+    cudaFree(s->h); cudaFree(s->k); cudaFree(s->v); cudaFree(s->parts);
     if (s->graph) { CUDA(cudaGraphExecDestroy(s->graph)); }
 }
 
 // A tensor of activations on the device: bytes from the start of the block and between layers (0: they share one),
-// elements between timesteps. size 0: absent.
-struct ActPlace { size_t offset, step, size, pitch; };
+// elements between timesteps (0: absent).
+struct ActPlace { size_t offset, step, pitch; };
 enum { KEEP_CHEAPLY = KEEP_ALL + 1 }; // like KEEP_ALL, but what is cheap is computed again
 
 template <typename X> struct PassOf {
-    int B, T, keep, keep_grads;
-    Spec specs[NUM_ACTS];              // shapes of a layer's activations
+    int B, T, keep;
     ActPlace places[NUM_ACTS], dplaces[NUM_ACTS];
     char *acts, *grads;                // the blocks
     size_t acts_size, grads_size;
     float* carries;                    // CEMA's states between segments, by layer
     size_t carries_step;
-    StateOf<X>* before;         // see the CPU's
+    StateOf<X> before;          // see the CPU's
     // host: pinned, of the 4 others' sizes; order, begin: see embedding_backward
     int *host, *tokens, *targets, *order, *begin;
     int runs;
@@ -2778,30 +2744,21 @@ template <typename X> struct PassOf {
 };
 
 // Lays out activations (or their gradients) and returns their size in bytes. everything: also what only tests look at.
-template <typename X> static size_t acts_place(ActPlace* places, const Spec* specs, const Config* c, size_t BT,
-        int keep, bool grads, bool everything) {
-    Spec blocks[NUM_ACTS]; size_t at = 0;
-    act_specs(blocks, c, BT, KEEP_BLOCKS);
-    memset(places, 0, sizeof(ActPlace) * NUM_ACTS);
+template <typename X> static size_t acts_place(ActPlace* places, const Config* c, size_t BT, int keep, bool grads,
+        bool everything) {
+    Spec specs[NUM_ACTS]; size_t at = 0;
+    act_specs(specs, c, BT, keep == KEEP_CHEAPLY ? KEEP_ALL : keep);
     for (int i = 0; i < NUM_ACTS; i++) {
-        bool per_layer = strstr(specs[i].name, "%d") || specs[i].slots > 1, is_output = blocks[i].slots > 1;
-        bool own = per_layer && (is_output ? keep != KEEP_NONE : keep == KEEP_ALL || (keep == KEEP_CHEAPLY
-                && !act_is_cheap(i)));
-        if (!specs[i].size || act_joined_to(i) >= 0) { continue; }
-        if ((i == A_znorm || i == A_znorm_rstd) && !everything) { continue; }
+        int other = act_beside(i); bool own = specs[i].slots > 1 && !(keep == KEEP_CHEAPLY && act_is_cheap(i));
+        size_t width = specs[i].size / BT, more = other < 0 ? 0 : specs[other].size / BT, pitch = width + more;
+        size_t bytes = act_is_float(i) ? sizeof(float) : sizeof(X), slot = ceil_div(BT * pitch * bytes, 256) * 256;
+        if (!width || places[i].pitch || ((i == A_znorm || i == A_znorm_rstd) && !everything)) { continue; }
         // lse's place: see attention_backward
         if (grads && ((act_is_float(i) && i != A_attention_lse) || i == A_logits)) { continue; }
         if (grads && i == A_embed && keep != KEEP_ALL) { continue; } // it is .out's, below
-        size_t pitch = specs[i].size / BT, bytes = act_is_float(i) ? sizeof(float) : sizeof(X);
-        for (int k = 0; k < NUM_ACTS; k++) { if (act_joined_to(k) == i) { pitch += specs[k].size / BT; } }
-        size_t slot = ceil_div(BT * pitch * bytes, 256) * 256;
-        places[i] = {at, own ? slot : 0, specs[i].size, pitch};
-        for (int k = 0; k < NUM_ACTS; k++) { // the partner's columns follow
-            if (act_joined_to(k) == i) {
-                places[k] = {at + specs[i].size / BT * bytes, places[i].step, specs[k].size, pitch};
-            }
-        }
-        at += slot * (own ? c->num_layers : 1);
+        places[i] = {at, own ? slot : 0, pitch};
+        if (more) { places[other] = {at + width * bytes, own ? slot : 0, pitch}; }
+        at += own ? c->num_layers * slot : slot;
     }
     if (grads && keep != KEEP_ALL) { places[A_embed] = places[A_out]; }
     return at;
@@ -2809,26 +2766,21 @@ template <typename X> static size_t acts_place(ActPlace* places, const Spec* spe
 
 template <typename X> static void pass_alloc(Gpu& gpu, PassOf<X>* s, const Config* c, int B, int T, int keep,
         int keep_grads) {
-    size_t BT = (size_t)B * T;
+    size_t BT = (size_t)B * T, carries = cema_carries_size(&gpu, B, T, c->model_dim, c->cema_ndim);
     if (BT > INT_MAX / 2) { die("%d x %d tokens in one pass are too many for the GPU program", B, T); }
     memset(s, 0, sizeof(*s));
-    s->B = B; s->T = T; s->keep = keep; s->keep_grads = keep_grads;
-    act_specs(s->specs, c, BT, KEEP_ALL);
-    s->acts_size = acts_place<X>(s->places, s->specs, c, BT, keep, false, keep_grads == KEEP_ALL);
+    s->B = B; s->T = T; s->keep = keep;
+    s->acts_size = acts_place<X>(s->places, c, BT, keep, false, keep_grads == KEEP_ALL);
     s->acts = (char*)gpu_alloc(&gpu, s->acts_size);
     if (keep != KEEP_NONE) {
-        s->grads_size = acts_place<X>(s->dplaces, s->specs, c, BT, keep_grads, true, keep_grads == KEEP_ALL);
+        s->grads_size = acts_place<X>(s->dplaces, c, BT, keep_grads, true, keep_grads == KEEP_ALL);
         s->grads = (char*)gpu_alloc(&gpu, s->grads_size);
+        s->carries_step = carries;
+        if (ranks.chunks > 1) { state_alloc(gpu, &s->before, c, B, false); }
     }
-    s->carries_step = keep == KEEP_NONE ? 0 : cema_carries_size(&gpu, B, T, c->model_dim, c->cema_ndim);
-    s->carries = (float*)gpu_alloc(&gpu, sizeof(float) * cema_carries_size(&gpu, B, T, c->model_dim, c->cema_ndim)
-                                         * (keep == KEEP_NONE ? 1 : c->num_layers));
+    s->carries = (float*)gpu_alloc(&gpu, sizeof(float) * carries * (keep == KEEP_NONE ? 1 : c->num_layers));
     s->tokens = (int*)gpu_alloc(&gpu, sizeof(int) * (4 * BT + 1));
-    if (keep != KEEP_NONE && ranks.chunks > 1) {
-        s->before = (StateOf<X>*)xcalloc(1, sizeof(StateOf<X>));
-        state_alloc(gpu, s->before, c, B, false);
-    }
-    if (gpu.dry) { free(s->before); return; }
+    if (gpu.dry) { return; }
     s->targets = s->tokens + BT; s->order = s->targets + BT; s->begin = s->order + BT;
     CUDA(cudaMallocHost((void**)&s->host, sizeof(int) * (4 * BT + 1)));
     CUDA(cudaEventCreateWithFlags(&s->copied, cudaEventDisableTiming));
@@ -2838,14 +2790,14 @@ template <typename X> static void pass_free(Gpu& gpu, PassOf<X>* s) {
     gpu_sync(&gpu);
     cudaFree(s->acts); cudaFree(s->grads); cudaFree(s->carries); cudaFree(s->tokens);
     cudaFreeHost(s->host);
-    if (s->before) { state_free(gpu, s->before); free(s->before); }
+    state_free(gpu, &s->before);
     cudaEventDestroy(s->copied);
 }
 
 template <typename X> static ActsOf<X> acts_layer(const ActPlace* places, char* block, int l) {
     ActsOf<X> a;
     for (int i = 0; i < NUM_ACTS; i++) { // fields are of different types, hence memcpy
-        char* p = places[i].size ? block + places[i].offset + l * places[i].step : NULL;
+        char* p = places[i].pitch ? block + places[i].offset + l * places[i].step : NULL;
         memcpy((char*)&a + i * sizeof(p), &p, sizeof(p));
     }
     return a;
@@ -2856,41 +2808,8 @@ template <typename X> static X* block_input(const ActPlace* places, char* block,
     return l ? acts_layer<X>(places, block, l - 1).out : acts_layer<X>(places, block, 0).embed;
 }
 
-// Activation i of layer l, or with grads its gradient, in the CPU's layout: (B,T,...) floats. False if it is not there.
-template <typename X> static bool pass_fetch(Gpu& gpu, const PassOf<X>* s, const Config* c, int i, int l, bool grads,
-        float* out) {
-    const ActPlace* p = grads ? &s->dplaces[i] : &s->places[i];
-    if (!p->size) { return false; }
-    const size_t* dims = s->specs[i].dims;
-    size_t BT = (size_t)s->B * s->T, n = dims[0] * (dims[1] ? dims[1] : 1), bytes = act_is_float(i) ? sizeof(float)
-            : sizeof(X);
-    int H = act_is_head_major(i) ? c->num_heads : 1;
-    void* raw = xcalloc(BT * n, bytes);
-    gpu_sync(&gpu);
-    CUDA(cudaMemcpy2D(raw, n * bytes, (grads ? s->grads : s->acts) + p->offset + l * p->step, p->pitch * bytes,
-                      n * bytes, BT, cudaMemcpyDeviceToHost));
-    for (size_t k = 0; k < BT * n; k++) { // from head-major, or with H = 1 as it is
-        size_t d = n / H, b = k / (s->T * n), t = k / n % s->T, h = k % n / d;
-        size_t at = ((b * H + h) * s->T + t) * d + k % d;
-        out[k] = act_is_float(i) ? ((float*)raw)[at] : to_float(((X*)raw)[at]);
-    }
-    free(raw);
-    return true;
-}
-
-// The same for all activations or gradients of a Pass of the CPU, as far as they are there.
-template <typename X> static void pass_copy(Gpu& gpu, const PassOf<X>* s, const Config* c, Acts host,
-        const Spec* specs, bool grads) {
-    for (int i = 0; i < NUM_ACTS; i++) {
-        for (int l = 0; specs[i].size && l < specs[i].slots; l++) {
-            pass_fetch(gpu, s, c, i, l, grads, ((float**)&host)[i] + l * specs[i].size);
-        }
-    }
-}
-
-template <typename X> static void state_reset(Gpu& gpu, StateOf<X>* s, const Config* c) {
-    CUDA(cudaMemsetAsync(s->norm, 0, sizeof(NormState) * (c->num_layers + 1) * s->B * c->norm_num_groups, gpu.stream));
-    CUDA(cudaMemsetAsync(s->h, 0, sizeof(float) * c->num_layers * s->B * c->model_dim * c->cema_ndim * 2, gpu.stream));
+template <typename X> static void state_reset(Gpu& gpu, StateOf<X>* s) {
+    CUDA(cudaMemsetAsync(s->h, 0, s->bytes, gpu.stream));
     s->pos = 0;
 }
 // See the CPU's. A row has a piece of each layer's slot.
@@ -2911,18 +2830,9 @@ template <typename X> static void state_carry(Gpu& gpu, StateOf<X>* s, const Con
         CUDA(cudaMemset2DAsync((char*)s->h + b * h, B * h, 0, h, L, gpu.stream));
     }
 }
-// Copies norms and h between a State of the CPU and one of the GPU.
-template <typename X> static void state_copy(Gpu& gpu, StateOf<X>* s, State* host, const Config* c, bool to_host) {
-    size_t norm = sizeof(NormState) * (c->num_layers + 1) * s->B * c->norm_num_groups;
-    size_t h = sizeof(float) * c->num_layers * s->B * c->model_dim * c->cema_ndim * 2;
-    gpu_sync(&gpu);
-    CUDA(cudaMemcpy(to_host ? (void*)host->norm : s->norm, to_host ? s->norm : host->norm, norm, cudaMemcpyDefault));
-    CUDA(cudaMemcpy(to_host ? (void*)host->h : s->h, to_host ? s->h : host->h, h, cudaMemcpyDefault));
-    if (to_host) { host->pos = s->pos; } else { s->pos = host->pos; }
-}
 template <typename X> static StateOf<X> state_layer(const StateOf<X>* s, const Config* c, int l) {
     StateOf<X> r = {};
-    if (!s) { return r; }
+    if (!s || !s->h) { return r; }
     size_t chunk = (size_t)s->B * c->chunk_size;
     r = *s; r.norm += (size_t)l * s->B * c->norm_num_groups;
     r.h += (size_t)l * s->B * c->model_dim * c->cema_ndim * 2;
@@ -2930,12 +2840,15 @@ template <typename X> static StateOf<X> state_layer(const StateOf<X>* s, const C
     return r;
 }
 
-// What every function of a block needs: sizes, its input, weights, those in fp32, activations.
-#define OF_BLOCK(m, s, l) \
+// What every function below needs: sizes; layer l's input, weights, those in fp32, activations, dropout. Tensors that
+// stand once are the same of any layer.
+#define OF_LAYER(m, s, l) \
     const Config* c = &(m)->config; \
-    int D = c->model_dim, H = c->num_heads, Z = c->z_dim, V = c->value_dim, F = c->ffn_hidden_dim, N = c->cema_ndim; \
-    int G = c->norm_num_groups, FF = c->swiglu ? 2 * F : F, ZR = Z + V, MU = D + V; /* of fc1|fc3, wz|wr, m|u */ \
-    float eps = c->norm_eps; \
+    int B = (s)->B, T = (s)->T, L = c->num_layers, D = c->model_dim, H = c->num_heads, Z = c->z_dim, V = c->value_dim; \
+    int F = c->ffn_hidden_dim, N = c->cema_ndim, G = c->norm_num_groups, vocab = c->vocab_size; \
+    int FF = c->swiglu ? 2 * F : F, ZR = Z + V, MU = D + V; /* of fc1|fc3, wz|wr, m|u */ \
+    size_t rows = (size_t)B * T; float eps = c->norm_eps; \
+    Dropouts drop = dropouts_at((s)->masks, T, l); \
     const X* x = block_input<X>((s)->places, (s)->acts, l); \
     ParamsOf<X> p = params_layer<ParamsOf<X>>((m)->places, (m)->weights, l); \
     Params w = params_layer<Params>((m)->places, (m)->params, l); \
@@ -2945,12 +2858,10 @@ template <typename X> static StateOf<X> state_layer(const StateOf<X>* s, const C
 // the backward pass; what comes before a slice is known then.
 template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l,
         const StateOf<X>* start, const StateOf<X>* end, bool again = false) {
-    OF_BLOCK(m, s, l);
-    int B = s->B, T = s->T, pos = start ? start->pos : 0;
-    size_t rows = (size_t)B * T;
-    Dropouts drop = dropouts_at(s->masks, T, l);
-    StateOf<X> in = state_layer(again && s->before ? s->before : start, c, l), next = state_layer(end, c, l);
-    StateOf<X> before = state_layer(again ? NULL : s->before, c, l);
+    OF_LAYER(m, s, l);
+    int pos = start ? start->pos : 0;
+    StateOf<X> in = state_layer(again && s->before.h ? &s->before : start, c, l), next = state_layer(end, c, l);
+    StateOf<X> before = state_layer(again ? NULL : &s->before, c, l);
 
     // Long memory: n = timestep_norm(x), e = cema(n), m = rms_norm(e).
     timestepnorm_forward(gpu, a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, before.norm, in.norm, x,
@@ -2993,8 +2904,7 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
 // The same for one token more of each stream.
 template <typename X> static void block_step(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l,
         const StateOf<X>* state) {
-    OF_BLOCK(m, s, l);
-    int B = s->B; bool rescale = c->rescale_nffn;
+    OF_LAYER(m, s, l); bool rescale = c->rescale_nffn;
     StateOf<X> past = state_layer(state, c, l);
     memory_step(gpu, a.timenorm, a.cema, past.norm, past.h, x, w.timenorm_w, w.timenorm_b, w, B, D, G, N, eps);
     product_forward<X>(gpu, B, eps, {a.wz, a.rmsnorm, MU, D, ZR, p.wz, p.wz_b, NULL, a.cema, NULL, w.rmsnorm_w, NULL,
@@ -3013,13 +2923,11 @@ template <typename X> static void block_step(Gpu& gpu, const ModelOf<X>* m, cons
 // so gradients of weights come after those.
 template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l,
         const StateOf<X>* start, const StateOf<X>* dstart) {
-    OF_BLOCK(m, s, l);
-    int B = s->B, T = s->T, C = c->chunk_size; size_t rows = (size_t)B * T;
+    OF_LAYER(m, s, l); int C = c->chunk_size;
     X* dx = block_input<X>(s->dplaces, s->grads, l);
     Params g = params_layer<Params>(m->places, m->grads, l);
     ActsOf<X> d = acts_layer<X>(s->dplaces, s->grads, l);
-    Dropouts drop = dropouts_at(s->masks, T, l);
-    StateOf<X> in = state_layer(s->before ? s->before : start, c, l), din = state_layer(dstart, c, l);
+    StateOf<X> in = state_layer(s->before.h ? &s->before : start, c, l), din = state_layer(dstart, c, l);
 
     bool again = s->keep == KEEP_CHEAPLY;
     X *hidden = again ? a.hidden : NULL, *norm = again ? a.norm : NULL, *gated = again ? a.gated : NULL;
@@ -3052,14 +2960,14 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
     matmul_backward(gpu, d.rmsnorm, MU, d.wz, ZR, p.wz, rows, D, ZR, true);
     norm_backward<X>(gpu, d.cema, g.rmsnorm_w, NULL, NULL, rmsnorm, d.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema,
                      w.rmsnorm_w, NULL, rows, D, drop.rmsnorm);
-    if (s->before) {
+    if (s->before.h) {
         cema_slice(gpu, d.cema, true, w.cema_alpha, w.cema_delta, w.cema_theta, w.cema_gamma, B, T, D, N);
     }
     matmul_backward_weight(gpu, g.wh1, dsum, D, a.rmsnorm, MU, rows, MU, D);
     matmul_backward_weight(gpu, g.wz, d.wz, ZR, a.rmsnorm, MU, rows, D, ZR);
 
     value_backward(gpu, d.wv, g.wv_b, d.v, a.wv, B, T, V, H);
-    const float* after = s->before ? cema_slice_carry(gpu, NULL, NULL, true, B, T, D, N) : NULL;
+    const float* after = s->before.h ? cema_slice_carry(gpu, NULL, NULL, true, B, T, D, N) : NULL;
     cema_backward(gpu, d.timenorm, g.cema_alpha, g.cema_delta, g.cema_theta, g.cema_gamma, g.cema_omega, din.h, d.cema,
                   s->carries + l * s->carries_step, in.h, after, a.timenorm, w.cema_alpha, w.cema_delta, w.cema_theta,
                   w.cema_gamma, w.cema_omega, B, T, D, N);
@@ -3086,12 +2994,7 @@ template <typename X> static void model_wait(Gpu& gpu, const ModelOf<X>* m, int 
 // working. One token more for a cache is always the same work: from the third one on, a graph's.
 template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* tokens,
         const StateOf<X>* start, StateOf<X>* end) {
-    const Config* c = &m->config;
-    int B = s->B, T = s->T, D = c->model_dim, L = c->num_layers, vocab = c->vocab_size;
-    size_t rows = (size_t)B * T;
-    ParamsOf<X> p = params_layer<ParamsOf<X>>(m->places, m->weights, 0);
-    Params w = params_layer<Params>(m->places, m->params, 0);
-    ActsOf<X> a = acts_layer<X>(s->places, s->acts, 0);
+    OF_LAYER(m, s, 0);
     CUDA(cudaEventSynchronize(s->copied));
     bool step = T == 1 && end && end->k && start == end; // one token more of each stream
     memcpy(s->host, tokens, rows * sizeof(int));
@@ -3099,8 +3002,7 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
     pass_upload(gpu, s, s->tokens, rows + step);
     for (int u = 0; u < (step ? m->units : min_int(m->units, 2)); u++) { model_wait(gpu, m, u); }
     auto work = [&] {
-        embedding_forward(gpu, a.embed, s->tokens, p.embed, embedding_scale(c), rows, D,
-                          dropouts_at(s->masks, T, 0).embed);
+        embedding_forward(gpu, a.embed, s->tokens, p.embed, embedding_scale(c), rows, D, drop.embed);
         for (int l = 0; l < L; l++) {
             if (step) { block_step(gpu, m, s, l, end); continue; }
             model_wait(gpu, m, 2 + l); block_forward(gpu, m, s, l, start, end);
@@ -3108,11 +3010,10 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
         const X* x = block_input<X>(s->places, s->acts, L);
         NormState *before = state_layer(start, c, L).norm, *after = state_layer(end, c, L).norm;
         if (step) {
-            memory_step(gpu, a.final, (X*)NULL, after, NULL, x, w.final_w, w.final_b, w, B, D, c->norm_num_groups, 1,
-                        c->norm_eps);
+            memory_step(gpu, a.final, (X*)NULL, after, NULL, x, w.final_w, w.final_b, w, B, D, G, 1, eps);
         } else {
-            timestepnorm_forward(gpu, a.final, a.final_mean, a.final_rstd, after, state_layer(s->before, c, L).norm,
-                                 before, x, w.final_w, w.final_b, B, T, D, c->norm_num_groups, c->norm_eps);
+            timestepnorm_forward(gpu, a.final, a.final_mean, a.final_rstd, after, state_layer(&s->before, c, L).norm,
+                                 before, x, w.final_w, w.final_b, B, T, D, G, eps);
             model_wait(gpu, m, m->units - 1);
         }
         product_forward<X>(gpu, rows, 0, {a.logits, a.final, D, D, vocab, c->share_emb ? p.embed : p.output});
@@ -3161,17 +3062,6 @@ template <typename X> static void model_losses(Gpu& gpu, const ModelOf<X>* m, Pa
     LAUNCHED();
 }
 
-// Sum of the losses in nats, see the CPU's; waits for the GPU.
-template <typename X> static double model_loss(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* targets,
-        size_t* scored, float dloss = 0) {
-    double sum;
-    model_losses(gpu, m, s, targets, dloss, m->sums);
-    for (size_t r = 0; r < (size_t)s->B * s->T; r++) { *scored += targets[r] != IGNORE; }
-    CUDA(cudaMemcpyAsync(&sum, m->sums, sizeof(sum), cudaMemcpyDeviceToHost, gpu.stream));
-    gpu_sync(&gpu);
-    return sum;
-}
-
 // Adds up the gradients of a unit over all ranks, each in its share, from where gpu.stream is now; it does not wait.
 template <typename X> static void unit_reduce(Gpu& gpu, const ModelOf<X>* m, int u) {
     Share s = model_share(m, u);
@@ -3184,12 +3074,10 @@ template <typename X> static void unit_reduce(Gpu& gpu, const ModelOf<X>* m, int
 // Adds to the gradients, or with gpu.accumulate off assigns them, from dlogits, which model_loss has left in logits.
 template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* tokens,
         const StateOf<X>* start, const StateOf<X>* dstart) {
-    const Config* c = &m->config;
-    int B = s->B, T = s->T, D = c->model_dim, L = c->num_layers, vocab = c->vocab_size;
-    size_t rows = (size_t)B * T;
-    ParamsOf<X> p = params_layer<ParamsOf<X>>(m->places, m->weights, 0);
-    Params w = params_layer<Params>(m->places, m->params, 0), g = params_layer<Params>(m->places, m->grads, 0);
-    ActsOf<X> a = acts_layer<X>(s->places, s->acts, 0), d = acts_layer<X>(s->dplaces, s->grads, 0);
+    OF_LAYER(m, s, 0);
+    Params g = params_layer<Params>(m->places, m->grads, 0);
+    ActsOf<X> d = acts_layer<X>(s->dplaces, s->grads, 0);
+    StateOf<X> in = state_layer(s->before.h ? &s->before : start, c, L), din = state_layer(dstart, c, L);
 
     // Positions sorted by token, for the embedding at the end; the GPU is still busy with the forward pass.
     CUDA(cudaEventSynchronize(s->copied));
@@ -3209,9 +3097,9 @@ template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, 
     matmul_backward(gpu, d.final, D, a.logits, vocab, c->share_emb ? p.embed : p.output, rows, D, vocab, false);
     matmul_backward_weight(gpu, c->share_emb ? g.embed : g.output, a.logits, vocab, a.final, D, rows, D, vocab);
     if (gpu.reduce) { unit_reduce(gpu, m, m->units - 1); }
-    timestepnorm_backward<X>(gpu, block_input<X>(s->dplaces, s->grads, L), g.final_w, g.final_b, state_layer(dstart, c,
-            L).norm, NULL, NULL, d.final, a.final_mean, a.final_rstd, state_layer(s->before ? s->before : start, c,
-            L).norm, block_input<X>(s->places, s->acts, L), w.final_w, B, T, D, c->norm_num_groups);
+    timestepnorm_backward<X>(gpu, block_input<X>(s->dplaces, s->grads, L), g.final_w, g.final_b, din.norm, NULL, NULL,
+                             d.final, a.final_mean, a.final_rstd, in.norm, block_input<X>(s->places, s->acts, L),
+                             w.final_w, B, T, D, G);
     for (int l = L - 1; l >= 0; l--) { // with --recompute, only the last layer's activations are still there
         if (s->keep == KEEP_BLOCKS && l < L - 1) { block_forward<X>(gpu, m, s, l, start, NULL, true); }
         block_backward(gpu, m, s, l, start, dstart);
@@ -3221,7 +3109,7 @@ template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, 
         CUDA(cudaMemsetAsync(g.embed, 0, (size_t)vocab * D * sizeof(float), gpu.stream));
     }
     embedding_backward(gpu, g.embed, d.embed, s->tokens, s->order, s->begin, s->runs, embedding_scale(c), D,
-                       dropouts_at(s->masks, T, 0).embed);
+                       drop.embed);
     if (gpu.reduce) {
         for (int u = 0; u < 2; u++) { unit_reduce(gpu, m, u); }
         stream_after(gpu, gpu.stream, gpu.blocks);
@@ -3230,17 +3118,15 @@ template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, 
 
 // Global L2 norm of the gradient, which the backward pass has added up over the ranks; waits for the GPU.
 template <typename X> static double model_grad_norm(Gpu& gpu, const ModelOf<X>* m) {
-    int blocks = m->units > 1 ? NORM_BLOCKS / 2 : NORM_BLOCKS;
-    double *sums = (double*)xcalloc(m->units * blocks, sizeof(double)), sum = 0;
+    int blocks = m->units > 1 ? NORM_BLOCKS / 2 : NORM_BLOCKS; double sum = 0;
     for (int u = 0; u < m->units; u++) {
         Share s = model_share(m, u);
-        sum_kernel<float4><<<blocks, 256, 0, gpu.stream>>>(m->sums + u * blocks, (const float4*)(m->grads + s.at), s.size / 4);
+        const float4* g = (const float4*)(m->grads + s.at);
+        sum_kernel<float4><<<blocks, 256, 0, gpu.stream>>>(m->sums + u * blocks, g, s.size / 4);
     }
     LAUNCHED();
-    CUDA(cudaMemcpyAsync(sums, m->sums, sizeof(double) * m->units * blocks, cudaMemcpyDeviceToHost, gpu.stream));
     gpu_sync(&gpu);
-    for (int i = 0; i < m->units * blocks; i++) { sum += sums[i]; }
-    free(sums);
+    for (int i = 0; i < m->units * blocks; i++) { sum += m->sums[i]; }
     all_sum(&sum, 1);
     return sqrt(sum);
 }
@@ -3295,31 +3181,41 @@ template <typename X> struct GpuBackend {
     ModelOf<X> m;
     PassOf<X> pass, stream; // of a micro-step, of at most a chunk
     StateOf<X> state;       // what the stream carries
-    StateOf<X> next, *carried; // with --carry: a micro-step's state after it; all of theirs before them
-    double *sums, *losses;  // sum of the losses of each micro-step: on the device, on the host
+    StateOf<X>* carried;    // with --carry: what comes before each micro-step, and at [accum] what comes after one
+    double* sums;           // of the losses of each micro-step; pinned
     double dloss;
     int micro, accum;       // micro-steps since the last update, and of a step
-    X* raw;                 // logits as they come from the device
+    X* raw;                 // logits as they come from the device; pinned
     float* logits;          // on the host
 };
 template <typename X> static GpuBackend<X>* of(void* self) { return (GpuBackend<X>*)self; }
 
+// All that is on the device.
+template <typename X> static void backend_alloc(GpuBackend<X>* r, const Options* o, bool training, int keep) {
+    const Config* c = &o->model;
+    int B = o->generate ? o->samples : 1, T = o->generate ? 1 : c->chunk_size;
+    r->accum = o->accum;
+    model_alloc(r->gpu, &r->m, c, training);
+    if (training) { pass_alloc(r->gpu, &r->pass, c, o->batch, o->seq / ranks.chunks, keep, KEEP_NONE); }
+    r->pass.masks = masks_of(o);
+    pass_alloc(r->gpu, &r->stream, c, B, T, KEEP_NONE, KEEP_NONE);
+    state_alloc(r->gpu, &r->state, c, B, true);
+    if (!training || !o->carry) { return; }
+    r->carried = (StateOf<X>*)xcalloc(o->accum + 1, sizeof(StateOf<X>));
+    for (int i = 0; i <= o->accum; i++) { state_alloc(r->gpu, &r->carried[i], c, o->batch, false); }
+}
+
 // Counted by asking for all of it without taking it; scratch memory as it will be at its largest.
 template <typename X> static size_t memory_needed(const Gpu& gpu, const Options* o, int keep) {
-    const Config* c = &o->model;
-    Gpu count = gpu; ModelOf<X> m; PassOf<X> s; StateOf<X> state;
-    int T = o->seq / ranks.chunks;
-    size_t rows = (size_t)o->batch * T, chunk = min_int(c->chunk_size, T), D = c->model_dim, V = c->value_dim;
-    size_t scores = sizeof(X) * 2 * chunk * chunk, least = 2 * (size_t)SCORES_BYTES;
-    count.dry = true;
-    count.allocated = WORKSPACE + (scores > least ? scores : least) + rows * D / 4
-                      + (D + V) * gpu.card.multiProcessorCount * 160;
-    model_alloc(count, &m, c, true);
-    pass_alloc(count, &s, c, o->batch, T, keep, KEEP_NONE);
-    pass_alloc(count, &s, c, 1, c->chunk_size, KEEP_NONE, KEEP_NONE);
-    state_alloc(count, &state, c, 1, true);
-    for (int i = 0; o->carry && i <= o->accum; i++) { state_alloc(count, &state, c, o->batch, false); }
-    return count.allocated;
+    size_t T = o->seq / ranks.chunks, chunk = min_size(o->model.chunk_size, T), scores = sizeof(X) * 2 * chunk * chunk;
+    size_t least = 2 * (size_t)SCORES_BYTES, D = o->model.model_dim, V = o->model.value_dim;
+    GpuBackend<X> count = {gpu};
+    count.gpu.dry = true;
+    count.gpu.allocated = WORKSPACE + (scores > least ? scores : least) + o->batch * T * D / 4
+                          + (D + V) * gpu.card.multiProcessorCount * 160;
+    backend_alloc(&count, o, true, keep);
+    free(count.carried);
+    return count.gpu.allocated;
 }
 
 // What to keep for the backward pass: all, if training then takes at most half of the card.
@@ -3349,37 +3245,22 @@ template <typename X> static void memory_check(Gpu& gpu, const Options* o) {
 }
 
 template <typename X> static void gpu_open(void* self, const Options* o, bool training) {
-    GpuBackend<X>* r = of<X>(self); const Config* c = &o->model;
+    GpuBackend<X>* r = of<X>(self);
     if (training) { ranks_connect(&r->gpu); memory_check<X>(r->gpu, o); }
-    r->accum = o->accum;
-    model_alloc(r->gpu, &r->m, c, training);
-    if (training) {
-        pass_alloc(r->gpu, &r->pass, c, o->batch, o->seq / ranks.chunks, what_to_keep<X>(r->gpu, o), KEEP_NONE);
-        r->pass.masks = masks_of(o); r->sums = (double*)gpu_alloc(&r->gpu, o->accum * sizeof(double));
-        r->losses = (double*)xcalloc(o->accum, sizeof(double));
-    }
-    if (training && o->carry) {
-        r->carried = (StateOf<X>*)xcalloc(o->accum, sizeof(StateOf<X>));
-        state_alloc(r->gpu, &r->next, c, o->batch, false);
-        for (int i = 0; i < o->accum; i++) { state_alloc(r->gpu, &r->carried[i], c, o->batch, false); }
-    }
-    int B = o->generate ? o->samples : 1, T = o->generate ? 1 : c->chunk_size;
-    pass_alloc(r->gpu, &r->stream, c, B, T, KEEP_NONE, KEEP_NONE);
-    state_alloc(r->gpu, &r->state, c, B, true);
-    CUDA(cudaMallocHost((void**)&r->raw, sizeof(X) * B * c->vocab_size));
-    r->logits = (float*)xcalloc((size_t)B * c->vocab_size, sizeof(float));
+    backend_alloc(r, o, training, what_to_keep<X>(r->gpu, o));
+    size_t logits = (size_t)r->stream.B * o->model.vocab_size;
+    CUDA(cudaMallocHost((void**)&r->sums, o->accum * sizeof(double)));
+    CUDA(cudaMallocHost((void**)&r->raw, logits * sizeof(X)));
+    r->logits = (float*)xcalloc(logits, sizeof(float));
 }
 
 template <typename X> static void gpu_close(void* self) {
     GpuBackend<X>* r = of<X>(self);
     model_free(r->gpu, &r->m);
-    if (r->losses) { pass_free(r->gpu, &r->pass); }
+    if (r->pass.B) { pass_free(r->gpu, &r->pass); }
     pass_free(r->gpu, &r->stream); state_free(r->gpu, &r->state);
-    state_free(r->gpu, &r->next);
-    for (int i = 0; r->carried && i < r->accum; i++) { state_free(r->gpu, &r->carried[i]); }
-    free(r->carried); cudaFree(r->sums);
-    cudaFreeHost(r->raw);
-    free(r->losses); free(r->logits);
+    for (int i = 0; r->carried && i <= r->accum; i++) { state_free(r->gpu, &r->carried[i]); }
+    free(r->carried); cudaFreeHost(r->sums); cudaFreeHost(r->raw); free(r->logits);
     gpu_close(&r->gpu);
 }
 
@@ -3392,7 +3273,6 @@ template <typename X> static void gpu_copy(void* self, int block, int i, int l, 
     void* here = block == CARRIED_NORM ? (void*)s.norm : s.h;
     size_t bytes = block == CARRIED_NORM ? sizeof(NormState) * s.B * c->norm_num_groups
                                          : sizeof(float) * s.B * c->model_dim * c->cema_ndim * 2;
-    gpu_sync(&of<X>(self)->gpu);
     CUDA(cudaMemcpy(to_host ? host : here, to_host ? here : host, bytes, cudaMemcpyDefault));
 }
 
@@ -3401,7 +3281,7 @@ template <typename X> static void gpu_micro_step(void* self, const int* tokens, 
     GpuBackend<X>* r = of<X>(self);
     r->pass.masks.row = row; r->micro = first ? 0 : r->micro + 1; r->gpu.accumulate = !first;
     r->gpu.reduce = ranks.count > 1 && r->micro == r->accum - 1; r->dloss = dloss;
-    StateOf<X> *past = fresh ? &r->carried[r->micro] : NULL, *next = fresh ? &r->next : NULL;
+    StateOf<X> *past = fresh ? &r->carried[r->micro] : NULL, *next = fresh ? &r->carried[r->accum] : NULL;
     if (fresh) { state_carry(r->gpu, past, &r->m.config, fresh); }
     model_forward<X>(r->gpu, &r->m, &r->pass, tokens, past, next);
     model_losses(r->gpu, &r->m, &r->pass, targets, dloss, r->sums + r->micro);
@@ -3409,18 +3289,15 @@ template <typename X> static void gpu_micro_step(void* self, const int* tokens, 
     if (!fresh) { return; }
     std::swap(*past, *next);
     if (ranks.chunks == 1) { return; }
-    State host; // the last slice's is everyone's
-    state_alloc(&host, &r->m.config, past->B, false);
-    state_copy(r->gpu, past, &host, &r->m.config, true);
-    share_last(host.norm, host.bytes);
-    state_copy(r->gpu, past, &host, &r->m.config, false); state_free(&host);
+    stream_after(r->gpu, r->gpu.states, r->gpu.stream); // the last slice's is everyone's
+    NCCL(ncclBroadcast(past->h, past->h, past->bytes, ncclUint8, ranks.chunks - 1, r->gpu.group, r->gpu.states));
+    slices_wait(r->gpu);
 }
 
 template <typename X> static double gpu_finish_step(void* self, double* loss) {
     GpuBackend<X>* r = of<X>(self); double norm = model_grad_norm(r->gpu, &r->m);
-    CUDA(cudaMemcpy(r->losses, r->sums, (r->micro + 1) * sizeof(double), cudaMemcpyDeviceToHost));
     *loss = 0;
-    for (int i = 0; i <= r->micro; i++) { *loss += r->losses[i] * r->dloss; }
+    for (int i = 0; i <= r->micro; i++) { *loss += r->sums[i] * r->dloss; }
     all_sum(loss, 1);
     return norm;
 }
@@ -3436,7 +3313,6 @@ template <typename X> static void gpu_stream(void* self, const int* tokens, int 
     model_forward(r->gpu, &r->m, &r->stream, tokens, &r->state, &r->state);
     if (!targets) { return; }
     model_losses(r->gpu, &r->m, &r->stream, targets, 0, r->m.sums);
-    gpu_sync(&r->gpu);
     const float* from = acts_layer<X>(r->stream.places, r->stream.acts, 0).losses;
     CUDA(cudaMemcpy(losses, from, T * sizeof(float), cudaMemcpyDeviceToHost));
 }
@@ -3453,7 +3329,7 @@ template <typename X> static const float* gpu_logits(void* self) {
 }
 
 template <typename X> static void gpu_reset(void* self) {
-    state_reset(of<X>(self)->gpu, &of<X>(self)->state, &of<X>(self)->m.config);
+    state_reset(of<X>(self)->gpu, &of<X>(self)->state);
 }
 
 // Dense peak in bf16 of the cards whose data sheets we know; 0 for the others.
