@@ -2,7 +2,7 @@
 # make train       train the built-in default: a tiny model that learns to write this project's own sources
 # make test        what must hold; a minute, needs nothing but a compiler
 # make test-long   what takes longer: streams of 10 million timesteps, kills at random moments, every tensor broken,
-#                  several processes
+#                  several processes, also of the GPU program on a CPU
 # make bench       speed, as ratios to OpenBLAS and PyTorch where they are there, and of the GPU program where one is
 # make cuda        the GPU programs, for the GPUs here (or CUDA_ARCH=90); dev/bin/check: GPU against CPU, kernel by kernel
 # make test-emulated   the GPU programs' test where there is no GPU, slowly: see dev/cuda/emulate.h
@@ -85,17 +85,20 @@ test: train_megalodon test_megalodon dev/bin/test_tokens
 	sh dev/test_tokens.sh
 	sh dev/test_break.sh data/reference/one_state.safetensors
 
-test-long: train_megalodon test_megalodon
+test-long: train_megalodon test_megalodon dev/bin/emulated/train_megalodon dev/bin/emulated/test_megalodon
 	./test_megalodon --long
 	sh dev/test_break.sh
 	sh dev/test_kill.sh
 	sh dev/test_stream.sh
 	sh dev/test_mpi.sh
+	sh dev/test_mpi.sh dev/bin/emulated/train_megalodon dev/bin/emulated/test_megalodon "--precision fp32"
+	sh dev/cuda/test_carry.sh dev/bin/emulated/train_megalodon
 	$(PYTHON) dev/test_data.py
 
-test-emulated: dev/bin/emulated/test_megalodon
+test-emulated: dev/bin/emulated/test_megalodon dev/bin/emulated/check
 	dev/bin/emulated/test_megalodon --precision fp32
 	dev/bin/emulated/test_megalodon --precision bf16
+	OMP_NUM_THREADS=1 dev/bin/emulated/check --quick
 
 bench: dev/bin/bench
 	dev/bin/bench $(PYTHON)
