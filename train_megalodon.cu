@@ -47,6 +47,7 @@ typedef __nv_bfloat16 bf16;
 // ---------------------------------------------------------------------------------------------------------------------
 // The device
 
+static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 static void check_cuda(cudaError_t e, const char* what, int line) {
     if (e != cudaSuccess) { die("CUDA: %s (%s, train_megalodon.cu:%d)", cudaGetErrorString(e), what, line); }
 }
@@ -73,11 +74,11 @@ static void check_cublas(cublasStatus_t s, const char* what, int line) {
 #define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
 
 struct GemmShape { // all that the choice of an algorithm depends on; compared as bytes
-    int64_t M, N, K, lda, ldb, ldc, ldd, stride_a, stride_b, stride_c, stride_d;
-    int ta, tb, type, type_out, batch, accumulate, bias, align_a, align_b, align_c, align_d;
+    int64_t M, N, K, lda, ldb, ldc, ldd, stride_a, stride_b, stride_d; // ldc 0: there is no C
+    int ta, tb, type, type_out, batch, bias, align_a, align_b, align_c, align_d;
 };
 struct GemmPlan {
-    GemmShape shape; cublasLtMatmulDesc_t desc; cublasLtMatrixLayout_t a, b, c, d;
+    GemmShape shape; cublasLtMatmulDesc_t desc; cublasLtMatrixLayout_t layouts[4];
     cublasLtMatmulAlgo_t algo; bool ready;
 };
 enum { NUM_PLANS = 4096, WORKSPACE = 64 << 20 };
@@ -146,8 +147,7 @@ static void plans_clear(Gpu& gpu) {
         GemmPlan* p = &gpu.plans[i];
         if (!p->ready) { continue; }
         cublasLtMatmulDescDestroy(p->desc);
-        cublasLtMatrixLayout_t layouts[4] = {p->a, p->b, p->c, p->d};
-        for (int k = 0; k < 4; k++) { cublasLtMatrixLayoutDestroy(layouts[k]); }
+        for (int k = 0; k < 4; k++) { cublasLtMatrixLayoutDestroy(p->layouts[k]); }
         p->ready = false;
     }
 }
@@ -157,16 +157,16 @@ static void gpu_close(Gpu* gpu) {
     cublasLtDestroy(gpu->lt); cudaStreamDestroy(gpu->stream);
 }
 
-// Scratch memory of at least this size. Grows when a larger need comes up, which is in the first step.
-static void* gpu_scratch(Gpu* gpu, int which, size_t bytes) {
-    if (bytes > gpu->scratch_size[which]) {
-        gpu_sync(gpu);
-        CUDA(cudaFree(gpu->scratch[which]));
-        gpu->allocated -= gpu->scratch_size[which] ? gpu->scratch_size[which] + 256 : 0;
-        gpu->scratch_size[which] = (bytes + 255) / 256 * 256;
-        gpu->scratch[which] = gpu_alloc(gpu, bytes);
+// Scratch memory for at least n of E. Grows when a larger need comes up, which is in the first step.
+template <typename E> static E* gpu_scratch(Gpu& gpu, int which, size_t n) {
+    size_t bytes = ceil_div(n * sizeof(E), 256) * 256, *size = &gpu.scratch_size[which];
+    if (bytes > *size) {
+        gpu_sync(&gpu);
+        CUDA(cudaFree(gpu.scratch[which]));
+        gpu.allocated -= *size ? *size + 256 : 0;
+        *size = bytes; gpu.scratch[which] = gpu_alloc(&gpu, bytes);
     }
-    return gpu->scratch[which];
+    return (E*)gpu.scratch[which];
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -231,7 +231,6 @@ static void slices_gather(Gpu& gpu, void* all, const void* mine, size_t bytes) {
 }
 static void slices_wait(Gpu& gpu) { stream_after(gpu, gpu.stream, gpu.states); }
 
-static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 template <typename... N> static bool wide(N... dims) { // may the wide form of a kernel be used?
     bool all = true;
     for (size_t d : {(size_t)dims...}) { all = all && d % 8 == 0; }
@@ -298,11 +297,17 @@ __device__ inline float warp_sum(float v) {
     EACH(i, 5) { v += __shfl_xor_sync(~0u, v, 16 >> i); }
     return v;
 }
+__device__ inline float warp_max(float v) {
+    EACH(i, 5) { v = fmaxf(v, __shfl_xor_sync(~0u, v, 16 >> i)); }
+    return v;
+}
 
 // Row kernels: threads x of a block share a row and own 8 of its columns each, fixed while the threads y and the blocks
 // walk over the rows; so sums over columns go through row_sum and sums over rows stay in registers. The wide form owns
 // 8 neighbouring columns, the other one pairs of neighbours.
 enum { MAX_ROW = 8192 };
+__device__ inline unsigned row_first() { return blockIdx.x * blockDim.y + threadIdx.y; }
+__device__ inline unsigned row_step() { return gridDim.x * blockDim.y; }
 template <bool WIDE> __device__ inline int column(int e) {
     return WIDE ? 8 * threadIdx.x + e : 2 * ((e / 2) * blockDim.x + threadIdx.x) + (e & 1);
 }
@@ -376,16 +381,15 @@ template <int N> __device__ inline void row_sum(float (&v)[N], int& turn) {
     turn ^= 1;
 }
 
-// Geometry of a row kernel. Where it leaves partial sums, each block has a row of them: `parts` rows.
-struct RowGrid { dim3 grid, block; int parts; };
-static RowGrid row_grid(Gpu* gpu, size_t rows, int columns, int heads, int per_sm = 4) {
+// Geometry of a row kernel, and memory for its partial sums: a row of them for each block, of `sums` columns.
+struct RowGrid { dim3 grid, block; int parts; float* partials; };
+static RowGrid row_grid(Gpu& gpu, size_t rows, int columns, int heads, int per_sm, size_t sums = 0) {
     if (columns > MAX_ROW) { die("the GPU program takes rows of at most %d features, not %d", MAX_ROW, columns); }
-    RowGrid r;
     int x = ceil_div(ceil_div(columns, 8), 32) * 32, y = x < 256 ? 256 / x : 1;
-    size_t blocks = (size_t)gpu->card.multiProcessorCount * (x > 512 ? 2 : per_sm);
+    size_t blocks = (size_t)gpu.card.multiProcessorCount * (x > 512 ? 2 : per_sm);
     blocks = min_size(ceil_div(blocks, heads), ceil_div(rows, y));
-    r.block = dim3(x, y); r.grid = dim3(blocks, heads); r.parts = blocks;
-    return r;
+    float* partials = sums ? gpu_scratch<float>(gpu, PARTIALS, blocks * sums) : NULL;
+    return {dim3(blocks, heads), dim3(x, y), (int)blocks, partials};
 }
 
 // Where sums over rows go: up to 5 gradients of `width` columns each, side by side in the partial sums.
@@ -445,14 +449,11 @@ static int alignment(const void* p) { return p ? min_size(256, (size_t)p & -(siz
 template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, const X* a, int64_t lda, bool ta,
         const X* b, int64_t ldb, bool tb, int64_t M, int64_t N, int64_t K, int batch = 1, int64_t stride_a = 0,
         int64_t stride_b = 0, int64_t stride_d = 0, const Y* c = NULL, int64_t ldc = 0, const X* bias = NULL) {
-    GemmShape s;
-    memset(&s, 0, sizeof(s));
-    s.M = M; s.N = N; s.K = K; s.ta = ta; s.tb = tb; s.accumulate = c != NULL; s.bias = bias != NULL;
-    s.lda = lda; s.ldb = ldb; s.ldc = c ? ldc : ldd; s.ldd = ldd;
-    s.batch = batch; s.stride_a = stride_a; s.stride_b = stride_b; s.stride_c = stride_d; s.stride_d = stride_d;
-    s.align_a = alignment(a); s.align_b = alignment(b); s.align_c = alignment(c ? c : d); s.align_d = alignment(d);
-    s.type = std::is_same<X, float>::value ? CUDA_R_32F : CUDA_R_16BF;
-    s.type_out = std::is_same<Y, float>::value ? CUDA_R_32F : CUDA_R_16BF;
+    cudaDataType type = std::is_same<X, float>::value ? CUDA_R_32F : CUDA_R_16BF;
+    cudaDataType type_out = std::is_same<Y, float>::value ? CUDA_R_32F : CUDA_R_16BF;
+    GemmShape s = {M, N, K, lda, ldb, c ? ldc : 0, ldd, stride_a, stride_b, stride_d, ta, tb, type, type_out, batch,
+                   bias != NULL, alignment(a), alignment(b), alignment(c ? c : d), alignment(d)};
+    static_assert(sizeof(s) == 10 * sizeof(int64_t) + 10 * sizeof(int), "without gaps: compared as bytes");
     uint64_t hash = 0;
     for (size_t i = 0; i < sizeof(s) / 4; i++) {
         hash = (hash ^ ((const uint32_t*)&s)[i]) * 0x9E3779B97F4A7C15u; hash ^= hash >> 29;
@@ -463,12 +464,12 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
         if (++tried == NUM_PLANS) { plans_clear(gpu); }
     }
     GemmPlan* p = &gpu.plans[slot];
+    cublasLtMatrixLayout_t* l = p->layouts;
     auto describe = [&](cublasLtMatmulDescAttributes_t name, const auto& value) {
         CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, name, &value, sizeof(value)));
     };
     if (!p->ready) { // cuBLASLt is column-major: a row-major (M,N) is its (N,M), so it computes D^T = B^T A^T
         if (!gpu.workspace) { gpu.workspace = gpu_alloc(&gpu, WORKSPACE); }
-        cudaDataType type = (cudaDataType)s.type, type_out = (cudaDataType)s.type_out;
         p->shape = s;
         CUBLAS(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
         describe(CUBLASLT_MATMUL_DESC_TRANSA, tb ? CUBLAS_OP_T : CUBLAS_OP_N);
@@ -477,18 +478,17 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
             describe(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
             describe(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
         }
-        CUBLAS(cublasLtMatrixLayoutCreate(&p->a, type, tb ? K : N, tb ? N : K, ldb));
-        CUBLAS(cublasLtMatrixLayoutCreate(&p->b, type, ta ? M : K, ta ? K : M, lda));
-        CUBLAS(cublasLtMatrixLayoutCreate(&p->c, type_out, N, M, s.ldc));
-        CUBLAS(cublasLtMatrixLayoutCreate(&p->d, type_out, N, M, ldd));
-        cublasLtMatrixLayout_t layouts[4] = {p->a, p->b, p->c, p->d};
-        int64_t strides[4] = {stride_b, stride_a, stride_d, stride_d};
-        auto lay_out = [&](int i, cublasLtMatrixLayoutAttribute_t name, const auto& value) {
-            CUBLAS(cublasLtMatrixLayoutSetAttribute(layouts[i], name, &value, sizeof(value)));
-        };
-        for (int i = 0; i < 4 && batch > 1; i++) {
-            lay_out(i, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, batch);
-            lay_out(i, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, strides[i]);
+        const struct { cudaDataType type; int64_t rows, columns, pitch, stride; } of[4] = {
+            {type, tb ? K : N, tb ? N : K, ldb, stride_b}, {type, ta ? M : K, ta ? K : M, lda, stride_a},
+            {type_out, N, M, c ? ldc : ldd, stride_d}, {type_out, N, M, ldd, stride_d}};
+        for (int i = 0; i < 4; i++) {
+            auto lay_out = [&](cublasLtMatrixLayoutAttribute_t name, const auto& value) {
+                CUBLAS(cublasLtMatrixLayoutSetAttribute(l[i], name, &value, sizeof(value)));
+            };
+            CUBLAS(cublasLtMatrixLayoutCreate(&l[i], of[i].type, of[i].rows, of[i].columns, of[i].pitch));
+            if (batch == 1) { continue; }
+            lay_out(CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, batch);
+            lay_out(CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, of[i].stride);
         }
         cublasLtMatmulPreference_t wish; cublasLtMatmulHeuristicResult_t found;
         int count = 0;
@@ -503,14 +503,14 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
         prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, (uint32_t)s.align_a);
         prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (uint32_t)s.align_c);
         prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint32_t)s.align_d);
-        CUBLAS(cublasLtMatmulAlgoGetHeuristic(gpu.lt, p->desc, p->a, p->b, p->c, p->d, wish, 1, &found, &count));
+        CUBLAS(cublasLtMatmulAlgoGetHeuristic(gpu.lt, p->desc, l[0], l[1], l[2], l[3], wish, 1, &found, &count));
         if (!count) { die("cuBLASLt has no algorithm for a product of %ld x %ld x %ld", (long)M, (long)N, (long)K); }
         CUBLAS(cublasLtMatmulPreferenceDestroy(wish));
         p->algo = found.algo; p->ready = true;
     }
     float alpha = 1, beta = c ? 1 : 0;
     if (bias) { describe(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias); }
-    CUBLAS(cublasLtMatmul(gpu.lt, p->desc, &alpha, b, p->a, a, p->b, &beta, c ? c : d, p->c, d, p->d, &p->algo,
+    CUBLAS(cublasLtMatmul(gpu.lt, p->desc, &alpha, b, l[0], a, l[1], &beta, c ? c : d, l[2], d, l[3], &p->algo,
                           gpu.workspace, WORKSPACE, gpu.stream));
 }
 
@@ -544,7 +544,7 @@ static const Dropout no_dropout = {0, 0, 1, 0, 0, 1, 0};
 // out (rows,D) = scale * weight (vocab,D)[tokens]
 template <typename X, bool WIDE, bool DROP> __global__ void embedding_forward_kernel(X* out, const int* tokens,
         const X* weight, float scale, size_t rows, int D, Dropout d) {
-    for (size_t r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
+    for (size_t r = row_first(); r < rows; r += row_step()) {
         float v[8];
         load_row<WIDE>(v, weight + (size_t)tokens[r] * D, D);
         EACH(e, 8) { v[e] *= scale; }
@@ -554,7 +554,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void embedding_forward_ke
 }
 template <typename X> static void embedding_forward(Gpu& gpu, X* out, const int* tokens, const X* weight, float scale,
         size_t rows, int D, Dropout drop) {
-    RowGrid r = row_grid(&gpu, rows, D, 1);
+    RowGrid r = row_grid(gpu, rows, D, 1, 4);
     LAUNCH_DROP(embedding_forward_kernel, wide(D), drop, r.grid, r.block, out, tokens, weight, scale, rows, D);
 }
 
@@ -582,9 +582,8 @@ template <typename X, bool WIDE, bool DROP> __global__ void embedding_backward_k
 // Adds to dweight always: there may be the output layer's gradient already.
 template <typename X> static void embedding_backward(Gpu& gpu, float* dweight, const X* dout, const int* tokens,
         const int* order, const int* begin, int runs, float scale, int D, Dropout drop) {
-    RowGrid r = row_grid(&gpu, runs, D, 1);
-    LAUNCH_DROP(embedding_backward_kernel, wide(D), drop, runs, r.block.x, dweight, dout, tokens, order, begin, scale,
-                D);
+    dim3 block = row_grid(gpu, runs, D, 1, 4).block.x;
+    LAUNCH_DROP(embedding_backward_kernel, wide(D), drop, runs, block, dweight, dout, tokens, order, begin, scale, D);
 }
 
 // out (rows,D) = dropout(inp) + add, for sums that a product would else have added to x itself; add may be NULL. sum
@@ -592,7 +591,7 @@ template <typename X> static void embedding_backward(Gpu& gpu, float* dweight, c
 template <typename X, bool WIDE> __global__ void dropout_kernel(X* out, float* partials, const X* inp, const X* add,
         size_t rows, int D, Dropout d) {
     float sum[8] = {0}, x[8], y[8] = {0};
-    for (size_t r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
+    for (size_t r = row_first(); r < rows; r += row_step()) {
         load_row<WIDE>(x, inp + r * D, D);
         if (add) { load_row<WIDE>(y, add + r * D, D); }
         drop<true>(x, dropout_kept_row<WIDE, true>(d, r), d);
@@ -604,10 +603,9 @@ template <typename X, bool WIDE> __global__ void dropout_kernel(X* out, float* p
 // Returns out, or with rate 0 does nothing and returns inp.
 template <typename X> static const X* dropout(Gpu& gpu, X* out, float* sum, const X* inp, const X* add, Dropout drop,
         size_t rows, int D) {
-    RowGrid r = row_grid(&gpu, rows, D, 1);
     if (!drop.drop) { return inp; }
-    float* partials = sum ? (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * D) : NULL;
-    LAUNCH(dropout_kernel, wide(D), r.grid, r.block, out, partials, inp, add, rows, D, drop);
+    RowGrid r = row_grid(gpu, rows, D, 1, 4, sum ? D : 0);
+    LAUNCH(dropout_kernel, wide(D), r.grid, r.block, out, r.partials, inp, add, rows, D, drop);
     if (sum) { reduce_columns(gpu, r.parts, {{sum}, 1, D}); }
     return out;
 }
@@ -791,13 +789,13 @@ template <typename X> static void timestepnorm_forward(Gpu& gpu, X* out, float* 
         NormState* before, const NormState* start, const X* inp, const float* w, const float* b, int B, int T, int D,
         int G, float eps) {
     NormGrid r = norm_grid(B, T, D, G);
-    float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
+    float4* segments = gpu_scratch<float4>(gpu, CARRIES, (size_t)B * G * r.count);
     auto pass = NORM_KERNEL(timestepnorm_forward_kernel, false), apply = NORM_KERNEL(timestepnorm_forward_kernel, true);
     pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(out, mean, rstd, segments, inp, w, b, T, D, G, r.lanes, eps);
     size_t lines = (size_t)B * G, bytes = sizeof(NormState) * lines;
     NormState* all = NULL;
     if (before) { // this slice alone; then it is known what comes before it
-        all = (NormState*)gpu_scratch(&gpu, SLICES, bytes * (ranks.chunks + 1));
+        all = gpu_scratch<NormState>(gpu, SLICES, lines * (ranks.chunks + 1));
         NormState* mine = all + lines * ranks.chunks;
         timestepnorm_scan_kernel<<<ceil_div(lines, 4), 128, 0, gpu.stream>>>(segments, mine, NULL, NULL, NULL, 0, true,
                 r.count, lines);
@@ -815,7 +813,7 @@ template <typename X, bool WIDE> __global__ void timestepnorm_again_kernel(X* ou
     float scale[8], shift[8], x[8];
     load_row<WIDE>(scale, w, D); load_row<WIDE>(shift, b, D);
     RowPiece<X, WIDE> next;
-    size_t first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    size_t first = row_first(), step = row_step();
     next.load(inp + first * D, first < rows ? D : 0);
     for (size_t r = first; r < rows; r += step) {
         int F = D / G;
@@ -835,7 +833,7 @@ template <typename X, bool WIDE> __global__ void timestepnorm_again_kernel(X* ou
 }
 template <typename X> static void timestepnorm_again(Gpu& gpu, X* out, const float* mean, const float* rstd,
         const X* inp, const float* w, const float* b, size_t rows, int D, int G) {
-    RowGrid r = row_grid(&gpu, rows, D, 1, 8);
+    RowGrid r = row_grid(gpu, rows, D, 1, 8);
     LAUNCH(timestepnorm_again_kernel, wide(D / G), r.grid, r.block, out, mean, rstd, inp, w, b, rows, D, G);
 }
 
@@ -986,8 +984,8 @@ template <typename X, typename F = void (*)()> static void timestepnorm_backward
         float* db, NormState* dstart, const X* add1, const X* add2, const X* dout, const float* mean, const float* rstd,
         const NormState* start, const X* inp, const float* w, int B, int T, int D, int G, F meanwhile = [] {}) {
     NormGrid r = norm_grid(B, T, D, G);
-    float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
-    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * B * r.count * 2 * D);
+    float4* segments = gpu_scratch<float4>(gpu, CARRIES, (size_t)B * G * r.count);
+    float* partials = gpu_scratch<float>(gpu, PARTIALS, (size_t)B * r.count * 2 * D);
     auto pass = NORM_KERNEL(timestepnorm_backward_kernel, false);
     auto apply = NORM_KERNEL(timestepnorm_backward_kernel, true);
     pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start, inp,
@@ -995,7 +993,7 @@ template <typename X, typename F = void (*)()> static void timestepnorm_backward
     size_t lines = (size_t)B * G, bytes = sizeof(NormSums) * lines;
     NormSums* all = NULL;
     if (ranks.chunks > 1) {
-        all = (NormSums*)gpu_scratch(&gpu, SLICES, bytes * (ranks.chunks + 1));
+        all = gpu_scratch<NormSums>(gpu, SLICES, lines * (ranks.chunks + 1));
         NormSums* mine = all + lines * ranks.chunks;
         timestepnorm_scan_back_kernel<<<ceil_div(lines, 4), 128, 0, gpu.stream>>>(segments, mine, NULL, 0, 0, NULL,
                 NULL, mean, r.count, T, G, lines);
@@ -1451,7 +1449,7 @@ static Cema cema_prepare(Gpu& gpu, bool is_bf16, const float* alpha, const float
     r.K = cema_width(N);
     r.blocks = is_bf16 && N <= CEMA_LANES && D % CHANNELS == 0 && T >= 4 * SPAN && whole;
     size_t size = (size_t)D * r.K;
-    r.coef = (CemaCoef*)gpu_scratch(&gpu, COEFFICIENTS, size * (sizeof(CemaCoef) + POWERS * sizeof(float2)));
+    r.coef = (CemaCoef*)gpu_scratch<char>(gpu, COEFFICIENTS, size * (sizeof(CemaCoef) + POWERS * sizeof(float2)));
     r.powers = r.blocks ? (float2*)(r.coef + size) : NULL; r.grid = dim3(ceil_div(D, CHANNELS), B);
     cema_coefficients_kernel<<<ceil_div(size, 128), 128, 0, gpu.stream>>>(r.coef, r.powers, alpha, delta, theta, gamma,
             D, N, r.K);
@@ -1482,8 +1480,7 @@ template <typename X> static void cema_backward(Gpu& gpu, X* dinp, float* dalpha
         const float* gamma, const float* omega, int B, int T, int D, int N) {
     Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, alpha, delta, theta, gamma, B, T, D, N);
     size_t states = (size_t)B * D * r.K;
-    float4* sums = (float4*)gpu_scratch(&gpu, CARRIES, states * (sizeof(float4) + sizeof(float2))
-                                        + sizeof(float) * B * D);
+    float4* sums = (float4*)gpu_scratch<float>(gpu, CARRIES, states * 6 + (size_t)B * D);
     float2* first = (float2*)(sums + states); float* dw = (float*)(first + states);
     if (r.blocks) {
         cema_backward_blocks_kernel<<<r.grid, 32 * CHANNELS, 0, gpu.stream>>>((bf16*)dinp, sums, first, dw,
@@ -1569,8 +1566,8 @@ template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, 
     int count = ceil_div(32 * gpu.card.multiProcessorCount, warps), length = ceil_div(T, count);
     length = length < 64 ? 64 : length; count = ceil_div(T, length);
     size_t states = (size_t)B * r.K * D, size = (size_t)B * D * N;
-    float2* sums = (float2*)gpu_scratch(&gpu, SLICE_SUMS, sizeof(float2) * states * count);
-    float2* all = (float2*)gpu_scratch(&gpu, SLICES, sizeof(float2) * size * (ranks.chunks + 2));
+    float2* sums = gpu_scratch<float2>(gpu, SLICE_SUMS, states * count);
+    float2* all = gpu_scratch<float2>(gpu, SLICES, size * (ranks.chunks + 2));
     cema_slice_kernel<X><<<dim3(tiles, B, count), dim3(32, r.K / SLICE_MODES), 0, gpu.stream>>>(sums, inp, r.coef, back,
             length, T, D, r.K);
     cema_slice_end_kernel<<<ceil_div(states, 128), 128, 0, gpu.stream>>>(all + size * ranks.chunks, sums, r.coef, back,
@@ -1598,7 +1595,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void norm_forward_kernel(
     load_row<WIDE>(scale, w, D);
     if (b) { load_row<WIDE>(shift, b, D); }
     RowPiece<X, WIDE> next;
-    size_t first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    size_t first = row_first(), step = row_step();
     next.load(inp + first * D, first < rows ? D : 0);
     X next_near = inp[first < rows ? first * D : 0];
     for (size_t r = first; r - threadIdx.y < rows; r += step) { // all threads of a block take part in the last round
@@ -1620,7 +1617,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void norm_forward_kernel(
 }
 template <typename X> static void norm_forward(Gpu& gpu, X* out, int ldo, float* mean, float* rstd, const X* inp,
         const float* w, const float* b, size_t rows, int D, float eps, Dropout drop = no_dropout) {
-    RowGrid r = row_grid(&gpu, rows, D, 1, 8);
+    RowGrid r = row_grid(gpu, rows, D, 1, 8);
     LAUNCH_DROP(norm_forward_kernel, wide(D, ldo), drop, r.grid, r.block, out, ldo, mean, rstd, inp, w, b, rows, D,
                 eps);
 }
@@ -1635,7 +1632,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void norm_backward_kernel
     load_row<WIDE>(scale, w, D);
     if (b) { load_row<WIDE>(shift, b, D); }
     RowPiece<X, WIDE> next_x, next_dy;
-    size_t first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    size_t first = row_first(), step = row_step();
     auto fetch = [&](size_t r) {
         next_x.load(inp + r * D, r < rows ? D : 0); next_dy.load(dout + r * ld, r < rows ? D : 0);
     };
@@ -1669,10 +1666,9 @@ template <typename X, bool WIDE, bool DROP> __global__ void norm_backward_kernel
 template <typename X> static void norm_backward(Gpu& gpu, X* dinp, float* dw, float* db, float* dinp_sum, X* again,
         const X* dout, int ld, const float* mean, const float* rstd, const X* inp, const float* w, const float* b,
         size_t rows, int D, Dropout drop = no_dropout) {
-    RowGrid r = row_grid(&gpu, rows, D, 1, 2);
-    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * 3 * D);
-    LAUNCH_DROP(norm_backward_kernel, wide(D, ld), drop, r.grid, r.block, dinp, partials, again, dout, ld, mean, rstd,
-                inp, w, b, rows, D);
+    RowGrid r = row_grid(gpu, rows, D, 1, 2, 3 * D);
+    LAUNCH_DROP(norm_backward_kernel, wide(D, ld), drop, r.grid, r.block, dinp, r.partials, again, dout, ld, mean,
+                rstd, inp, w, b, rows, D);
     reduce_columns(gpu, r.parts, {{dw, db, dinp_sum}, mean ? 3 : 1, D});
 }
 
@@ -1705,7 +1701,7 @@ template <typename X, bool WIDE> __global__ void qk_forward_kernel(X* q, X* k, X
         load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd); load_row<WIDE>(be[i], beta + i * Z + h * zd, zd);
     }
     RowPiece<X, WIDE> next;
-    unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    unsigned first = row_first(), step = row_step();
     next.load(z + (size_t)first * ldz + h * zd, first < rows ? zd : 0);
     for (unsigned r = first; r - threadIdx.y < rows; r += step) {
         int columns = r < rows ? zd : 0;
@@ -1730,7 +1726,7 @@ template <typename X, bool WIDE> __global__ void qk_forward_kernel(X* q, X* k, X
 template <typename X> static void qk_forward(Gpu& gpu, X* q, X* k, X* znorm, float* znorm_rstd, const X* z, int ldz,
         const float* gamma, const float* beta, const float* rotations, int B, int T, int K, int pos, int at_k, int c,
         int Z, int H, float eps) {
-    RowGrid r = row_grid(&gpu, (size_t)B * T, Z / H, H, 8);
+    RowGrid r = row_grid(gpu, (size_t)B * T, Z / H, H, 8);
     LAUNCH(qk_forward_kernel, wide(Z / H, ldz), r.grid, r.block, q, k, znorm, znorm_rstd, z, ldz, gamma, beta,
            rotations, B * T, T, K, pos, at_k, c, Z, Z / H, eps);
 }
@@ -1743,7 +1739,7 @@ template <typename X, bool WIDE> __global__ void qk_backward_kernel(X* dz, float
     int turn = 0, h = blockIdx.y;
     for (int i = 0; i < 2; i++) { load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd); }
     RowPiece<X, WIDE> next_z, next_d[2];
-    unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    unsigned first = row_first(), step = row_step();
     auto fetch = [&](unsigned r) {
         next_z.load(z + (size_t)r * ldz + h * zd, r < rows ? zd : 0);
         for (int i = 0; i < 2; i++) { next_d[i].load((i ? dk : dq) + head_major(r, T, T, 0, zd), r < rows ? zd : 0); }
@@ -1780,9 +1776,8 @@ template <typename X, bool WIDE> __global__ void qk_backward_kernel(X* dz, float
 template <typename X> static void qk_backward(Gpu& gpu, X* dz, float* dgamma, float* dbeta, float* dz_sum, X* dznorm,
         const X* dq, const X* dk, const X* z, int ldz, const float* gamma, const float* rotations, int B, int T, int c,
         int Z, int H, float eps) {
-    RowGrid r = row_grid(&gpu, (size_t)B * T, Z / H, H, 2);
-    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * 5 * Z);
-    LAUNCH(qk_backward_kernel, wide(Z / H, ldz), r.grid, r.block, dz, partials, dznorm, dq, dk, z, ldz, gamma,
+    RowGrid r = row_grid(gpu, (size_t)B * T, Z / H, H, 2, 5 * Z);
+    LAUNCH(qk_backward_kernel, wide(Z / H, ldz), r.grid, r.block, dz, r.partials, dznorm, dq, dk, z, ldz, gamma,
            rotations, B * T, T, c, Z, Z / H, eps);
     reduce_columns(gpu, r.parts, {{dgamma, dgamma + Z, dbeta, dbeta + Z, dz_sum}, 5, Z});
 }
@@ -1798,7 +1793,7 @@ template <typename X> __device__ inline float sigmoid_of(float x) { return __fdi
 template <typename X, bool WIDE, bool DROP> __global__ void gate_forward_kernel(X* out, int ldo, const X* attention,
         const X* inp, int ldi, unsigned rows, int T, int K, int at_k, int vd, Dropout d) {
     RowPiece<X, WIDE> next_x, next_o;
-    unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    unsigned first = row_first(), step = row_step();
     auto fetch = [&](unsigned r) {
         next_x.load(inp + (size_t)r * ldi + blockIdx.y * vd, r < rows ? vd : 0);
         if (attention) { next_o.load(attention + head_major(r, T, T, 0, vd), r < rows ? vd : 0); }
@@ -1815,13 +1810,13 @@ template <typename X, bool WIDE, bool DROP> __global__ void gate_forward_kernel(
 }
 template <typename X> static void value_forward(Gpu& gpu, X* v, const X* inp, int B, int T, int K, int at_k, int V,
         int H) {
-    RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H, 8);
+    RowGrid r = row_grid(gpu, (size_t)B * T, V / H, H, 8);
     LAUNCH_DROP(gate_forward_kernel, wide(V / H), no_dropout, r.grid, r.block, v, V, (const X*)NULL, inp, V, B * T, T,
                 K, at_k, V / H);
 }
 template <typename X> static void gate_forward(Gpu& gpu, X* gated, int ldg, const X* attention, const X* inp, int ldi,
         int B, int T, int V, int H, Dropout drop = no_dropout) {
-    RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H, 8);
+    RowGrid r = row_grid(gpu, (size_t)B * T, V / H, H, 8);
     LAUNCH_DROP(gate_forward_kernel, wide(V / H, ldg, ldi), drop, r.grid, r.block, gated, ldg, attention, inp, ldi,
                 B * T, T, T, 0, V / H);
 }
@@ -1830,7 +1825,7 @@ template <typename X> static void gate_forward(Gpu& gpu, X* gated, int ldg, cons
 template <typename X, bool WIDE> __global__ void value_backward_kernel(X* dinp, float* partials, const X* dv,
         const X* inp, unsigned rows, int T, int V, int vd) {
     float sum[8] = {0}, x[8], d[8]; RowPiece<X, WIDE> next_x, next_d;
-    unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    unsigned first = row_first(), step = row_step();
     auto fetch = [&](unsigned r) {
         next_x.load(inp + (size_t)r * V + blockIdx.y * vd, r < rows ? vd : 0);
         next_d.load(dv + head_major(r, T, T, 0, vd), r < rows ? vd : 0);
@@ -1847,9 +1842,8 @@ template <typename X, bool WIDE> __global__ void value_backward_kernel(X* dinp, 
 }
 template <typename X> static void value_backward(Gpu& gpu, X* dinp, float* dinp_sum, const X* dv, const X* inp, int B,
         int T, int V, int H) {
-    RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H);
-    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * V);
-    LAUNCH(value_backward_kernel, wide(V / H), r.grid, r.block, dinp, partials, dv, inp, B * T, T, V, V / H);
+    RowGrid r = row_grid(gpu, (size_t)B * T, V / H, H, 4, V);
+    LAUNCH(value_backward_kernel, wide(V / H), r.grid, r.block, dinp, r.partials, dv, inp, B * T, T, V, V / H);
     reduce_columns(gpu, r.parts, {{dinp_sum}, 1, V});
 }
 
@@ -1886,10 +1880,9 @@ template <typename X, bool WIDE, bool DROP> __global__ void gate_backward_kernel
 template <typename X> static void gate_backward(Gpu& gpu, X* dattention, X* dinp, float* dinp_sum, float* dot, X* again,
         const X* dgated, int ldg, const X* attention, const X* inp, int ldi, int B, int T, int V, int H,
         Dropout drop = no_dropout) {
-    RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H);
-    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * V);
-    LAUNCH_DROP(gate_backward_kernel, wide(V / H, ldg, ldi), drop, r.grid, r.block, dattention, dinp, partials, dot,
-                again, dgated, ldg, attention, inp, ldi, B * T, T, V, V / H);
+    RowGrid r = row_grid(gpu, (size_t)B * T, V / H, H, 4, V);
+    LAUNCH_DROP(gate_backward_kernel, wide(V / H, ldg, ldi), drop, r.grid, r.block, dattention, dinp, r.partials,
+                dot, again, dgated, ldg, attention, inp, ldi, B * T, T, V, V / H);
     reduce_columns(gpu, r.parts, {{dinp_sum}, 1, V});
 }
 
@@ -1947,29 +1940,24 @@ template <typename X> static void silu_backward(Gpu& gpu, X* dinp, X* dmul, X* a
                 again, dout, inp, mul, ld, rows, F);
 }
 
-// With rescale_nffn: out (rows,D) = inp * w + add (may be out); dinp = dout * w, dw the column sums of dout * inp.
+// With rescale_nffn: out (rows,D) = inp * w + other (may be out), or where dw receives the column sums of inp * other,
+// as backward, out = inp * w.
 template <typename X, bool WIDE> __global__ void rescale_kernel(X* out, float* partials, const X* inp, const X* other,
         const float* w, size_t rows, int D) {
     float scale[8], sum[8] = {0}, x[8], y[8];
     load_row<WIDE>(scale, w, D);
-    for (size_t r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
+    for (size_t r = row_first(); r < rows; r += row_step()) {
         load_row<WIDE>(x, inp + r * D, D); load_row<WIDE>(y, other + r * D, D);
         EACH(e, 8) { sum[e] += x[e] * y[e]; x[e] = x[e] * scale[e] + (partials ? 0 : y[e]); }
         store_row<WIDE>(out + r * D, x, D);
     }
     if (partials) { store_partial<WIDE>(partials, 1, D, 0, sum, D); }
 }
-template <typename X> static void rescale_forward(Gpu& gpu, X* out, const X* inp, const X* add, const float* w,
+template <typename X> static void ffn_rescale(Gpu& gpu, X* out, float* dw, const X* inp, const X* other, const float* w,
         size_t rows, int D) {
-    RowGrid r = row_grid(&gpu, rows, D, 1);
-    LAUNCH(rescale_kernel, wide(D), r.grid, r.block, out, NULL, inp, add, w, rows, D);
-}
-template <typename X> static void rescale_backward(Gpu& gpu, X* dinp, float* dw, const X* dout, const X* inp,
-        const float* w, size_t rows, int D) {
-    RowGrid r = row_grid(&gpu, rows, D, 1);
-    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * D);
-    LAUNCH(rescale_kernel, wide(D), r.grid, r.block, dinp, partials, dout, inp, w, rows, D);
-    reduce_columns(gpu, r.parts, {{dw}, 1, D});
+    RowGrid r = row_grid(gpu, rows, D, 1, 4, dw ? D : 0);
+    LAUNCH(rescale_kernel, wide(D), r.grid, r.block, out, r.partials, inp, other, w, rows, D);
+    if (dw) { reduce_columns(gpu, r.parts, {{dw}, 1, D}); }
 }
 
 // Chunk attention. A pair is one head of one chunk (of one batch row). For blocks of BLOCK queries of all pairs at
@@ -2019,12 +2007,8 @@ template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(25
             EACH(e, E) { sum += j + e < n && !(DROP && x[e] == -INFINITY) ? exp_of<X>(x[e] - top) : 0; }
         }
     }
-    float all = top;
-#pragma unroll
-    for (int o = 16; o; o /= 2) { all = fmaxf(all, __shfl_xor_sync(~0u, all, o)); }
-    sum *= top == -INFINITY ? 0 : exp_of<X>(top - all);
-#pragma unroll
-    for (int o = 16; o; o /= 2) { sum += __shfl_xor_sync(~0u, sum, o); }
+    float all = warp_max(top);
+    sum = warp_sum(sum * (top == -INFINITY ? 0 : exp_of<X>(top - all)));
     if (DROP && all == -INFINITY) { all = 0; sum = 1; } // no key is left: then all probabilities are 0
     float share = 1 / sum;
     bool whole = n <= 32 * E * KEPT; // is all of the row in registers?
@@ -2094,7 +2078,7 @@ template <typename X> static void attention_forward(Gpu& gpu, X* out, float* lse
     for (int n = 0, first = 0; n < a.count; n++, first += c) {
         int rows = min_int(a.rows, T - first), block = min_int(rows, BLOCK), ld = ceil_div(pos + rows, 128) * 128;
         int most = pairs_at_once<X>(a.pairs, (size_t)block * ld);
-        X* S = (X*)gpu_scratch(&gpu, SCORES, sizeof(X) * most * block * ld);
+        X* S = gpu_scratch<X>(gpu, SCORES, (size_t)most * block * ld);
         for (int p = 0; p < a.pairs; p += most) {
             int batch = min_int(most, a.pairs - p);
             for (int i = 0; i < rows; i += BLOCK) {
@@ -2122,7 +2106,7 @@ template <typename X> static void attention_backward(Gpu& gpu, X* dq, X* dk, X* 
         int rows = min_int(a.rows, T - first), ld = ceil_div(rows, 8) * 8;
         size_t step = (size_t)rows * ld, step_q = a.step_q * zd, step_v = a.step_q * vd;
         int most = pairs_at_once<X>(a.pairs, step);
-        X *S = (X*)gpu_scratch(&gpu, SCORES, sizeof(X) * most * step * 2), *dS = S + most * step;
+        X *S = gpu_scratch<X>(gpu, SCORES, most * step * 2), *dS = S + most * step;
         for (int p = 0; p < a.pairs; p += most) {
             int batch = min_int(most, a.pairs - p);
             size_t at = p * a.step_q + first;
@@ -2167,22 +2151,14 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) crossen
         sum *= exp_of<X>(top - most); top = most;
         EACH(e, E) { sum += exp_of<X>(x[e] - top); }
     }
-    float all = top;
-#pragma unroll
-    for (int o = 16; o; o /= 2) { all = fmaxf(all, __shfl_xor_sync(~0u, all, o)); }
+    float all = warp_max(top);
     if (lane == 0) { tops[warp] = all; }
     __syncthreads(); // also: all have read the target's logit before it is overwritten
-    all = lane < blockDim.x / 32 ? tops[lane] : -INFINITY;
-#pragma unroll
-    for (int o = 16; o; o /= 2) { all = fmaxf(all, __shfl_xor_sync(~0u, all, o)); }
-    sum = top == -INFINITY ? 0 : sum * exp_of<X>(top - all);
-#pragma unroll
-    for (int o = 16; o; o /= 2) { sum += __shfl_xor_sync(~0u, sum, o); }
+    all = warp_max(lane < blockDim.x / 32 ? tops[lane] : -INFINITY);
+    sum = warp_sum(top == -INFINITY ? 0 : sum * exp_of<X>(top - all));
     if (lane == 0) { sums[warp] = sum; }
     __syncthreads();
-    sum = lane < blockDim.x / 32 ? sums[lane] : 0;
-#pragma unroll
-    for (int o = 16; o; o /= 2) { sum += __shfl_xor_sync(~0u, sum, o); }
+    sum = warp_sum(lane < blockDim.x / 32 ? sums[lane] : 0);
     if (threadIdx.x == 0) { losses[blockIdx.x] = target == IGNORE ? 0 : logf(sum) + (all - at_target); }
     if (!gradient) { return; }
     float scale = dloss / sum;
@@ -2496,7 +2472,7 @@ template <typename X> static void attention_step(Gpu& gpu, X* gated, int ldg, fl
         const float* rotations, int B, int c, int Z, int V_dim, int H, float eps) {
     int zd = Z / H, vd = V_dim / H, most = zd > vd ? zd : vd, count = attention_parts(gpu, B, H);
     launch_early(gpu, wide(zd, vd, ldz) ? attention_step_kernel<X, true> : attention_step_kernel<X, false>,
-                 dim3(count, H, B), row_grid(&gpu, 1, most, 1).block.x, sizeof(float) * zd, parts, K, V, position, z,
+                 dim3(count, H, B), row_grid(gpu, 1, most, 1, 1).block.x, sizeof(float) * zd, parts, K, V, position, z,
                  ldz, v, gamma, beta, rotations, c, Z, zd, vd, eps);
     launch_early(gpu, attention_merge_kernel<X>, dim3(ceil_div(vd, 32), H, B), dim3(32, B > 1 ? 4 : 16), 0, gated, ldg,
                  parts, inp, ldz, count, vd);
@@ -2987,7 +2963,7 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
     X* ffn = c->rescale_nffn ? a.fc2 : a.out;
     matmul_forward<X>(gpu, ffn, D, a.hidden, F, p.fc2, NULL, drop.fc2.drop ? NULL : add, D, rows, F, D);
     dropout<X>(gpu, ffn, NULL, ffn, add, drop.fc2, rows, D);
-    if (c->rescale_nffn) { rescale_forward(gpu, a.out, a.fc2, x, w.rescale, rows, D); }
+    if (c->rescale_nffn) { ffn_rescale(gpu, a.out, NULL, a.fc2, x, w.rescale, rows, D); }
 }
 
 // The same for one token more of each stream.
@@ -3006,7 +2982,7 @@ template <typename X> static void block_step(Gpu& gpu, const ModelOf<X>* m, cons
                        a.norm_mean, a.norm_rstd});
     product_forward<X>(gpu, B, eps, {rescale ? a.fc2 : a.out, a.hidden, F, F, D, p.fc2, NULL, rescale ? NULL : x,
                        a.fc1, a.fc3});
-    if (rescale) { rescale_forward(gpu, a.out, a.fc2, x, w.rescale, B, D); }
+    if (rescale) { ffn_rescale(gpu, a.out, NULL, a.fc2, x, w.rescale, B, D); }
 }
 
 // From dout to dx. What block_forward did not keep is made again by the backward kernels that read its inputs anyway;
@@ -3025,7 +3001,7 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
     X *hidden = again ? a.hidden : NULL, *norm = again ? a.norm : NULL, *gated = again ? a.gated : NULL;
     X *rmsnorm = again ? a.rmsnorm : NULL;
     const X* dffn = d.out;
-    if (c->rescale_nffn) { rescale_backward(gpu, d.fc2, g.rescale, d.out, a.fc2, w.rescale, rows, D); dffn = d.fc2; }
+    if (c->rescale_nffn) { ffn_rescale(gpu, d.fc2, g.rescale, d.out, a.fc2, w.rescale, rows, D); dffn = d.fc2; }
     dffn = dropout<X>(gpu, d.timenorm, NULL, dffn, NULL, drop.fc2, rows, D);
     matmul_backward(gpu, d.hidden, F, dffn, D, p.fc2, rows, F, D, false);
     silu_backward(gpu, d.fc1, d.fc3, hidden, d.hidden, a.fc1, a.fc3, FF, rows, F, drop.hidden);
