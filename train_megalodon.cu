@@ -13,7 +13,8 @@ cuBLASLt's, all else is in this file, each kernel above the function that launch
     make train_megalodon_cuda && ./train_megalodon_cuda
 
 Conventions, where they differ from the CPU's:
-  - A launcher's first argument is the Gpu; its name and the rest of its arguments are its CPU twin's.
+  - A launcher's first argument is the Gpu; its name and the rest of its arguments are its CPU twin's, except that
+    CEMA's parameters are one.
   - What attention reads and writes is head-major, (B,H,T,.): one product then covers many heads and chunks.
   - Tensors that are multiplied by one product stand side by side: wz|wr, fc1|fc3, and wh1|wh2 with their inputs m|u. So
     rows have a pitch, the distance from one timestep to the next.
@@ -1015,6 +1016,10 @@ template <typename X, typename F = void (*)()> static void timestepnorm_backward
 enum { CEMA_LANES = 16, AHEAD = 8, SPAN = 16, UNIT = 16 * SPAN, CHANNELS = 8, POWERS = SPAN + 4,
        MANY = CEMA_MAX_NDIM / CEMA_LANES };
 struct CemaCoef { float2 q, c; float p; };
+struct CemaParams { float *alpha, *delta, *theta, *gamma, *omega; }; // or their gradients
+static CemaParams cema_params(const Params& p) {
+    return {p.cema_alpha, p.cema_delta, p.cema_theta, p.cema_gamma, p.cema_omega};
+}
 
 template <typename C> __device__ inline C mul_add(C a, C b, C c) { // of complex numbers: a b + c
     return {fma(a.x, b.x, fma(-a.y, b.y, c.x)), fma(a.x, b.y, fma(a.y, b.x, c.y))};
@@ -1023,18 +1028,17 @@ __device__ inline double sigmoid_double(double x) { return 1 / (1 + exp(-x)); }
 
 // coef (D,K), K = N rounded up to whole threads, zero for k >= N, and where asked for powers (D,POWERS,K) of the
 // rounded q: q^0 .. q^16, q^32, q^64, q^128. In double, rounded once.
-__global__ void cema_coefficients_kernel(CemaCoef* coef, float2* powers, const float* alpha, const float* delta,
-        const float* theta, const float* gamma, int D, int N, int K) {
+__global__ void cema_coefficients_kernel(CemaCoef* coef, float2* powers, CemaParams w, int D, int N, int K) {
     int i = blockIdx.x * blockDim.x + threadIdx.x, d = i / K, k = i % K;
     if (d >= D) { return; }
     CemaCoef m = {};
     if (k < N) {
         size_t at = (size_t)d * N + k;
-        double p = sigmoid_double(alpha[at]), radius = 1 - p * sigmoid_double(delta[at]), scale = p / sqrt((double)N);
-        double2 turn;
-        sincospi(2.0 / N * (k + 1) * sigmoid_double(theta[d]), &turn.y, &turn.x);
+        double p = sigmoid_double(w.alpha[at]), radius = 1 - p * sigmoid_double(w.delta[at]);
+        double scale = p / sqrt((double)N); double2 turn;
+        sincospi(2.0 / N * (k + 1) * sigmoid_double(w.theta[d]), &turn.y, &turn.x);
         m.p = p; m.q = make_float2(radius * turn.x, radius * turn.y);
-        m.c = make_float2(scale * gamma[2 * at], scale * gamma[2 * at + 1]);
+        m.c = make_float2(scale * w.gamma[2 * at], scale * w.gamma[2 * at + 1]);
     }
     coef[i] = m;
     double2 q = {m.q.x, m.q.y}, power = {1, 0};
@@ -1396,17 +1400,16 @@ __global__ void __launch_bounds__(32 * CHANNELS) cema_backward_blocks_kernel(bf1
 }
 
 // From the sums to gradients of parameters, as at the end of the CPU's cema_backward. Threads x: modes.
-__global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega,
-        float* dstart, const float4* sums, const float2* first, const float* dw, const float* start,
-        const CemaCoef* coef, const float* alpha, const float* delta, const float* theta, const float* gamma,
-        bool accumulate, int B, int D, int N, int K) {
+__global__ void cema_gradients_kernel(CemaParams grads, float* dstart, const float4* sums, const float2* first,
+        const float* domega, const float* start, const CemaCoef* coef, CemaParams w, bool accumulate, int B, int D,
+        int N, int K) {
     __shared__ double turns[256];
     int k = threadIdx.x, d = blockIdx.x * blockDim.y + threadIdx.y;
-    double dangle = 0, s_theta = d < D ? sigmoid_double(theta[d]) : 0;
+    double dangle = 0, s_theta = d < D ? sigmoid_double(w.theta[d]) : 0;
     if (d < D && k < N) {
         size_t i = (size_t)d * N + k; CemaCoef m = coef[(size_t)d * K + k];
-        double p = sigmoid_double(alpha[i]), root = sqrt((double)N), dp = 0;
-        double2 q = {m.q.x, m.q.y}, g = {gamma[2 * i] / root, gamma[2 * i + 1] / root}, dq = {0, 0}, dg = {0, 0};
+        double p = sigmoid_double(w.alpha[i]), root = sqrt((double)N), dp = 0;
+        double2 q = {m.q.x, m.q.y}, g = {w.gamma[2 * i] / root, w.gamma[2 * i + 1] / root}, dq = {0, 0}, dg = {0, 0};
         for (int b = 0; b < B; b++) {
             size_t bd = (size_t)b * D + d, at_h = 2 * (bd * N + k);
             float4 s = sums[bd * K + k]; float2 a = first[bd * K + k];
@@ -1420,30 +1423,29 @@ __global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dthet
             qa = mul_add(double2{g.x, -g.y}, qa, double2{dstart[at_h], dstart[at_h + 1]});
             dstart[at_h] = qa.x; dstart[at_h + 1] = qa.y;
         }
-        double s_delta = sigmoid_double(delta[i]), sine, cosine;
+        double s_delta = sigmoid_double(w.delta[i]), sine, cosine;
         sincospi(2.0 / N * (k + 1) * s_theta, &sine, &cosine);
         double dradius = cosine * dq.x + sine * dq.y;
         dangle = (k + 1) * (q.x * dq.y - q.y * dq.x);
-        dgamma[2 * i] = (accumulate ? dgamma[2 * i] : 0) + dg.x / root;
-        dgamma[2 * i + 1] = (accumulate ? dgamma[2 * i + 1] : 0) + dg.y / root;
-        dalpha[i] = (accumulate ? dalpha[i] : 0) + p * (1 - p) * (dp - s_delta * dradius);
-        ddelta[i] = (accumulate ? ddelta[i] : 0) - p * s_delta * (1 - s_delta) * dradius;
+        grads.gamma[2 * i] = (accumulate ? grads.gamma[2 * i] : 0) + dg.x / root;
+        grads.gamma[2 * i + 1] = (accumulate ? grads.gamma[2 * i + 1] : 0) + dg.y / root;
+        grads.alpha[i] = (accumulate ? grads.alpha[i] : 0) + p * (1 - p) * (dp - s_delta * dradius);
+        grads.delta[i] = (accumulate ? grads.delta[i] : 0) - p * s_delta * (1 - s_delta) * dradius;
     }
     turns[threadIdx.y * K + k] = dangle;
     __syncthreads();
     if (k || d >= D) { return; }
-    double dturn = 0, w = 0;
+    double dturn = 0, direct = 0;
     for (int j = 0; j < N; j++) { dturn += turns[threadIdx.y * K + j]; }
-    for (int b = 0; b < B; b++) { w += dw[(size_t)b * D + d]; }
-    dtheta[d] = (accumulate ? dtheta[d] : 0) + 2 * M_PI / N * s_theta * (1 - s_theta) * dturn;
-    domega[d] = (accumulate ? domega[d] : 0) + w;
+    for (int b = 0; b < B; b++) { direct += domega[(size_t)b * D + d]; }
+    grads.theta[d] = (accumulate ? grads.theta[d] : 0) + 2 * M_PI / N * s_theta * (1 - s_theta) * dturn;
+    grads.omega[d] = (accumulate ? grads.omega[d] : 0) + direct;
 }
 
 // How a launch goes about it.
 struct Cema { int K; bool blocks; CemaCoef* coef; float2* powers; dim3 grid; }; // blocks: on tensor cores
 static int cema_width(int N) { return CEMA_LANES * (N <= CEMA_LANES ? 1 : MANY); }
-static Cema cema_prepare(Gpu& gpu, bool is_bf16, const float* alpha, const float* delta, const float* theta,
-        const float* gamma, int B, int T, int D, int N) {
+static Cema cema_prepare(Gpu& gpu, bool is_bf16, const CemaParams& w, int B, int T, int D, int N) {
     Cema r;
     bool whole = ranks.chunks == 1 || T % UNIT == 0; // what slices hand on enters and leaves between units
     r.K = cema_width(N);
@@ -1451,8 +1453,7 @@ static Cema cema_prepare(Gpu& gpu, bool is_bf16, const float* alpha, const float
     size_t size = (size_t)D * r.K;
     r.coef = (CemaCoef*)gpu_scratch<char>(gpu, COEFFICIENTS, size * (sizeof(CemaCoef) + POWERS * sizeof(float2)));
     r.powers = r.blocks ? (float2*)(r.coef + size) : NULL; r.grid = dim3(ceil_div(D, CHANNELS), B);
-    cema_coefficients_kernel<<<ceil_div(size, 128), 128, 0, gpu.stream>>>(r.coef, r.powers, alpha, delta, theta, gamma,
-            D, N, r.K);
+    cema_coefficients_kernel<<<ceil_div(size, 128), 128, 0, gpu.stream>>>(r.coef, r.powers, w, D, N, r.K);
     LAUNCHED();
     return r;
 }
@@ -1461,38 +1462,35 @@ static Cema cema_prepare(Gpu& gpu, bool is_bf16, const float* alpha, const float
 static size_t cema_carries_size(Gpu*, int B, int T, int D, int) { return ceil_div(T, UNIT) * B * D * CEMA_LANES * 2; }
 
 template <typename X> static void cema_forward(Gpu& gpu, X* out, float* end, float* carries, const float* start,
-        const X* inp, const float* alpha, const float* delta, const float* theta, const float* gamma,
-        const float* omega, int B, int T, int D, int N) {
-    Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, alpha, delta, theta, gamma, B, T, D, N);
+        const X* inp, const CemaParams& w, int B, int T, int D, int N) {
+    Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, w, B, T, D, N);
     if (r.blocks) {
         cema_forward_blocks_kernel<<<r.grid, 32 * CHANNELS, 0, gpu.stream>>>((bf16*)out, end, (float2*)carries, start,
-                (const bf16*)inp, r.coef, r.powers, omega, T, D, N);
+                (const bf16*)inp, r.coef, r.powers, w.omega, T, D, N);
     } else {
         auto kernel = N <= CEMA_LANES ? cema_forward_kernel<X, 1> : cema_forward_kernel<X, MANY>;
-        kernel<<<r.grid, CEMA_LANES * CHANNELS, 0, gpu.stream>>>(out, end, start, inp, r.coef, omega, T, D, N);
+        kernel<<<r.grid, CEMA_LANES * CHANNELS, 0, gpu.stream>>>(out, end, start, inp, r.coef, w.omega, T, D, N);
     }
     LAUNCHED();
 }
 
-template <typename X> static void cema_backward(Gpu& gpu, X* dinp, float* dalpha, float* ddelta, float* dtheta,
-        float* dgamma, float* domega, float* dstart, const X* dout, const float* carries, const float* start,
-        const float* after, const X* inp, const float* alpha, const float* delta, const float* theta,
-        const float* gamma, const float* omega, int B, int T, int D, int N) {
-    Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, alpha, delta, theta, gamma, B, T, D, N);
+template <typename X> static void cema_backward(Gpu& gpu, X* dinp, const CemaParams& grads, float* dstart,
+        const X* dout, const float* carries, const float* start, const float* after, const X* inp, const CemaParams& w,
+        int B, int T, int D, int N) {
+    Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, w, B, T, D, N);
     size_t states = (size_t)B * D * r.K;
     float4* sums = (float4*)gpu_scratch<float>(gpu, CARRIES, states * 6 + (size_t)B * D);
-    float2* first = (float2*)(sums + states); float* dw = (float*)(first + states);
+    float2* first = (float2*)(sums + states); float* domega = (float*)(first + states);
     if (r.blocks) {
-        cema_backward_blocks_kernel<<<r.grid, 32 * CHANNELS, 0, gpu.stream>>>((bf16*)dinp, sums, first, dw,
-                (const float2*)carries, after, (const bf16*)dout, (const bf16*)inp, r.coef, r.powers, omega, T, D, N);
+        cema_backward_blocks_kernel<<<r.grid, 32 * CHANNELS, 0, gpu.stream>>>((bf16*)dinp, sums, first, domega,
+                (const float2*)carries, after, (const bf16*)dout, (const bf16*)inp, r.coef, r.powers, w.omega, T, D, N);
     } else {
         auto kernel = N <= CEMA_LANES ? cema_backward_kernel<X, 1> : cema_backward_kernel<X, MANY>;
-        kernel<<<r.grid, CEMA_LANES * CHANNELS, 0, gpu.stream>>>(dinp, sums, first, dw, dout, start, after, inp, r.coef,
-                omega, T, D, N);
+        kernel<<<r.grid, CEMA_LANES * CHANNELS, 0, gpu.stream>>>(dinp, sums, first, domega, dout, start, after, inp,
+                r.coef, w.omega, T, D, N);
     }
-    cema_gradients_kernel<<<ceil_div(D, 256 / r.K), dim3(r.K, 256 / r.K), 0, gpu.stream>>>(dalpha, ddelta, dtheta,
-            dgamma, domega, dstart, sums, first, dw, ranks.chunk ? NULL : start, r.coef, alpha, delta, theta, gamma,
-            gpu.accumulate, B, D, N, r.K);
+    cema_gradients_kernel<<<ceil_div(D, 256 / r.K), dim3(r.K, 256 / r.K), 0, gpu.stream>>>(grads, dstart, sums,
+            first, domega, ranks.chunk ? NULL : start, r.coef, w, gpu.accumulate, B, D, N, r.K);
     LAUNCHED();
 }
 
@@ -1556,12 +1554,12 @@ __global__ void cema_slice_carry_kernel(float2* state, const float2* start, cons
     state[i] = make_float2(s.x, s.y);
 }
 // Begins the exchange, all in its stream, beside the products that follow in gpu.stream; cema_slice_carry ends it.
-template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, const float* alpha, const float* delta,
-        const float* theta, const float* gamma, int B, int T, int D, int N) {
+template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, const CemaParams& w, int B, int T,
+        int D, int N) {
     cudaStream_t stream = gpu.stream;
     stream_after(gpu, gpu.states, stream);
     gpu.stream = gpu.states;
-    Cema r = cema_prepare(gpu, false, alpha, delta, theta, gamma, B, T, D, N);
+    Cema r = cema_prepare(gpu, false, w, B, T, D, N);
     int tiles = ceil_div(D, 32), warps = tiles * (r.K / SLICE_MODES) * B;
     int count = ceil_div(32 * gpu.card.multiProcessorCount, warps), length = ceil_div(T, count);
     length = length < 64 ? 64 : length; count = ceil_div(T, length);
@@ -2933,14 +2931,12 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
                          w.timenorm_w, w.timenorm_b, B, T, D, G, eps);
     int keys = next.k ? c->chunk_size : T, at_k = next.k ? pos : 0;
     X *k = next.k ? next.k : a.k, *v = next.k ? next.v : a.v;
-    if (before.h) {
-        cema_slice(gpu, a.timenorm, false, w.cema_alpha, w.cema_delta, w.cema_theta, w.cema_gamma, B, T, D, N);
-    }
+    if (before.h) { cema_slice(gpu, a.timenorm, false, cema_params(w), B, T, D, N); }
     matmul_forward<X>(gpu, a.wv, V, a.timenorm, D, p.wv, p.wv_b, NULL, 0, rows, D, V);
     value_forward(gpu, v, a.wv, B, T, keys, at_k, V, H);
     if (before.h) { in.h = cema_slice_carry(gpu, before.h, in.h, false, B, T, D, N); }
-    cema_forward(gpu, a.cema, next.h, s->carries + l * s->carries_step, in.h, a.timenorm, w.cema_alpha, w.cema_delta,
-                 w.cema_theta, w.cema_gamma, w.cema_omega, B, T, D, N);
+    cema_forward(gpu, a.cema, next.h, s->carries + l * s->carries_step, in.h, a.timenorm, cema_params(w),
+                 B, T, D, N);
     norm_forward<X>(gpu, a.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema, w.rmsnorm_w, NULL, rows, D, eps, drop.rmsnorm);
 
     // Short memory: attention inside the chunk, to the cache where there is one. One product makes z and the gate's r.
@@ -3028,17 +3024,14 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
     matmul_backward(gpu, d.rmsnorm, MU, d.wz, ZR, p.wz, rows, D, ZR, true);
     norm_backward<X>(gpu, d.cema, g.rmsnorm_w, NULL, NULL, rmsnorm, d.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema,
                      w.rmsnorm_w, NULL, rows, D, drop.rmsnorm);
-    if (s->before) {
-        cema_slice(gpu, d.cema, true, w.cema_alpha, w.cema_delta, w.cema_theta, w.cema_gamma, B, T, D, N);
-    }
+    if (s->before) { cema_slice(gpu, d.cema, true, cema_params(w), B, T, D, N); }
     matmul_backward_weight(gpu, g.wh1, dsum, D, a.rmsnorm, MU, rows, MU, D);
     matmul_backward_weight(gpu, g.wz, d.wz, ZR, a.rmsnorm, MU, rows, D, ZR);
 
     value_backward(gpu, d.wv, g.wv_b, d.v, a.wv, B, T, V, H);
     const float* after = s->before ? cema_slice_carry(gpu, NULL, NULL, true, B, T, D, N) : NULL;
-    cema_backward(gpu, d.timenorm, g.cema_alpha, g.cema_delta, g.cema_theta, g.cema_gamma, g.cema_omega, din.h, d.cema,
-                  s->carries + l * s->carries_step, in.h, after, a.timenorm, w.cema_alpha, w.cema_delta, w.cema_theta,
-                  w.cema_gamma, w.cema_omega, B, T, D, N);
+    cema_backward(gpu, d.timenorm, cema_params(g), din.h, d.cema, s->carries + l * s->carries_step, in.h, after,
+                  a.timenorm, cema_params(w), B, T, D, N);
     matmul_backward(gpu, d.timenorm, D, d.wv, V, p.wv, rows, D, V, true);
 
     // x has three readers: the second hop, the first hop and the timestep norm. (dx may be d.out itself.)
