@@ -37,6 +37,7 @@ Conventions, where they differ from the CPU's:
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <map>
 #include <type_traits>
 #include <utility>
 #ifdef USE_NCCL
@@ -74,14 +75,13 @@ static void check_cublas(cublasStatus_t s, const char* what, int line) {
 // A loop over a fixed number of registers.
 #define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
 
-struct GemmShape { // all that the choice of an algorithm depends on; compared as bytes
+struct GemmShape { // all that the choice of an algorithm depends on
     int64_t M, N, K, lda, ldb, ldc, ldd, stride_a, stride_b, stride_d; // ldc 0: there is no C
     int ta, tb, type, type_out, batch, bias, align_a, align_b, align_c, align_d;
+    bool operator<(const GemmShape& other) const { return memcmp(this, &other, sizeof(*this)) < 0; }
 };
-struct GemmPlan {
-    GemmShape shape; cublasLtMatmulDesc_t desc; cublasLtMatrixLayout_t layouts[4];
-    cublasLtMatmulAlgo_t algo; bool ready;
-};
+struct GemmPlan { cublasLtMatmulDesc_t desc; cublasLtMatrixLayout_t layouts[4]; cublasLtMatmulAlgo_t algo; };
+typedef std::map<GemmShape, GemmPlan> GemmPlans;
 enum { NUM_PLANS = 4096, WORKSPACE = 64 << 20 };
 // Scratch memory: partial sums by block, which reduce_columns adds up; what segments of time hand on; coefficients of
 // CEMA; scores of attention and their gradients; what ranks with slices of a sequence exchange, and CEMA's sums for it.
@@ -91,7 +91,7 @@ struct Gpu {
     cudaStream_t stream;
     cublasLtHandle_t lt;
     cudaDeviceProp card;
-    GemmPlan* plans;
+    GemmPlans* plans;
     void* workspace;       // of cuBLASLt
     void* scratch[NUM_SCRATCH];
     size_t scratch_size[NUM_SCRATCH];
@@ -122,7 +122,7 @@ static void gpu_open(Gpu* gpu) {
     }
     CUDA(cudaStreamCreate(&gpu->stream)); // plain copies and this stream wait for each other
     CUBLAS(cublasLtCreate(&gpu->lt));
-    gpu->plans = (GemmPlan*)xcalloc(NUM_PLANS, sizeof(GemmPlan));
+    gpu->plans = new GemmPlans;
 }
 
 // Memory on the device, zeroed.
@@ -144,17 +144,15 @@ static void* gpu_alloc(Gpu* gpu, size_t bytes) {
 static void gpu_sync(Gpu* gpu) { CUDA(cudaStreamSynchronize(gpu->stream)); }
 
 static void plans_clear(Gpu& gpu) {
-    for (int i = 0; i < NUM_PLANS; i++) {
-        GemmPlan* p = &gpu.plans[i];
-        if (!p->ready) { continue; }
-        cublasLtMatmulDescDestroy(p->desc);
-        for (int k = 0; k < 4; k++) { cublasLtMatrixLayoutDestroy(p->layouts[k]); }
-        p->ready = false;
+    for (auto& [shape, plan] : *gpu.plans) {
+        cublasLtMatmulDescDestroy(plan.desc);
+        for (cublasLtMatrixLayout_t l : plan.layouts) { cublasLtMatrixLayoutDestroy(l); }
     }
+    gpu.plans->clear();
 }
 
 static void gpu_close(Gpu* gpu) {
-    plans_clear(*gpu); free(gpu->plans);
+    plans_clear(*gpu); delete gpu->plans;
     cublasLtDestroy(gpu->lt); cudaStreamDestroy(gpu->stream);
 }
 
@@ -455,23 +453,15 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
     GemmShape s = {M, N, K, lda, ldb, c ? ldc : 0, ldd, stride_a, stride_b, stride_d, ta, tb, type, type_out, batch,
                    bias != NULL, alignment(a), alignment(b), alignment(c ? c : d), alignment(d)};
     static_assert(sizeof(s) == 10 * sizeof(int64_t) + 10 * sizeof(int), "without gaps: compared as bytes");
-    uint64_t hash = 0;
-    for (size_t i = 0; i < sizeof(s) / 4; i++) {
-        hash = (hash ^ ((const uint32_t*)&s)[i]) * 0x9E3779B97F4A7C15u; hash ^= hash >> 29;
-    }
-    size_t slot = hash % NUM_PLANS, tried = 0;
-    while (gpu.plans[slot].ready && memcmp(&gpu.plans[slot].shape, &s, sizeof(s))) {
-        slot = (slot + 1) % NUM_PLANS;
-        if (++tried == NUM_PLANS) { plans_clear(gpu); }
-    }
-    GemmPlan* p = &gpu.plans[slot];
+    if (gpu.plans->size() == NUM_PLANS) { plans_clear(gpu); }
+    auto [at, is_new] = gpu.plans->try_emplace(s);
+    GemmPlan* p = &at->second;
     cublasLtMatrixLayout_t* l = p->layouts;
     auto describe = [&](cublasLtMatmulDescAttributes_t name, const auto& value) {
         CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, name, &value, sizeof(value)));
     };
-    if (!p->ready) { // cuBLASLt is column-major: a row-major (M,N) is its (N,M), so it computes D^T = B^T A^T
+    if (is_new) { // cuBLASLt is column-major: a row-major (M,N) is its (N,M), so it computes D^T = B^T A^T
         if (!gpu.workspace) { gpu.workspace = gpu_alloc(&gpu, WORKSPACE); }
-        p->shape = s;
         CUBLAS(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
         describe(CUBLASLT_MATMUL_DESC_TRANSA, tb ? CUBLAS_OP_T : CUBLAS_OP_N);
         describe(CUBLASLT_MATMUL_DESC_TRANSB, ta ? CUBLAS_OP_T : CUBLAS_OP_N);
@@ -507,7 +497,7 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
         CUBLAS(cublasLtMatmulAlgoGetHeuristic(gpu.lt, p->desc, l[0], l[1], l[2], l[3], wish, 1, &found, &count));
         if (!count) { die("cuBLASLt has no algorithm for a product of %ld x %ld x %ld", (long)M, (long)N, (long)K); }
         CUBLAS(cublasLtMatmulPreferenceDestroy(wish));
-        p->algo = found.algo; p->ready = true;
+        p->algo = found.algo;
     }
     float alpha = 1, beta = c ? 1 : 0;
     if (bias) { describe(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias); }
@@ -819,15 +809,9 @@ template <typename X, bool WIDE> __global__ void timestepnorm_again_kernel(X* ou
     for (size_t r = first; r < rows; r += step) {
         int F = D / G;
         next.get(x); next.load(inp + (r + step) * D, r + step < rows ? D : 0);
-        if (WIDE) { // 8 features of one group
-            size_t k = r * G + min(column<WIDE>(0) / F, G - 1);
-            float mu = mean[k], s = rstd[k];
-            EACH(e, 8) { x[e] = (x[e] - mu) * s * (scale[e] + 1) + shift[e]; }
-        } else {
-            EACH(e, 8) {
-                size_t k = r * G + min(column<WIDE>(e) / F, G - 1);
-                x[e] = (x[e] - mean[k]) * rstd[k] * (scale[e] + 1) + shift[e];
-            }
+        EACH(e, 8) {
+            size_t k = r * G + min(column<WIDE>(WIDE ? 0 : e) / F, G - 1); // wide: 8 features of one group
+            x[e] = (x[e] - mean[k]) * rstd[k] * (scale[e] + 1) + shift[e];
         }
         store_row<WIDE>(out + r * D, x, D);
     }
@@ -1806,17 +1790,15 @@ template <typename X, bool WIDE, bool DROP> __global__ void gate_forward_kernel(
         store_row<WIDE>(out + (attention ? (size_t)r * ldo + blockIdx.y * vd : head_major(r, T, K, at_k, vd)), x, vd);
     }
 }
-template <typename X> static void value_forward(Gpu& gpu, X* v, const X* inp, int B, int T, int K, int at_k, int V,
-        int H) {
-    RowGrid r = row_grid(gpu, (size_t)B * T, V / H, H, 8);
-    LAUNCH_DROP(gate_forward_kernel, wide(V / H), no_dropout, r.grid, r.block, v, V, (const X*)NULL, inp, V, B * T, T,
-                K, at_k, V / H);
-}
 template <typename X> static void gate_forward(Gpu& gpu, X* gated, int ldg, const X* attention, const X* inp, int ldi,
-        int B, int T, int V, int H, Dropout drop = no_dropout) {
+        int B, int T, int V, int H, Dropout drop = no_dropout, int K = 0, int at_k = 0) {
     RowGrid r = row_grid(gpu, (size_t)B * T, V / H, H, 8);
     LAUNCH_DROP(gate_forward_kernel, wide(V / H, ldg, ldi), drop, r.grid, r.block, gated, ldg, attention, inp, ldi,
-                B * T, T, T, 0, V / H);
+                B * T, T, K, at_k, V / H);
+}
+template <typename X> static void value_forward(Gpu& gpu, X* v, const X* inp, int B, int T, int K, int at_k, int V,
+        int H) {
+    gate_forward<X>(gpu, v, V, NULL, inp, V, B, T, V, H, no_dropout, K, at_k);
 }
 
 // dinp = dv silu'(inp); dinp_sum (V): the gradient of wv's bias.
