@@ -13,7 +13,8 @@ cuBLASLt's, all else is in this file, each kernel above the function that launch
     make train_megalodon_cuda && ./train_megalodon_cuda
 
 Conventions, where they differ from the CPU's:
-  - A launcher's first argument is the Gpu; its name and the rest of its arguments are its CPU twin's.
+  - A launcher's first argument is the Gpu; its name and the rest of its arguments are its CPU twin's, except that
+    CEMA's parameters are one.
   - What attention reads and writes is head-major, (B,H,T,.): one product then covers many heads and chunks.
   - Tensors that are multiplied by one product stand side by side: wz|wr, fc1|fc3, and wh1|wh2 with their inputs m|u. So
     rows have a pitch, the distance from one timestep to the next.
@@ -36,6 +37,7 @@ Conventions, where they differ from the CPU's:
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <map>
 #include <type_traits>
 #include <utility>
 #ifdef USE_NCCL
@@ -47,6 +49,7 @@ typedef __nv_bfloat16 bf16;
 // ---------------------------------------------------------------------------------------------------------------------
 // The device
 
+static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 static void check_cuda(cudaError_t e, const char* what, int line) {
     if (e != cudaSuccess) { die("CUDA: %s (%s, train_megalodon.cu:%d)", cudaGetErrorString(e), what, line); }
 }
@@ -72,14 +75,13 @@ static void check_cublas(cublasStatus_t s, const char* what, int line) {
 // A loop over a fixed number of registers.
 #define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
 
-struct GemmShape { // all that the choice of an algorithm depends on; compared as bytes
-    int64_t M, N, K, lda, ldb, ldc, ldd, stride_a, stride_b, stride_c, stride_d;
-    int ta, tb, type, type_out, batch, accumulate, bias, align_a, align_b, align_c, align_d;
+struct GemmShape { // all that the choice of an algorithm depends on
+    int64_t M, N, K, lda, ldb, ldc, ldd, stride_a, stride_b, stride_d; // ldc 0: there is no C
+    int ta, tb, type, type_out, batch, bias, align_a, align_b, align_c, align_d;
+    bool operator<(const GemmShape& other) const { return memcmp(this, &other, sizeof(*this)) < 0; }
 };
-struct GemmPlan {
-    GemmShape shape; cublasLtMatmulDesc_t desc; cublasLtMatrixLayout_t a, b, c, d;
-    cublasLtMatmulAlgo_t algo; bool ready;
-};
+struct GemmPlan { cublasLtMatmulDesc_t desc; cublasLtMatrixLayout_t layouts[4]; cublasLtMatmulAlgo_t algo; };
+typedef std::map<GemmShape, GemmPlan> GemmPlans;
 enum { NUM_PLANS = 4096, WORKSPACE = 64 << 20 };
 // Scratch memory: partial sums by block, which reduce_columns adds up; what segments of time hand on; coefficients of
 // CEMA; scores of attention and their gradients; what ranks with slices of a sequence exchange, and CEMA's sums for it.
@@ -89,7 +91,7 @@ struct Gpu {
     cudaStream_t stream;
     cublasLtHandle_t lt;
     cudaDeviceProp card;
-    GemmPlan* plans;
+    GemmPlans* plans;
     void* workspace;       // of cuBLASLt
     void* scratch[NUM_SCRATCH];
     size_t scratch_size[NUM_SCRATCH];
@@ -120,7 +122,7 @@ static void gpu_open(Gpu* gpu) {
     }
     CUDA(cudaStreamCreate(&gpu->stream)); // plain copies and this stream wait for each other
     CUBLAS(cublasLtCreate(&gpu->lt));
-    gpu->plans = (GemmPlan*)xcalloc(NUM_PLANS, sizeof(GemmPlan));
+    gpu->plans = new GemmPlans;
 }
 
 // Memory on the device, zeroed.
@@ -142,31 +144,28 @@ static void* gpu_alloc(Gpu* gpu, size_t bytes) {
 static void gpu_sync(Gpu* gpu) { CUDA(cudaStreamSynchronize(gpu->stream)); }
 
 static void plans_clear(Gpu& gpu) {
-    for (int i = 0; i < NUM_PLANS; i++) {
-        GemmPlan* p = &gpu.plans[i];
-        if (!p->ready) { continue; }
-        cublasLtMatmulDescDestroy(p->desc);
-        cublasLtMatrixLayout_t layouts[4] = {p->a, p->b, p->c, p->d};
-        for (int k = 0; k < 4; k++) { cublasLtMatrixLayoutDestroy(layouts[k]); }
-        p->ready = false;
+    for (auto& [shape, plan] : *gpu.plans) {
+        cublasLtMatmulDescDestroy(plan.desc);
+        for (cublasLtMatrixLayout_t l : plan.layouts) { cublasLtMatrixLayoutDestroy(l); }
     }
+    gpu.plans->clear();
 }
 
 static void gpu_close(Gpu* gpu) {
-    plans_clear(*gpu); free(gpu->plans);
+    plans_clear(*gpu); delete gpu->plans;
     cublasLtDestroy(gpu->lt); cudaStreamDestroy(gpu->stream);
 }
 
-// Scratch memory of at least this size. Grows when a larger need comes up, which is in the first step.
-static void* gpu_scratch(Gpu* gpu, int which, size_t bytes) {
-    if (bytes > gpu->scratch_size[which]) {
-        gpu_sync(gpu);
-        CUDA(cudaFree(gpu->scratch[which]));
-        gpu->allocated -= gpu->scratch_size[which] ? gpu->scratch_size[which] + 256 : 0;
-        gpu->scratch_size[which] = (bytes + 255) / 256 * 256;
-        gpu->scratch[which] = gpu_alloc(gpu, bytes);
+// Scratch memory for at least n of E. Grows when a larger need comes up, which is in the first step.
+template <typename E> static E* gpu_scratch(Gpu& gpu, int which, size_t n) {
+    size_t bytes = ceil_div(n * sizeof(E), 256) * 256, *size = &gpu.scratch_size[which];
+    if (bytes > *size) {
+        gpu_sync(&gpu);
+        CUDA(cudaFree(gpu.scratch[which]));
+        gpu.allocated -= *size ? *size + 256 : 0;
+        *size = bytes; gpu.scratch[which] = gpu_alloc(&gpu, bytes);
     }
-    return gpu->scratch[which];
+    return (E*)gpu.scratch[which];
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -231,7 +230,6 @@ static void slices_gather(Gpu& gpu, void* all, const void* mine, size_t bytes) {
 }
 static void slices_wait(Gpu& gpu) { stream_after(gpu, gpu.stream, gpu.states); }
 
-static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 template <typename... N> static bool wide(N... dims) { // may the wide form of a kernel be used?
     bool all = true;
     for (size_t d : {(size_t)dims...}) { all = all && d % 8 == 0; }
@@ -298,11 +296,17 @@ __device__ inline float warp_sum(float v) {
     EACH(i, 5) { v += __shfl_xor_sync(~0u, v, 16 >> i); }
     return v;
 }
+__device__ inline float warp_max(float v) {
+    EACH(i, 5) { v = fmaxf(v, __shfl_xor_sync(~0u, v, 16 >> i)); }
+    return v;
+}
 
 // Row kernels: threads x of a block share a row and own 8 of its columns each, fixed while the threads y and the blocks
 // walk over the rows; so sums over columns go through row_sum and sums over rows stay in registers. The wide form owns
 // 8 neighbouring columns, the other one pairs of neighbours.
 enum { MAX_ROW = 8192 };
+__device__ inline unsigned row_first() { return blockIdx.x * blockDim.y + threadIdx.y; }
+__device__ inline unsigned row_step() { return gridDim.x * blockDim.y; }
 template <bool WIDE> __device__ inline int column(int e) {
     return WIDE ? 8 * threadIdx.x + e : 2 * ((e / 2) * blockDim.x + threadIdx.x) + (e & 1);
 }
@@ -376,16 +380,15 @@ template <int N> __device__ inline void row_sum(float (&v)[N], int& turn) {
     turn ^= 1;
 }
 
-// Geometry of a row kernel. Where it leaves partial sums, each block has a row of them: `parts` rows.
-struct RowGrid { dim3 grid, block; int parts; };
-static RowGrid row_grid(Gpu* gpu, size_t rows, int columns, int heads, int per_sm = 4) {
+// Geometry of a row kernel, and memory for its partial sums: a row of them for each block, of `sums` columns.
+struct RowGrid { dim3 grid, block; int parts; float* partials; };
+static RowGrid row_grid(Gpu& gpu, size_t rows, int columns, int heads, int per_sm, size_t sums = 0) {
     if (columns > MAX_ROW) { die("the GPU program takes rows of at most %d features, not %d", MAX_ROW, columns); }
-    RowGrid r;
     int x = ceil_div(ceil_div(columns, 8), 32) * 32, y = x < 256 ? 256 / x : 1;
-    size_t blocks = (size_t)gpu->card.multiProcessorCount * (x > 512 ? 2 : per_sm);
+    size_t blocks = (size_t)gpu.card.multiProcessorCount * (x > 512 ? 2 : per_sm);
     blocks = min_size(ceil_div(blocks, heads), ceil_div(rows, y));
-    r.block = dim3(x, y); r.grid = dim3(blocks, heads); r.parts = blocks;
-    return r;
+    float* partials = sums ? gpu_scratch<float>(gpu, PARTIALS, blocks * sums) : NULL;
+    return {dim3(blocks, heads), dim3(x, y), (int)blocks, partials};
 }
 
 // Where sums over rows go: up to 5 gradients of `width` columns each, side by side in the partial sums.
@@ -445,31 +448,20 @@ static int alignment(const void* p) { return p ? min_size(256, (size_t)p & -(siz
 template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, const X* a, int64_t lda, bool ta,
         const X* b, int64_t ldb, bool tb, int64_t M, int64_t N, int64_t K, int batch = 1, int64_t stride_a = 0,
         int64_t stride_b = 0, int64_t stride_d = 0, const Y* c = NULL, int64_t ldc = 0, const X* bias = NULL) {
-    GemmShape s;
-    memset(&s, 0, sizeof(s));
-    s.M = M; s.N = N; s.K = K; s.ta = ta; s.tb = tb; s.accumulate = c != NULL; s.bias = bias != NULL;
-    s.lda = lda; s.ldb = ldb; s.ldc = c ? ldc : ldd; s.ldd = ldd;
-    s.batch = batch; s.stride_a = stride_a; s.stride_b = stride_b; s.stride_c = stride_d; s.stride_d = stride_d;
-    s.align_a = alignment(a); s.align_b = alignment(b); s.align_c = alignment(c ? c : d); s.align_d = alignment(d);
-    s.type = std::is_same<X, float>::value ? CUDA_R_32F : CUDA_R_16BF;
-    s.type_out = std::is_same<Y, float>::value ? CUDA_R_32F : CUDA_R_16BF;
-    uint64_t hash = 0;
-    for (size_t i = 0; i < sizeof(s) / 4; i++) {
-        hash = (hash ^ ((const uint32_t*)&s)[i]) * 0x9E3779B97F4A7C15u; hash ^= hash >> 29;
-    }
-    size_t slot = hash % NUM_PLANS, tried = 0;
-    while (gpu.plans[slot].ready && memcmp(&gpu.plans[slot].shape, &s, sizeof(s))) {
-        slot = (slot + 1) % NUM_PLANS;
-        if (++tried == NUM_PLANS) { plans_clear(gpu); }
-    }
-    GemmPlan* p = &gpu.plans[slot];
+    cudaDataType type = std::is_same<X, float>::value ? CUDA_R_32F : CUDA_R_16BF;
+    cudaDataType type_out = std::is_same<Y, float>::value ? CUDA_R_32F : CUDA_R_16BF;
+    GemmShape s = {M, N, K, lda, ldb, c ? ldc : 0, ldd, stride_a, stride_b, stride_d, ta, tb, type, type_out, batch,
+                   bias != NULL, alignment(a), alignment(b), alignment(c ? c : d), alignment(d)};
+    static_assert(sizeof(s) == 10 * sizeof(int64_t) + 10 * sizeof(int), "without gaps: compared as bytes");
+    if (gpu.plans->size() == NUM_PLANS) { plans_clear(gpu); }
+    auto [at, is_new] = gpu.plans->try_emplace(s);
+    GemmPlan* p = &at->second;
+    cublasLtMatrixLayout_t* l = p->layouts;
     auto describe = [&](cublasLtMatmulDescAttributes_t name, const auto& value) {
         CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, name, &value, sizeof(value)));
     };
-    if (!p->ready) { // cuBLASLt is column-major: a row-major (M,N) is its (N,M), so it computes D^T = B^T A^T
+    if (is_new) { // cuBLASLt is column-major: a row-major (M,N) is its (N,M), so it computes D^T = B^T A^T
         if (!gpu.workspace) { gpu.workspace = gpu_alloc(&gpu, WORKSPACE); }
-        cudaDataType type = (cudaDataType)s.type, type_out = (cudaDataType)s.type_out;
-        p->shape = s;
         CUBLAS(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
         describe(CUBLASLT_MATMUL_DESC_TRANSA, tb ? CUBLAS_OP_T : CUBLAS_OP_N);
         describe(CUBLASLT_MATMUL_DESC_TRANSB, ta ? CUBLAS_OP_T : CUBLAS_OP_N);
@@ -477,18 +469,17 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
             describe(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
             describe(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
         }
-        CUBLAS(cublasLtMatrixLayoutCreate(&p->a, type, tb ? K : N, tb ? N : K, ldb));
-        CUBLAS(cublasLtMatrixLayoutCreate(&p->b, type, ta ? M : K, ta ? K : M, lda));
-        CUBLAS(cublasLtMatrixLayoutCreate(&p->c, type_out, N, M, s.ldc));
-        CUBLAS(cublasLtMatrixLayoutCreate(&p->d, type_out, N, M, ldd));
-        cublasLtMatrixLayout_t layouts[4] = {p->a, p->b, p->c, p->d};
-        int64_t strides[4] = {stride_b, stride_a, stride_d, stride_d};
-        auto lay_out = [&](int i, cublasLtMatrixLayoutAttribute_t name, const auto& value) {
-            CUBLAS(cublasLtMatrixLayoutSetAttribute(layouts[i], name, &value, sizeof(value)));
-        };
-        for (int i = 0; i < 4 && batch > 1; i++) {
-            lay_out(i, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, batch);
-            lay_out(i, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, strides[i]);
+        const struct { cudaDataType type; int64_t rows, columns, pitch, stride; } of[4] = {
+            {type, tb ? K : N, tb ? N : K, ldb, stride_b}, {type, ta ? M : K, ta ? K : M, lda, stride_a},
+            {type_out, N, M, c ? ldc : ldd, stride_d}, {type_out, N, M, ldd, stride_d}};
+        for (int i = 0; i < 4; i++) {
+            auto lay_out = [&](cublasLtMatrixLayoutAttribute_t name, const auto& value) {
+                CUBLAS(cublasLtMatrixLayoutSetAttribute(l[i], name, &value, sizeof(value)));
+            };
+            CUBLAS(cublasLtMatrixLayoutCreate(&l[i], of[i].type, of[i].rows, of[i].columns, of[i].pitch));
+            if (batch == 1) { continue; }
+            lay_out(CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, batch);
+            lay_out(CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, of[i].stride);
         }
         cublasLtMatmulPreference_t wish; cublasLtMatmulHeuristicResult_t found;
         int count = 0;
@@ -503,14 +494,14 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
         prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, (uint32_t)s.align_a);
         prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (uint32_t)s.align_c);
         prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint32_t)s.align_d);
-        CUBLAS(cublasLtMatmulAlgoGetHeuristic(gpu.lt, p->desc, p->a, p->b, p->c, p->d, wish, 1, &found, &count));
+        CUBLAS(cublasLtMatmulAlgoGetHeuristic(gpu.lt, p->desc, l[0], l[1], l[2], l[3], wish, 1, &found, &count));
         if (!count) { die("cuBLASLt has no algorithm for a product of %ld x %ld x %ld", (long)M, (long)N, (long)K); }
         CUBLAS(cublasLtMatmulPreferenceDestroy(wish));
-        p->algo = found.algo; p->ready = true;
+        p->algo = found.algo;
     }
     float alpha = 1, beta = c ? 1 : 0;
     if (bias) { describe(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias); }
-    CUBLAS(cublasLtMatmul(gpu.lt, p->desc, &alpha, b, p->a, a, p->b, &beta, c ? c : d, p->c, d, p->d, &p->algo,
+    CUBLAS(cublasLtMatmul(gpu.lt, p->desc, &alpha, b, l[0], a, l[1], &beta, c ? c : d, l[2], d, l[3], &p->algo,
                           gpu.workspace, WORKSPACE, gpu.stream));
 }
 
@@ -544,7 +535,7 @@ static const Dropout no_dropout = {0, 0, 1, 0, 0, 1, 0};
 // out (rows,D) = scale * weight (vocab,D)[tokens]
 template <typename X, bool WIDE, bool DROP> __global__ void embedding_forward_kernel(X* out, const int* tokens,
         const X* weight, float scale, size_t rows, int D, Dropout d) {
-    for (size_t r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
+    for (size_t r = row_first(); r < rows; r += row_step()) {
         float v[8];
         load_row<WIDE>(v, weight + (size_t)tokens[r] * D, D);
         EACH(e, 8) { v[e] *= scale; }
@@ -554,7 +545,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void embedding_forward_ke
 }
 template <typename X> static void embedding_forward(Gpu& gpu, X* out, const int* tokens, const X* weight, float scale,
         size_t rows, int D, Dropout drop) {
-    RowGrid r = row_grid(&gpu, rows, D, 1);
+    RowGrid r = row_grid(gpu, rows, D, 1, 4);
     LAUNCH_DROP(embedding_forward_kernel, wide(D), drop, r.grid, r.block, out, tokens, weight, scale, rows, D);
 }
 
@@ -582,9 +573,8 @@ template <typename X, bool WIDE, bool DROP> __global__ void embedding_backward_k
 // Adds to dweight always: there may be the output layer's gradient already.
 template <typename X> static void embedding_backward(Gpu& gpu, float* dweight, const X* dout, const int* tokens,
         const int* order, const int* begin, int runs, float scale, int D, Dropout drop) {
-    RowGrid r = row_grid(&gpu, runs, D, 1);
-    LAUNCH_DROP(embedding_backward_kernel, wide(D), drop, runs, r.block.x, dweight, dout, tokens, order, begin, scale,
-                D);
+    dim3 block = row_grid(gpu, runs, D, 1, 4).block.x;
+    LAUNCH_DROP(embedding_backward_kernel, wide(D), drop, runs, block, dweight, dout, tokens, order, begin, scale, D);
 }
 
 // out (rows,D) = dropout(inp) + add, for sums that a product would else have added to x itself; add may be NULL. sum
@@ -592,7 +582,7 @@ template <typename X> static void embedding_backward(Gpu& gpu, float* dweight, c
 template <typename X, bool WIDE> __global__ void dropout_kernel(X* out, float* partials, const X* inp, const X* add,
         size_t rows, int D, Dropout d) {
     float sum[8] = {0}, x[8], y[8] = {0};
-    for (size_t r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
+    for (size_t r = row_first(); r < rows; r += row_step()) {
         load_row<WIDE>(x, inp + r * D, D);
         if (add) { load_row<WIDE>(y, add + r * D, D); }
         drop<true>(x, dropout_kept_row<WIDE, true>(d, r), d);
@@ -604,10 +594,9 @@ template <typename X, bool WIDE> __global__ void dropout_kernel(X* out, float* p
 // Returns out, or with rate 0 does nothing and returns inp.
 template <typename X> static const X* dropout(Gpu& gpu, X* out, float* sum, const X* inp, const X* add, Dropout drop,
         size_t rows, int D) {
-    RowGrid r = row_grid(&gpu, rows, D, 1);
     if (!drop.drop) { return inp; }
-    float* partials = sum ? (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * D) : NULL;
-    LAUNCH(dropout_kernel, wide(D), r.grid, r.block, out, partials, inp, add, rows, D, drop);
+    RowGrid r = row_grid(gpu, rows, D, 1, 4, sum ? D : 0);
+    LAUNCH(dropout_kernel, wide(D), r.grid, r.block, out, r.partials, inp, add, rows, D, drop);
     if (sum) { reduce_columns(gpu, r.parts, {{sum}, 1, D}); }
     return out;
 }
@@ -791,13 +780,13 @@ template <typename X> static void timestepnorm_forward(Gpu& gpu, X* out, float* 
         NormState* before, const NormState* start, const X* inp, const float* w, const float* b, int B, int T, int D,
         int G, float eps) {
     NormGrid r = norm_grid(B, T, D, G);
-    float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
+    float4* segments = gpu_scratch<float4>(gpu, CARRIES, (size_t)B * G * r.count);
     auto pass = NORM_KERNEL(timestepnorm_forward_kernel, false), apply = NORM_KERNEL(timestepnorm_forward_kernel, true);
     pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(out, mean, rstd, segments, inp, w, b, T, D, G, r.lanes, eps);
     size_t lines = (size_t)B * G, bytes = sizeof(NormState) * lines;
     NormState* all = NULL;
     if (before) { // this slice alone; then it is known what comes before it
-        all = (NormState*)gpu_scratch(&gpu, SLICES, bytes * (ranks.chunks + 1));
+        all = gpu_scratch<NormState>(gpu, SLICES, lines * (ranks.chunks + 1));
         NormState* mine = all + lines * ranks.chunks;
         timestepnorm_scan_kernel<<<ceil_div(lines, 4), 128, 0, gpu.stream>>>(segments, mine, NULL, NULL, NULL, 0, true,
                 r.count, lines);
@@ -815,27 +804,21 @@ template <typename X, bool WIDE> __global__ void timestepnorm_again_kernel(X* ou
     float scale[8], shift[8], x[8];
     load_row<WIDE>(scale, w, D); load_row<WIDE>(shift, b, D);
     RowPiece<X, WIDE> next;
-    size_t first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    size_t first = row_first(), step = row_step();
     next.load(inp + first * D, first < rows ? D : 0);
     for (size_t r = first; r < rows; r += step) {
         int F = D / G;
         next.get(x); next.load(inp + (r + step) * D, r + step < rows ? D : 0);
-        if (WIDE) { // 8 features of one group
-            size_t k = r * G + min(column<WIDE>(0) / F, G - 1);
-            float mu = mean[k], s = rstd[k];
-            EACH(e, 8) { x[e] = (x[e] - mu) * s * (scale[e] + 1) + shift[e]; }
-        } else {
-            EACH(e, 8) {
-                size_t k = r * G + min(column<WIDE>(e) / F, G - 1);
-                x[e] = (x[e] - mean[k]) * rstd[k] * (scale[e] + 1) + shift[e];
-            }
+        EACH(e, 8) {
+            size_t k = r * G + min(column<WIDE>(WIDE ? 0 : e) / F, G - 1); // wide: 8 features of one group
+            x[e] = (x[e] - mean[k]) * rstd[k] * (scale[e] + 1) + shift[e];
         }
         store_row<WIDE>(out + r * D, x, D);
     }
 }
 template <typename X> static void timestepnorm_again(Gpu& gpu, X* out, const float* mean, const float* rstd,
         const X* inp, const float* w, const float* b, size_t rows, int D, int G) {
-    RowGrid r = row_grid(&gpu, rows, D, 1, 8);
+    RowGrid r = row_grid(gpu, rows, D, 1, 8);
     LAUNCH(timestepnorm_again_kernel, wide(D / G), r.grid, r.block, out, mean, rstd, inp, w, b, rows, D, G);
 }
 
@@ -986,8 +969,8 @@ template <typename X, typename F = void (*)()> static void timestepnorm_backward
         float* db, NormState* dstart, const X* add1, const X* add2, const X* dout, const float* mean, const float* rstd,
         const NormState* start, const X* inp, const float* w, int B, int T, int D, int G, F meanwhile = [] {}) {
     NormGrid r = norm_grid(B, T, D, G);
-    float4* segments = (float4*)gpu_scratch(&gpu, CARRIES, sizeof(float4) * B * G * r.count);
-    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * B * r.count * 2 * D);
+    float4* segments = gpu_scratch<float4>(gpu, CARRIES, (size_t)B * G * r.count);
+    float* partials = gpu_scratch<float>(gpu, PARTIALS, (size_t)B * r.count * 2 * D);
     auto pass = NORM_KERNEL(timestepnorm_backward_kernel, false);
     auto apply = NORM_KERNEL(timestepnorm_backward_kernel, true);
     pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start, inp,
@@ -995,7 +978,7 @@ template <typename X, typename F = void (*)()> static void timestepnorm_backward
     size_t lines = (size_t)B * G, bytes = sizeof(NormSums) * lines;
     NormSums* all = NULL;
     if (ranks.chunks > 1) {
-        all = (NormSums*)gpu_scratch(&gpu, SLICES, bytes * (ranks.chunks + 1));
+        all = gpu_scratch<NormSums>(gpu, SLICES, lines * (ranks.chunks + 1));
         NormSums* mine = all + lines * ranks.chunks;
         timestepnorm_scan_back_kernel<<<ceil_div(lines, 4), 128, 0, gpu.stream>>>(segments, mine, NULL, 0, 0, NULL,
                 NULL, mean, r.count, T, G, lines);
@@ -1017,6 +1000,10 @@ template <typename X, typename F = void (*)()> static void timestepnorm_backward
 enum { CEMA_LANES = 16, AHEAD = 8, SPAN = 16, UNIT = 16 * SPAN, CHANNELS = 8, POWERS = SPAN + 4,
        MANY = CEMA_MAX_NDIM / CEMA_LANES };
 struct CemaCoef { float2 q, c; float p; };
+struct CemaParams { float *alpha, *delta, *theta, *gamma, *omega; }; // or their gradients
+static CemaParams cema_params(const Params& p) {
+    return {p.cema_alpha, p.cema_delta, p.cema_theta, p.cema_gamma, p.cema_omega};
+}
 
 template <typename C> __device__ inline C mul_add(C a, C b, C c) { // of complex numbers: a b + c
     return {fma(a.x, b.x, fma(-a.y, b.y, c.x)), fma(a.x, b.y, fma(a.y, b.x, c.y))};
@@ -1025,18 +1012,17 @@ __device__ inline double sigmoid_double(double x) { return 1 / (1 + exp(-x)); }
 
 // coef (D,K), K = N rounded up to whole threads, zero for k >= N, and where asked for powers (D,POWERS,K) of the
 // rounded q: q^0 .. q^16, q^32, q^64, q^128. In double, rounded once.
-__global__ void cema_coefficients_kernel(CemaCoef* coef, float2* powers, const float* alpha, const float* delta,
-        const float* theta, const float* gamma, int D, int N, int K) {
+__global__ void cema_coefficients_kernel(CemaCoef* coef, float2* powers, CemaParams w, int D, int N, int K) {
     int i = blockIdx.x * blockDim.x + threadIdx.x, d = i / K, k = i % K;
     if (d >= D) { return; }
     CemaCoef m = {};
     if (k < N) {
         size_t at = (size_t)d * N + k;
-        double p = sigmoid_double(alpha[at]), radius = 1 - p * sigmoid_double(delta[at]), scale = p / sqrt((double)N);
-        double2 turn;
-        sincospi(2.0 / N * (k + 1) * sigmoid_double(theta[d]), &turn.y, &turn.x);
+        double p = sigmoid_double(w.alpha[at]), radius = 1 - p * sigmoid_double(w.delta[at]);
+        double scale = p / sqrt((double)N); double2 turn;
+        sincospi(2.0 / N * (k + 1) * sigmoid_double(w.theta[d]), &turn.y, &turn.x);
         m.p = p; m.q = make_float2(radius * turn.x, radius * turn.y);
-        m.c = make_float2(scale * gamma[2 * at], scale * gamma[2 * at + 1]);
+        m.c = make_float2(scale * w.gamma[2 * at], scale * w.gamma[2 * at + 1]);
     }
     coef[i] = m;
     double2 q = {m.q.x, m.q.y}, power = {1, 0};
@@ -1398,17 +1384,16 @@ __global__ void __launch_bounds__(32 * CHANNELS) cema_backward_blocks_kernel(bf1
 }
 
 // From the sums to gradients of parameters, as at the end of the CPU's cema_backward. Threads x: modes.
-__global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dtheta, float* dgamma, float* domega,
-        float* dstart, const float4* sums, const float2* first, const float* dw, const float* start,
-        const CemaCoef* coef, const float* alpha, const float* delta, const float* theta, const float* gamma,
-        bool accumulate, int B, int D, int N, int K) {
+__global__ void cema_gradients_kernel(CemaParams grads, float* dstart, const float4* sums, const float2* first,
+        const float* domega, const float* start, const CemaCoef* coef, CemaParams w, bool accumulate, int B, int D,
+        int N, int K) {
     __shared__ double turns[256];
     int k = threadIdx.x, d = blockIdx.x * blockDim.y + threadIdx.y;
-    double dangle = 0, s_theta = d < D ? sigmoid_double(theta[d]) : 0;
+    double dangle = 0, s_theta = d < D ? sigmoid_double(w.theta[d]) : 0;
     if (d < D && k < N) {
         size_t i = (size_t)d * N + k; CemaCoef m = coef[(size_t)d * K + k];
-        double p = sigmoid_double(alpha[i]), root = sqrt((double)N), dp = 0;
-        double2 q = {m.q.x, m.q.y}, g = {gamma[2 * i] / root, gamma[2 * i + 1] / root}, dq = {0, 0}, dg = {0, 0};
+        double p = sigmoid_double(w.alpha[i]), root = sqrt((double)N), dp = 0;
+        double2 q = {m.q.x, m.q.y}, g = {w.gamma[2 * i] / root, w.gamma[2 * i + 1] / root}, dq = {0, 0}, dg = {0, 0};
         for (int b = 0; b < B; b++) {
             size_t bd = (size_t)b * D + d, at_h = 2 * (bd * N + k);
             float4 s = sums[bd * K + k]; float2 a = first[bd * K + k];
@@ -1422,39 +1407,37 @@ __global__ void cema_gradients_kernel(float* dalpha, float* ddelta, float* dthet
             qa = mul_add(double2{g.x, -g.y}, qa, double2{dstart[at_h], dstart[at_h + 1]});
             dstart[at_h] = qa.x; dstart[at_h + 1] = qa.y;
         }
-        double s_delta = sigmoid_double(delta[i]), sine, cosine;
+        double s_delta = sigmoid_double(w.delta[i]), sine, cosine;
         sincospi(2.0 / N * (k + 1) * s_theta, &sine, &cosine);
         double dradius = cosine * dq.x + sine * dq.y;
         dangle = (k + 1) * (q.x * dq.y - q.y * dq.x);
-        dgamma[2 * i] = (accumulate ? dgamma[2 * i] : 0) + dg.x / root;
-        dgamma[2 * i + 1] = (accumulate ? dgamma[2 * i + 1] : 0) + dg.y / root;
-        dalpha[i] = (accumulate ? dalpha[i] : 0) + p * (1 - p) * (dp - s_delta * dradius);
-        ddelta[i] = (accumulate ? ddelta[i] : 0) - p * s_delta * (1 - s_delta) * dradius;
+        grads.gamma[2 * i] = (accumulate ? grads.gamma[2 * i] : 0) + dg.x / root;
+        grads.gamma[2 * i + 1] = (accumulate ? grads.gamma[2 * i + 1] : 0) + dg.y / root;
+        grads.alpha[i] = (accumulate ? grads.alpha[i] : 0) + p * (1 - p) * (dp - s_delta * dradius);
+        grads.delta[i] = (accumulate ? grads.delta[i] : 0) - p * s_delta * (1 - s_delta) * dradius;
     }
     turns[threadIdx.y * K + k] = dangle;
     __syncthreads();
     if (k || d >= D) { return; }
-    double dturn = 0, w = 0;
+    double dturn = 0, direct = 0;
     for (int j = 0; j < N; j++) { dturn += turns[threadIdx.y * K + j]; }
-    for (int b = 0; b < B; b++) { w += dw[(size_t)b * D + d]; }
-    dtheta[d] = (accumulate ? dtheta[d] : 0) + 2 * M_PI / N * s_theta * (1 - s_theta) * dturn;
-    domega[d] = (accumulate ? domega[d] : 0) + w;
+    for (int b = 0; b < B; b++) { direct += domega[(size_t)b * D + d]; }
+    grads.theta[d] = (accumulate ? grads.theta[d] : 0) + 2 * M_PI / N * s_theta * (1 - s_theta) * dturn;
+    grads.omega[d] = (accumulate ? grads.omega[d] : 0) + direct;
 }
 
 // How a launch goes about it.
 struct Cema { int K; bool blocks; CemaCoef* coef; float2* powers; dim3 grid; }; // blocks: on tensor cores
 static int cema_width(int N) { return CEMA_LANES * (N <= CEMA_LANES ? 1 : MANY); }
-static Cema cema_prepare(Gpu& gpu, bool is_bf16, const float* alpha, const float* delta, const float* theta,
-        const float* gamma, int B, int T, int D, int N) {
+static Cema cema_prepare(Gpu& gpu, bool is_bf16, const CemaParams& w, int B, int T, int D, int N) {
     Cema r;
     bool whole = ranks.chunks == 1 || T % UNIT == 0; // what slices hand on enters and leaves between units
     r.K = cema_width(N);
     r.blocks = is_bf16 && N <= CEMA_LANES && D % CHANNELS == 0 && T >= 4 * SPAN && whole;
     size_t size = (size_t)D * r.K;
-    r.coef = (CemaCoef*)gpu_scratch(&gpu, COEFFICIENTS, size * (sizeof(CemaCoef) + POWERS * sizeof(float2)));
+    r.coef = (CemaCoef*)gpu_scratch<char>(gpu, COEFFICIENTS, size * (sizeof(CemaCoef) + POWERS * sizeof(float2)));
     r.powers = r.blocks ? (float2*)(r.coef + size) : NULL; r.grid = dim3(ceil_div(D, CHANNELS), B);
-    cema_coefficients_kernel<<<ceil_div(size, 128), 128, 0, gpu.stream>>>(r.coef, r.powers, alpha, delta, theta, gamma,
-            D, N, r.K);
+    cema_coefficients_kernel<<<ceil_div(size, 128), 128, 0, gpu.stream>>>(r.coef, r.powers, w, D, N, r.K);
     LAUNCHED();
     return r;
 }
@@ -1463,39 +1446,35 @@ static Cema cema_prepare(Gpu& gpu, bool is_bf16, const float* alpha, const float
 static size_t cema_carries_size(Gpu*, int B, int T, int D, int) { return ceil_div(T, UNIT) * B * D * CEMA_LANES * 2; }
 
 template <typename X> static void cema_forward(Gpu& gpu, X* out, float* end, float* carries, const float* start,
-        const X* inp, const float* alpha, const float* delta, const float* theta, const float* gamma,
-        const float* omega, int B, int T, int D, int N) {
-    Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, alpha, delta, theta, gamma, B, T, D, N);
+        const X* inp, const CemaParams& w, int B, int T, int D, int N) {
+    Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, w, B, T, D, N);
     if (r.blocks) {
         cema_forward_blocks_kernel<<<r.grid, 32 * CHANNELS, 0, gpu.stream>>>((bf16*)out, end, (float2*)carries, start,
-                (const bf16*)inp, r.coef, r.powers, omega, T, D, N);
+                (const bf16*)inp, r.coef, r.powers, w.omega, T, D, N);
     } else {
         auto kernel = N <= CEMA_LANES ? cema_forward_kernel<X, 1> : cema_forward_kernel<X, MANY>;
-        kernel<<<r.grid, CEMA_LANES * CHANNELS, 0, gpu.stream>>>(out, end, start, inp, r.coef, omega, T, D, N);
+        kernel<<<r.grid, CEMA_LANES * CHANNELS, 0, gpu.stream>>>(out, end, start, inp, r.coef, w.omega, T, D, N);
     }
     LAUNCHED();
 }
 
-template <typename X> static void cema_backward(Gpu& gpu, X* dinp, float* dalpha, float* ddelta, float* dtheta,
-        float* dgamma, float* domega, float* dstart, const X* dout, const float* carries, const float* start,
-        const float* after, const X* inp, const float* alpha, const float* delta, const float* theta,
-        const float* gamma, const float* omega, int B, int T, int D, int N) {
-    Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, alpha, delta, theta, gamma, B, T, D, N);
+template <typename X> static void cema_backward(Gpu& gpu, X* dinp, const CemaParams& grads, float* dstart,
+        const X* dout, const float* carries, const float* start, const float* after, const X* inp, const CemaParams& w,
+        int B, int T, int D, int N) {
+    Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, w, B, T, D, N);
     size_t states = (size_t)B * D * r.K;
-    float4* sums = (float4*)gpu_scratch(&gpu, CARRIES, states * (sizeof(float4) + sizeof(float2))
-                                        + sizeof(float) * B * D);
-    float2* first = (float2*)(sums + states); float* dw = (float*)(first + states);
+    float4* sums = (float4*)gpu_scratch<float>(gpu, CARRIES, states * 6 + (size_t)B * D);
+    float2* first = (float2*)(sums + states); float* domega = (float*)(first + states);
     if (r.blocks) {
-        cema_backward_blocks_kernel<<<r.grid, 32 * CHANNELS, 0, gpu.stream>>>((bf16*)dinp, sums, first, dw,
-                (const float2*)carries, after, (const bf16*)dout, (const bf16*)inp, r.coef, r.powers, omega, T, D, N);
+        cema_backward_blocks_kernel<<<r.grid, 32 * CHANNELS, 0, gpu.stream>>>((bf16*)dinp, sums, first, domega,
+                (const float2*)carries, after, (const bf16*)dout, (const bf16*)inp, r.coef, r.powers, w.omega, T, D, N);
     } else {
         auto kernel = N <= CEMA_LANES ? cema_backward_kernel<X, 1> : cema_backward_kernel<X, MANY>;
-        kernel<<<r.grid, CEMA_LANES * CHANNELS, 0, gpu.stream>>>(dinp, sums, first, dw, dout, start, after, inp, r.coef,
-                omega, T, D, N);
+        kernel<<<r.grid, CEMA_LANES * CHANNELS, 0, gpu.stream>>>(dinp, sums, first, domega, dout, start, after, inp,
+                r.coef, w.omega, T, D, N);
     }
-    cema_gradients_kernel<<<ceil_div(D, 256 / r.K), dim3(r.K, 256 / r.K), 0, gpu.stream>>>(dalpha, ddelta, dtheta,
-            dgamma, domega, dstart, sums, first, dw, ranks.chunk ? NULL : start, r.coef, alpha, delta, theta, gamma,
-            gpu.accumulate, B, D, N, r.K);
+    cema_gradients_kernel<<<ceil_div(D, 256 / r.K), dim3(r.K, 256 / r.K), 0, gpu.stream>>>(grads, dstart, sums,
+            first, domega, ranks.chunk ? NULL : start, r.coef, w, gpu.accumulate, B, D, N, r.K);
     LAUNCHED();
 }
 
@@ -1559,18 +1538,18 @@ __global__ void cema_slice_carry_kernel(float2* state, const float2* start, cons
     state[i] = make_float2(s.x, s.y);
 }
 // Begins the exchange, all in its stream, beside the products that follow in gpu.stream; cema_slice_carry ends it.
-template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, const float* alpha, const float* delta,
-        const float* theta, const float* gamma, int B, int T, int D, int N) {
+template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, const CemaParams& w, int B, int T,
+        int D, int N) {
     cudaStream_t stream = gpu.stream;
     stream_after(gpu, gpu.states, stream);
     gpu.stream = gpu.states;
-    Cema r = cema_prepare(gpu, false, alpha, delta, theta, gamma, B, T, D, N);
+    Cema r = cema_prepare(gpu, false, w, B, T, D, N);
     int tiles = ceil_div(D, 32), warps = tiles * (r.K / SLICE_MODES) * B;
     int count = ceil_div(32 * gpu.card.multiProcessorCount, warps), length = ceil_div(T, count);
     length = length < 64 ? 64 : length; count = ceil_div(T, length);
     size_t states = (size_t)B * r.K * D, size = (size_t)B * D * N;
-    float2* sums = (float2*)gpu_scratch(&gpu, SLICE_SUMS, sizeof(float2) * states * count);
-    float2* all = (float2*)gpu_scratch(&gpu, SLICES, sizeof(float2) * size * (ranks.chunks + 2));
+    float2* sums = gpu_scratch<float2>(gpu, SLICE_SUMS, states * count);
+    float2* all = gpu_scratch<float2>(gpu, SLICES, size * (ranks.chunks + 2));
     cema_slice_kernel<X><<<dim3(tiles, B, count), dim3(32, r.K / SLICE_MODES), 0, gpu.stream>>>(sums, inp, r.coef, back,
             length, T, D, r.K);
     cema_slice_end_kernel<<<ceil_div(states, 128), 128, 0, gpu.stream>>>(all + size * ranks.chunks, sums, r.coef, back,
@@ -1598,7 +1577,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void norm_forward_kernel(
     load_row<WIDE>(scale, w, D);
     if (b) { load_row<WIDE>(shift, b, D); }
     RowPiece<X, WIDE> next;
-    size_t first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    size_t first = row_first(), step = row_step();
     next.load(inp + first * D, first < rows ? D : 0);
     X next_near = inp[first < rows ? first * D : 0];
     for (size_t r = first; r - threadIdx.y < rows; r += step) { // all threads of a block take part in the last round
@@ -1620,7 +1599,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void norm_forward_kernel(
 }
 template <typename X> static void norm_forward(Gpu& gpu, X* out, int ldo, float* mean, float* rstd, const X* inp,
         const float* w, const float* b, size_t rows, int D, float eps, Dropout drop = no_dropout) {
-    RowGrid r = row_grid(&gpu, rows, D, 1, 8);
+    RowGrid r = row_grid(gpu, rows, D, 1, 8);
     LAUNCH_DROP(norm_forward_kernel, wide(D, ldo), drop, r.grid, r.block, out, ldo, mean, rstd, inp, w, b, rows, D,
                 eps);
 }
@@ -1635,7 +1614,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void norm_backward_kernel
     load_row<WIDE>(scale, w, D);
     if (b) { load_row<WIDE>(shift, b, D); }
     RowPiece<X, WIDE> next_x, next_dy;
-    size_t first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    size_t first = row_first(), step = row_step();
     auto fetch = [&](size_t r) {
         next_x.load(inp + r * D, r < rows ? D : 0); next_dy.load(dout + r * ld, r < rows ? D : 0);
     };
@@ -1669,10 +1648,9 @@ template <typename X, bool WIDE, bool DROP> __global__ void norm_backward_kernel
 template <typename X> static void norm_backward(Gpu& gpu, X* dinp, float* dw, float* db, float* dinp_sum, X* again,
         const X* dout, int ld, const float* mean, const float* rstd, const X* inp, const float* w, const float* b,
         size_t rows, int D, Dropout drop = no_dropout) {
-    RowGrid r = row_grid(&gpu, rows, D, 1, 2);
-    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * 3 * D);
-    LAUNCH_DROP(norm_backward_kernel, wide(D, ld), drop, r.grid, r.block, dinp, partials, again, dout, ld, mean, rstd,
-                inp, w, b, rows, D);
+    RowGrid r = row_grid(gpu, rows, D, 1, 2, 3 * D);
+    LAUNCH_DROP(norm_backward_kernel, wide(D, ld), drop, r.grid, r.block, dinp, r.partials, again, dout, ld, mean,
+                rstd, inp, w, b, rows, D);
     reduce_columns(gpu, r.parts, {{dw, db, dinp_sum}, mean ? 3 : 1, D});
 }
 
@@ -1705,7 +1683,7 @@ template <typename X, bool WIDE> __global__ void qk_forward_kernel(X* q, X* k, X
         load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd); load_row<WIDE>(be[i], beta + i * Z + h * zd, zd);
     }
     RowPiece<X, WIDE> next;
-    unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    unsigned first = row_first(), step = row_step();
     next.load(z + (size_t)first * ldz + h * zd, first < rows ? zd : 0);
     for (unsigned r = first; r - threadIdx.y < rows; r += step) {
         int columns = r < rows ? zd : 0;
@@ -1730,7 +1708,7 @@ template <typename X, bool WIDE> __global__ void qk_forward_kernel(X* q, X* k, X
 template <typename X> static void qk_forward(Gpu& gpu, X* q, X* k, X* znorm, float* znorm_rstd, const X* z, int ldz,
         const float* gamma, const float* beta, const float* rotations, int B, int T, int K, int pos, int at_k, int c,
         int Z, int H, float eps) {
-    RowGrid r = row_grid(&gpu, (size_t)B * T, Z / H, H, 8);
+    RowGrid r = row_grid(gpu, (size_t)B * T, Z / H, H, 8);
     LAUNCH(qk_forward_kernel, wide(Z / H, ldz), r.grid, r.block, q, k, znorm, znorm_rstd, z, ldz, gamma, beta,
            rotations, B * T, T, K, pos, at_k, c, Z, Z / H, eps);
 }
@@ -1743,7 +1721,7 @@ template <typename X, bool WIDE> __global__ void qk_backward_kernel(X* dz, float
     int turn = 0, h = blockIdx.y;
     for (int i = 0; i < 2; i++) { load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd); }
     RowPiece<X, WIDE> next_z, next_d[2];
-    unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    unsigned first = row_first(), step = row_step();
     auto fetch = [&](unsigned r) {
         next_z.load(z + (size_t)r * ldz + h * zd, r < rows ? zd : 0);
         for (int i = 0; i < 2; i++) { next_d[i].load((i ? dk : dq) + head_major(r, T, T, 0, zd), r < rows ? zd : 0); }
@@ -1780,9 +1758,8 @@ template <typename X, bool WIDE> __global__ void qk_backward_kernel(X* dz, float
 template <typename X> static void qk_backward(Gpu& gpu, X* dz, float* dgamma, float* dbeta, float* dz_sum, X* dznorm,
         const X* dq, const X* dk, const X* z, int ldz, const float* gamma, const float* rotations, int B, int T, int c,
         int Z, int H, float eps) {
-    RowGrid r = row_grid(&gpu, (size_t)B * T, Z / H, H, 2);
-    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * 5 * Z);
-    LAUNCH(qk_backward_kernel, wide(Z / H, ldz), r.grid, r.block, dz, partials, dznorm, dq, dk, z, ldz, gamma,
+    RowGrid r = row_grid(gpu, (size_t)B * T, Z / H, H, 2, 5 * Z);
+    LAUNCH(qk_backward_kernel, wide(Z / H, ldz), r.grid, r.block, dz, r.partials, dznorm, dq, dk, z, ldz, gamma,
            rotations, B * T, T, c, Z, Z / H, eps);
     reduce_columns(gpu, r.parts, {{dgamma, dgamma + Z, dbeta, dbeta + Z, dz_sum}, 5, Z});
 }
@@ -1798,7 +1775,7 @@ template <typename X> __device__ inline float sigmoid_of(float x) { return __fdi
 template <typename X, bool WIDE, bool DROP> __global__ void gate_forward_kernel(X* out, int ldo, const X* attention,
         const X* inp, int ldi, unsigned rows, int T, int K, int at_k, int vd, Dropout d) {
     RowPiece<X, WIDE> next_x, next_o;
-    unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    unsigned first = row_first(), step = row_step();
     auto fetch = [&](unsigned r) {
         next_x.load(inp + (size_t)r * ldi + blockIdx.y * vd, r < rows ? vd : 0);
         if (attention) { next_o.load(attention + head_major(r, T, T, 0, vd), r < rows ? vd : 0); }
@@ -1813,24 +1790,22 @@ template <typename X, bool WIDE, bool DROP> __global__ void gate_forward_kernel(
         store_row<WIDE>(out + (attention ? (size_t)r * ldo + blockIdx.y * vd : head_major(r, T, K, at_k, vd)), x, vd);
     }
 }
+template <typename X> static void gate_forward(Gpu& gpu, X* gated, int ldg, const X* attention, const X* inp, int ldi,
+        int B, int T, int V, int H, Dropout drop = no_dropout, int K = 0, int at_k = 0) {
+    RowGrid r = row_grid(gpu, (size_t)B * T, V / H, H, 8);
+    LAUNCH_DROP(gate_forward_kernel, wide(V / H, ldg, ldi), drop, r.grid, r.block, gated, ldg, attention, inp, ldi,
+                B * T, T, K, at_k, V / H);
+}
 template <typename X> static void value_forward(Gpu& gpu, X* v, const X* inp, int B, int T, int K, int at_k, int V,
         int H) {
-    RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H, 8);
-    LAUNCH_DROP(gate_forward_kernel, wide(V / H), no_dropout, r.grid, r.block, v, V, (const X*)NULL, inp, V, B * T, T,
-                K, at_k, V / H);
-}
-template <typename X> static void gate_forward(Gpu& gpu, X* gated, int ldg, const X* attention, const X* inp, int ldi,
-        int B, int T, int V, int H, Dropout drop = no_dropout) {
-    RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H, 8);
-    LAUNCH_DROP(gate_forward_kernel, wide(V / H, ldg, ldi), drop, r.grid, r.block, gated, ldg, attention, inp, ldi,
-                B * T, T, T, 0, V / H);
+    gate_forward<X>(gpu, v, V, NULL, inp, V, B, T, V, H, no_dropout, K, at_k);
 }
 
 // dinp = dv silu'(inp); dinp_sum (V): the gradient of wv's bias.
 template <typename X, bool WIDE> __global__ void value_backward_kernel(X* dinp, float* partials, const X* dv,
         const X* inp, unsigned rows, int T, int V, int vd) {
     float sum[8] = {0}, x[8], d[8]; RowPiece<X, WIDE> next_x, next_d;
-    unsigned first = blockIdx.x * blockDim.y + threadIdx.y, step = gridDim.x * blockDim.y;
+    unsigned first = row_first(), step = row_step();
     auto fetch = [&](unsigned r) {
         next_x.load(inp + (size_t)r * V + blockIdx.y * vd, r < rows ? vd : 0);
         next_d.load(dv + head_major(r, T, T, 0, vd), r < rows ? vd : 0);
@@ -1847,9 +1822,8 @@ template <typename X, bool WIDE> __global__ void value_backward_kernel(X* dinp, 
 }
 template <typename X> static void value_backward(Gpu& gpu, X* dinp, float* dinp_sum, const X* dv, const X* inp, int B,
         int T, int V, int H) {
-    RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H);
-    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * V);
-    LAUNCH(value_backward_kernel, wide(V / H), r.grid, r.block, dinp, partials, dv, inp, B * T, T, V, V / H);
+    RowGrid r = row_grid(gpu, (size_t)B * T, V / H, H, 4, V);
+    LAUNCH(value_backward_kernel, wide(V / H), r.grid, r.block, dinp, r.partials, dv, inp, B * T, T, V, V / H);
     reduce_columns(gpu, r.parts, {{dinp_sum}, 1, V});
 }
 
@@ -1886,10 +1860,9 @@ template <typename X, bool WIDE, bool DROP> __global__ void gate_backward_kernel
 template <typename X> static void gate_backward(Gpu& gpu, X* dattention, X* dinp, float* dinp_sum, float* dot, X* again,
         const X* dgated, int ldg, const X* attention, const X* inp, int ldi, int B, int T, int V, int H,
         Dropout drop = no_dropout) {
-    RowGrid r = row_grid(&gpu, (size_t)B * T, V / H, H);
-    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * V);
-    LAUNCH_DROP(gate_backward_kernel, wide(V / H, ldg, ldi), drop, r.grid, r.block, dattention, dinp, partials, dot,
-                again, dgated, ldg, attention, inp, ldi, B * T, T, V, V / H);
+    RowGrid r = row_grid(gpu, (size_t)B * T, V / H, H, 4, V);
+    LAUNCH_DROP(gate_backward_kernel, wide(V / H, ldg, ldi), drop, r.grid, r.block, dattention, dinp, r.partials,
+                dot, again, dgated, ldg, attention, inp, ldi, B * T, T, V, V / H);
     reduce_columns(gpu, r.parts, {{dinp_sum}, 1, V});
 }
 
@@ -1947,29 +1920,24 @@ template <typename X> static void silu_backward(Gpu& gpu, X* dinp, X* dmul, X* a
                 again, dout, inp, mul, ld, rows, F);
 }
 
-// With rescale_nffn: out (rows,D) = inp * w + add (may be out); dinp = dout * w, dw the column sums of dout * inp.
+// With rescale_nffn: out (rows,D) = inp * w + other (may be out), or where dw receives the column sums of inp * other,
+// as backward, out = inp * w.
 template <typename X, bool WIDE> __global__ void rescale_kernel(X* out, float* partials, const X* inp, const X* other,
         const float* w, size_t rows, int D) {
     float scale[8], sum[8] = {0}, x[8], y[8];
     load_row<WIDE>(scale, w, D);
-    for (size_t r = blockIdx.x * blockDim.y + threadIdx.y; r < rows; r += gridDim.x * blockDim.y) {
+    for (size_t r = row_first(); r < rows; r += row_step()) {
         load_row<WIDE>(x, inp + r * D, D); load_row<WIDE>(y, other + r * D, D);
         EACH(e, 8) { sum[e] += x[e] * y[e]; x[e] = x[e] * scale[e] + (partials ? 0 : y[e]); }
         store_row<WIDE>(out + r * D, x, D);
     }
     if (partials) { store_partial<WIDE>(partials, 1, D, 0, sum, D); }
 }
-template <typename X> static void rescale_forward(Gpu& gpu, X* out, const X* inp, const X* add, const float* w,
+template <typename X> static void ffn_rescale(Gpu& gpu, X* out, float* dw, const X* inp, const X* other, const float* w,
         size_t rows, int D) {
-    RowGrid r = row_grid(&gpu, rows, D, 1);
-    LAUNCH(rescale_kernel, wide(D), r.grid, r.block, out, NULL, inp, add, w, rows, D);
-}
-template <typename X> static void rescale_backward(Gpu& gpu, X* dinp, float* dw, const X* dout, const X* inp,
-        const float* w, size_t rows, int D) {
-    RowGrid r = row_grid(&gpu, rows, D, 1);
-    float* partials = (float*)gpu_scratch(&gpu, PARTIALS, sizeof(float) * r.parts * D);
-    LAUNCH(rescale_kernel, wide(D), r.grid, r.block, dinp, partials, dout, inp, w, rows, D);
-    reduce_columns(gpu, r.parts, {{dw}, 1, D});
+    RowGrid r = row_grid(gpu, rows, D, 1, 4, dw ? D : 0);
+    LAUNCH(rescale_kernel, wide(D), r.grid, r.block, out, r.partials, inp, other, w, rows, D);
+    if (dw) { reduce_columns(gpu, r.parts, {{dw}, 1, D}); }
 }
 
 // Chunk attention. A pair is one head of one chunk (of one batch row). For blocks of BLOCK queries of all pairs at
@@ -2019,12 +1987,8 @@ template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(25
             EACH(e, E) { sum += j + e < n && !(DROP && x[e] == -INFINITY) ? exp_of<X>(x[e] - top) : 0; }
         }
     }
-    float all = top;
-#pragma unroll
-    for (int o = 16; o; o /= 2) { all = fmaxf(all, __shfl_xor_sync(~0u, all, o)); }
-    sum *= top == -INFINITY ? 0 : exp_of<X>(top - all);
-#pragma unroll
-    for (int o = 16; o; o /= 2) { sum += __shfl_xor_sync(~0u, sum, o); }
+    float all = warp_max(top);
+    sum = warp_sum(sum * (top == -INFINITY ? 0 : exp_of<X>(top - all)));
     if (DROP && all == -INFINITY) { all = 0; sum = 1; } // no key is left: then all probabilities are 0
     float share = 1 / sum;
     bool whole = n <= 32 * E * KEPT; // is all of the row in registers?
@@ -2094,7 +2058,7 @@ template <typename X> static void attention_forward(Gpu& gpu, X* out, float* lse
     for (int n = 0, first = 0; n < a.count; n++, first += c) {
         int rows = min_int(a.rows, T - first), block = min_int(rows, BLOCK), ld = ceil_div(pos + rows, 128) * 128;
         int most = pairs_at_once<X>(a.pairs, (size_t)block * ld);
-        X* S = (X*)gpu_scratch(&gpu, SCORES, sizeof(X) * most * block * ld);
+        X* S = gpu_scratch<X>(gpu, SCORES, (size_t)most * block * ld);
         for (int p = 0; p < a.pairs; p += most) {
             int batch = min_int(most, a.pairs - p);
             for (int i = 0; i < rows; i += BLOCK) {
@@ -2122,7 +2086,7 @@ template <typename X> static void attention_backward(Gpu& gpu, X* dq, X* dk, X* 
         int rows = min_int(a.rows, T - first), ld = ceil_div(rows, 8) * 8;
         size_t step = (size_t)rows * ld, step_q = a.step_q * zd, step_v = a.step_q * vd;
         int most = pairs_at_once<X>(a.pairs, step);
-        X *S = (X*)gpu_scratch(&gpu, SCORES, sizeof(X) * most * step * 2), *dS = S + most * step;
+        X *S = gpu_scratch<X>(gpu, SCORES, most * step * 2), *dS = S + most * step;
         for (int p = 0; p < a.pairs; p += most) {
             int batch = min_int(most, a.pairs - p);
             size_t at = p * a.step_q + first;
@@ -2167,22 +2131,14 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) crossen
         sum *= exp_of<X>(top - most); top = most;
         EACH(e, E) { sum += exp_of<X>(x[e] - top); }
     }
-    float all = top;
-#pragma unroll
-    for (int o = 16; o; o /= 2) { all = fmaxf(all, __shfl_xor_sync(~0u, all, o)); }
+    float all = warp_max(top);
     if (lane == 0) { tops[warp] = all; }
     __syncthreads(); // also: all have read the target's logit before it is overwritten
-    all = lane < blockDim.x / 32 ? tops[lane] : -INFINITY;
-#pragma unroll
-    for (int o = 16; o; o /= 2) { all = fmaxf(all, __shfl_xor_sync(~0u, all, o)); }
-    sum = top == -INFINITY ? 0 : sum * exp_of<X>(top - all);
-#pragma unroll
-    for (int o = 16; o; o /= 2) { sum += __shfl_xor_sync(~0u, sum, o); }
+    all = warp_max(lane < blockDim.x / 32 ? tops[lane] : -INFINITY);
+    sum = warp_sum(top == -INFINITY ? 0 : sum * exp_of<X>(top - all));
     if (lane == 0) { sums[warp] = sum; }
     __syncthreads();
-    sum = lane < blockDim.x / 32 ? sums[lane] : 0;
-#pragma unroll
-    for (int o = 16; o; o /= 2) { sum += __shfl_xor_sync(~0u, sum, o); }
+    sum = warp_sum(lane < blockDim.x / 32 ? sums[lane] : 0);
     if (threadIdx.x == 0) { losses[blockIdx.x] = target == IGNORE ? 0 : logf(sum) + (all - at_target); }
     if (!gradient) { return; }
     float scale = dloss / sum;
@@ -2472,8 +2428,7 @@ template <typename X> __global__ void attention_merge_kernel(X* gated, int ldg, 
     parts += ((size_t)blockIdx.z * gridDim.y + blockIdx.y) * count * step;
     wait_for_inputs();
     for (int k = threadIdx.x; k < count; k += 32) { top = fmaxf(top, parts[k * step + vd]); }
-#pragma unroll
-    for (int o = 16; o; o /= 2) { top = fmaxf(top, __shfl_xor_sync(~0u, top, o)); }
+    top = warp_max(top);
 #pragma unroll 4
     for (int k = threadIdx.y; k < count; k += blockDim.y) {
         float weight = exp_of<X>(parts[k * step + vd] - top);
@@ -2496,7 +2451,7 @@ template <typename X> static void attention_step(Gpu& gpu, X* gated, int ldg, fl
         const float* rotations, int B, int c, int Z, int V_dim, int H, float eps) {
     int zd = Z / H, vd = V_dim / H, most = zd > vd ? zd : vd, count = attention_parts(gpu, B, H);
     launch_early(gpu, wide(zd, vd, ldz) ? attention_step_kernel<X, true> : attention_step_kernel<X, false>,
-                 dim3(count, H, B), row_grid(&gpu, 1, most, 1).block.x, sizeof(float) * zd, parts, K, V, position, z,
+                 dim3(count, H, B), row_grid(gpu, 1, most, 1, 1).block.x, sizeof(float) * zd, parts, K, V, position, z,
                  ldz, v, gamma, beta, rotations, c, Z, zd, vd, eps);
     launch_early(gpu, attention_merge_kernel<X>, dim3(ceil_div(vd, 32), H, B), dim3(32, B > 1 ? 4 : 16), 0, gated, ldg,
                  parts, inp, ldz, count, vd);
@@ -2868,14 +2823,12 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
                          w.timenorm_w, w.timenorm_b, B, T, D, G, eps);
     int keys = next.k ? c->chunk_size : T, at_k = next.k ? pos : 0;
     X *k = next.k ? next.k : a.k, *v = next.k ? next.v : a.v;
-    if (before.h) {
-        cema_slice(gpu, a.timenorm, false, w.cema_alpha, w.cema_delta, w.cema_theta, w.cema_gamma, B, T, D, N);
-    }
+    if (before.h) { cema_slice(gpu, a.timenorm, false, cema_params(w), B, T, D, N); }
     matmul_forward<X>(gpu, a.wv, V, a.timenorm, D, p.wv, p.wv_b, NULL, 0, rows, D, V);
     value_forward(gpu, v, a.wv, B, T, keys, at_k, V, H);
     if (before.h) { in.h = cema_slice_carry(gpu, before.h, in.h, false, B, T, D, N); }
-    cema_forward(gpu, a.cema, next.h, s->carries + l * s->carries_step, in.h, a.timenorm, w.cema_alpha, w.cema_delta,
-                 w.cema_theta, w.cema_gamma, w.cema_omega, B, T, D, N);
+    cema_forward(gpu, a.cema, next.h, s->carries + l * s->carries_step, in.h, a.timenorm, cema_params(w),
+                 B, T, D, N);
     norm_forward<X>(gpu, a.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema, w.rmsnorm_w, NULL, rows, D, eps, drop.rmsnorm);
 
     // Short memory: attention inside the chunk, to the cache where there is one. One product makes z and the gate's r.
@@ -2898,7 +2851,7 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
     X* ffn = c->rescale_nffn ? a.fc2 : a.out;
     matmul_forward<X>(gpu, ffn, D, a.hidden, F, p.fc2, NULL, drop.fc2.drop ? NULL : add, D, rows, F, D);
     dropout<X>(gpu, ffn, NULL, ffn, add, drop.fc2, rows, D);
-    if (c->rescale_nffn) { rescale_forward(gpu, a.out, a.fc2, x, w.rescale, rows, D); }
+    if (c->rescale_nffn) { ffn_rescale(gpu, a.out, NULL, a.fc2, x, w.rescale, rows, D); }
 }
 
 // The same for one token more of each stream.
@@ -2916,7 +2869,7 @@ template <typename X> static void block_step(Gpu& gpu, const ModelOf<X>* m, cons
                        a.norm_mean, a.norm_rstd});
     product_forward<X>(gpu, B, eps, {rescale ? a.fc2 : a.out, a.hidden, F, F, D, p.fc2, NULL, rescale ? NULL : x,
                        a.fc1, a.fc3});
-    if (rescale) { rescale_forward(gpu, a.out, a.fc2, x, w.rescale, B, D); }
+    if (rescale) { ffn_rescale(gpu, a.out, NULL, a.fc2, x, w.rescale, B, D); }
 }
 
 // From dout to dx. What block_forward did not keep is made again by the backward kernels that read its inputs anyway;
@@ -2933,7 +2886,7 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
     X *hidden = again ? a.hidden : NULL, *norm = again ? a.norm : NULL, *gated = again ? a.gated : NULL;
     X *rmsnorm = again ? a.rmsnorm : NULL;
     const X* dffn = d.out;
-    if (c->rescale_nffn) { rescale_backward(gpu, d.fc2, g.rescale, d.out, a.fc2, w.rescale, rows, D); dffn = d.fc2; }
+    if (c->rescale_nffn) { ffn_rescale(gpu, d.fc2, g.rescale, d.out, a.fc2, w.rescale, rows, D); dffn = d.fc2; }
     dffn = dropout<X>(gpu, d.timenorm, NULL, dffn, NULL, drop.fc2, rows, D);
     matmul_backward(gpu, d.hidden, F, dffn, D, p.fc2, rows, F, D, false);
     silu_backward(gpu, d.fc1, d.fc3, hidden, d.hidden, a.fc1, a.fc3, FF, rows, F, drop.hidden);
@@ -2960,17 +2913,14 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
     matmul_backward(gpu, d.rmsnorm, MU, d.wz, ZR, p.wz, rows, D, ZR, true);
     norm_backward<X>(gpu, d.cema, g.rmsnorm_w, NULL, NULL, rmsnorm, d.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema,
                      w.rmsnorm_w, NULL, rows, D, drop.rmsnorm);
-    if (s->before.h) {
-        cema_slice(gpu, d.cema, true, w.cema_alpha, w.cema_delta, w.cema_theta, w.cema_gamma, B, T, D, N);
-    }
+    if (s->before.h) { cema_slice(gpu, d.cema, true, cema_params(w), B, T, D, N); }
     matmul_backward_weight(gpu, g.wh1, dsum, D, a.rmsnorm, MU, rows, MU, D);
     matmul_backward_weight(gpu, g.wz, d.wz, ZR, a.rmsnorm, MU, rows, D, ZR);
 
     value_backward(gpu, d.wv, g.wv_b, d.v, a.wv, B, T, V, H);
     const float* after = s->before.h ? cema_slice_carry(gpu, NULL, NULL, true, B, T, D, N) : NULL;
-    cema_backward(gpu, d.timenorm, g.cema_alpha, g.cema_delta, g.cema_theta, g.cema_gamma, g.cema_omega, din.h, d.cema,
-                  s->carries + l * s->carries_step, in.h, after, a.timenorm, w.cema_alpha, w.cema_delta, w.cema_theta,
-                  w.cema_gamma, w.cema_omega, B, T, D, N);
+    cema_backward(gpu, d.timenorm, cema_params(g), din.h, d.cema, s->carries + l * s->carries_step, in.h, after,
+                  a.timenorm, cema_params(w), B, T, D, N);
     matmul_backward(gpu, d.timenorm, D, d.wv, V, p.wv, rows, D, V, true);
 
     // x has three readers: the second hop, the first hop and the timestep norm. (dx may be d.out itself.)

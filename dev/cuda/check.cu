@@ -329,6 +329,7 @@ template <typename X> static void check_cema(Gpu& gpu, int B, int T, int D, int 
     X *gx = values(x), *gdy = values(dy), *gy = values(y), *gdx = values(dx);
     float *gstart = past ? to_gpu(start, states) : NULL, *gend = to_gpu(dstart, states),
             *gdstart = to_gpu(dstart, states);
+    CemaParams gparams = {gw[0], gw[1], gw[2], gw[3], gw[4]};
     int L = T / slices;
     size_t carries_size = cema_carries_size(&gpu, B, L, D, N), step = (size_t)L * D;
     float* carries = (float*)gpu_alloc(&gpu, sizeof(float) * slices * carries_size);
@@ -337,7 +338,7 @@ template <typename X> static void check_cema(Gpu& gpu, int B, int T, int D, int 
     auto exchange = [&](const X* given, bool back) { // what each slice alone makes of zero, to all
         for (int r = 0; r < slices; r++) {
             ranks.chunk = r;
-            cema_slice(gpu, given + r * step, back, gw[0], gw[1], gw[2], gw[3], B, L, D, N);
+            cema_slice(gpu, given + r * step, back, gparams, B, L, D, N);
             CUDA(cudaMemcpyAsync(ends + r * states, (float*)gpu.scratch[SLICES] + slices * states,
                                  states * sizeof(float), cudaMemcpyDefault, gpu.stream));
         }
@@ -356,17 +357,17 @@ template <typename X> static void check_cema(Gpu& gpu, int B, int T, int D, int 
     for (int r = 0; r < slices; r++) {
         ranks.chunk = r;
         const float* h = slices > 1 ? cema_slice_carry(gpu, before + r * states, gstart, false, B, L, D, N) : gstart;
-        cema_forward<X>(gpu, gy + r * step, gend, carries + r * carries_size, h, gx + r * step, gw[0], gw[1], gw[2],
-                        gw[3], gw[4], B, L, D, N);
+        cema_forward<X>(gpu, gy + r * step, gend, carries + r * carries_size, h, gx + r * step, gparams,
+                        B, L, D, N);
     }
     if (slices > 1) { exchange(gdy, true); }
     for (int r = 0; r < slices; r++) {
         ranks.chunk = r;
         gpu.accumulate = r > 0;
         const float* a = slices > 1 ? cema_slice_carry(gpu, NULL, NULL, true, B, L, D, N) : NULL;
-        cema_backward<X>(gpu, gdx + r * step, gdw[0], gdw[1], gdw[2], gdw[3], gdw[4], gdstart, gdy + r * step,
+        cema_backward<X>(gpu, gdx + r * step, {gdw[0], gdw[1], gdw[2], gdw[3], gdw[4]}, gdstart, gdy + r * step,
                          carries + r * carries_size, slices > 1 ? before + r * states : gstart, a, gx + r * step,
-                         gw[0], gw[1], gw[2], gw[3], gw[4], B, L, D, N);
+                         gparams, B, L, D, N);
     }
     ranks.chunks = 1; ranks.chunk = 0;
     gpu.accumulate = false;
@@ -589,10 +590,10 @@ static void bench_kernels(Gpu& gpu) {
         double k2 = median_ms(gpu, 10, [&] { timestepnorm_backward<bf16>(gpu, dx, g4, g5, NULL, dx, r1, dy, mean, rstd,
                 NULL, x, w, B, T, D, G); });
         printf("[%d,%d,%d] timestepnorm: forward %.3f ms, backward %.3f (with residuals %.3f), sum %.3f (target 0.25)\n", B, T, D, f, k, k2, f + k);
-        f = median_ms(gpu, 10, [&] { cema_forward<bf16>(gpu, y, NULL, carries, NULL, x, alpha, delta, theta, gamma,
-                                                        omega, B, T, D, N); });
-        k = median_ms(gpu, 10, [&] { cema_backward<bf16>(gpu, dx, g2, g3, g4, g1, g5, NULL, dy, carries, NULL, NULL, x,
-                                                         alpha, delta, theta, gamma, omega, B, T, D, N); });
+        f = median_ms(gpu, 10, [&] { cema_forward<bf16>(gpu, y, NULL, carries, NULL, x,
+                                                        {alpha, delta, theta, gamma, omega}, B, T, D, N); });
+        k = median_ms(gpu, 10, [&] { cema_backward<bf16>(gpu, dx, {g2, g3, g4, g1, g5}, NULL, dy, carries, NULL,
+                NULL, x, {alpha, delta, theta, gamma, omega}, B, T, D, N); });
         printf("[%d,%d,%d] cema: forward %.3f ms, backward %.3f, sum %.3f (target 0.60)\n", B, T, D, f, k, f + k);
         fflush(stdout);
     }
