@@ -11,6 +11,7 @@ models of awkward shapes; and times it. How to look into the GPU's memory is tes
 #define main test_main
 #include "../../test_megalodon.c"
 #undef main
+#include <algorithm>
 #include <cuda_profiler_api.h>
 
 static bool profile;
@@ -443,8 +444,8 @@ template <typename X> static void model_noise(Gpu& gpu, ModelOf<X>* m) {
             if (i == P_wh2) { continue; } // wh1 covers both
             size_t n = i == P_wh1 ? m->places[i].rows * m->places[i].pitch : m->specs[i].size;
             if (init == INIT_THETA) { scale = 2; }
-            noise_kernel<float><<<1024, 256, 0, gpu.stream>>>(m->params + m->places[i].offset + l * m->places[i].step, n,
-                                                       scale, i * 1000 + l);
+            float* at = m->params + m->places[i].offset + l * m->places[i].step;
+            noise_kernel<float><<<1024, 256, 0, gpu.stream>>>(at, n, scale, i * 1000 + l);
         }
     }
     model_round(gpu, m, m->params, 0, m->size);
@@ -469,31 +470,33 @@ template <typename X> static double bench_model(Gpu& gpu, const char* preset, in
     for (size_t i = 0; i < rows; i++) {
         x[i] = random_bits(1, 0, i) % o.model.vocab_size; y[i] = random_bits(1, 1, i) % o.model.vocab_size;
     }
-    double times[64], norm = 0;
-    int n = 12, warm = 2, step = 0;
+    enum { WARM = 2, STEPS_TIMED = 10 };
+    double passes[STEPS_TIMED], times[STEPS_TIMED], norm = 0; // forward and backward alone, whole steps
     float dloss = 1.0 / rows;
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < WARM + STEPS_TIMED; i++) {
         double t0 = seconds();
         if (profile && i == 1) { cudaProfilerStart(); }
         if (profile && i == 2) { cudaProfilerStop(); exit(0); }
         model_forward<X>(gpu, &m, &s, x, NULL, NULL);
         model_losses(gpu, &m, &s, y, dloss, m.sums);
         model_backward<X>(gpu, &m, &s, x, NULL, NULL);
-        norm = model_grad_norm(gpu, &m);
-        model_update(gpu, &m, &o, 1e-4, ++step, clip_scale(norm, 1));
         gpu_sync(&gpu);
-        times[i] = seconds() - t0;
+        double t1 = seconds();
+        norm = model_grad_norm(gpu, &m);
+        model_update(gpu, &m, &o, 1e-4, i + 1, clip_scale(norm, 1));
+        gpu_sync(&gpu);
+        if (i >= WARM) { passes[i - WARM] = t1 - t0; times[i - WARM] = seconds() - t0; }
     }
-    for (int i = warm; i < n; i++) {
-        for (int k = i + 1; k < n; k++) {
-            if (times[k] < times[i]) { double t = times[i]; times[i] = times[k]; times[k] = t; }
-        }
-    }
-    double t = times[warm + (n - warm) / 2];
+    auto median = [](double* v) {
+        std::sort(v, v + STEPS_TIMED);
+        return v[STEPS_TIMED / 2];
+    };
+    double t = median(times), pass = median(passes);
     cudaMemGetInfo(&free, &total);
-    printf("%-14s %d x %-6d %8.1f ms  %9.0f tok/s (target %.0f: %.0f%%)  %.1f%% of 790T  used %.1f GB (forecast %.1f)  norm %.3g\n", preset, B, T, 1e3 * t, rows / t, target,
-           100 * rows / t / target, 100 * rows / t * flops_per_token(&o.model) / 790e12, (total - free) / 1e9,
-                   memory_needed<X>(gpu, &o, keep) / 1e9, norm);
+    printf("%-14s %d x %-6d %8.1f ms  %9.0f tok/s (target %.0f: %.0f%%)  %.1f%% of 790T  forward + backward %.4f us/tok"
+           "  used %.1f GB (forecast %.1f)  norm %.3g\n", preset, B, T, 1e3 * t, rows / t, target,
+           100 * rows / t / target, 100 * rows / t * flops_per_token(&o.model) / 790e12, 1e6 * pass / rows,
+           (total - free) / 1e9, memory_needed<X>(gpu, &o, keep) / 1e9, norm);
     fflush(stdout);
     model_free(gpu, &m);
     pass_free(gpu, &s);
@@ -545,9 +548,10 @@ static void bench_decode(Gpu& gpu, const char* preset, int B, int at) {
     }
     double t = (seconds() - t0) / n;
     cudaMemGetInfo(&free2, &total);
-    double bytes = 2.0 * specs_size(m.specs, NUM_PARAMS) - (c->share_emb ? 0 : 2 * D * c->vocab_size) + (double)B * L * n * (V + Z);
-    printf("decode %-9s batch %-2d from timestep %-7d: %7.0f tok/s, %.3f ms a step, %.0f%% of reading weights and cache "
-           "at 4.3 TB/s (%.3f ms); %.1f MB, at the end %+.1f\n", preset, B, at, B / t, 1e3 * t,
+    double bytes = 2.0 * specs_size(m.specs, NUM_PARAMS) - (c->share_emb ? 0 : 2 * D * c->vocab_size)
+                   + (double)B * L * n * (V + Z);
+    printf("decode %-9s batch %-2d from timestep %-7d: %7.0f tok/s, %.3f ms a step, %.0f%% of reading weights and "
+           "cache at 4.3 TB/s (%.3f ms); %.1f MB, at the end %+.1f\n", preset, B, at, B / t, 1e3 * t,
            100 * bytes / 4.3e12 / t, bytes / 4.3e9, (free0 - free1) / 1e6, ((double)free1 - free2) / 1e6);
     fflush(stdout);
     model_free(gpu, &m);
@@ -583,13 +587,14 @@ static void bench_kernels(Gpu& gpu) {
     for (int long_one = 0; long_one < 2; long_one++) {
         if (long_one) { T = 16384; B = 1; }
         float* carries = (float*)gpu_alloc(&gpu, sizeof(float) * cema_carries_size(&gpu, B, T, D, N));
-        double f = median_ms(gpu, 10, [&] { timestepnorm_forward<bf16>(gpu, y, mean, rstd, NULL, NULL, NULL, x, w, b, B, T,
-                D, G, 1e-5); });
+        double f = median_ms(gpu, 10, [&] { timestepnorm_forward<bf16>(gpu, y, mean, rstd, NULL, NULL, NULL, x, w, b, B,
+                T, D, G, 1e-5); });
         double k = median_ms(gpu, 10, [&] { timestepnorm_backward<bf16>(gpu, dx, g4, g5, NULL, NULL, NULL, dy, mean,
                 rstd, NULL, x, w, B, T, D, G); });
         double k2 = median_ms(gpu, 10, [&] { timestepnorm_backward<bf16>(gpu, dx, g4, g5, NULL, dx, r1, dy, mean, rstd,
                 NULL, x, w, B, T, D, G); });
-        printf("[%d,%d,%d] timestepnorm: forward %.3f ms, backward %.3f (with residuals %.3f), sum %.3f (target 0.25)\n", B, T, D, f, k, k2, f + k);
+        printf("[%d,%d,%d] timestepnorm: forward %.3f ms, backward %.3f (with residuals %.3f), sum %.3f (target 0.25)\n",
+               B, T, D, f, k, k2, f + k);
         f = median_ms(gpu, 10, [&] { cema_forward<bf16>(gpu, y, NULL, carries, NULL, x,
                                                         {alpha, delta, theta, gamma, omega}, B, T, D, N); });
         k = median_ms(gpu, 10, [&] { cema_backward<bf16>(gpu, dx, {g2, g3, g4, g1, g5}, NULL, dy, carries, NULL,
@@ -670,7 +675,8 @@ int main(int argc, char** argv) {
     if (argc > 1 && !strcmp(argv[1], "--kernels")) { bench_kernels(gpu); return 0; }
     if (argc > 1 && !strcmp(argv[1], "--decode")) {
         for (int i = argc > 2 ? atoi(argv[2]) : 0; i < (argc > 3 ? atoi(argv[3]) : 8); i++) {
-            bench_decode(gpu, i & 2 ? "mega1.3B" : "mega200M", i & 4 ? 64 : 1, argc > 4 ? atoi(argv[4]) : i & 1 ? 1000000 : 0);
+            int at = argc > 4 ? atoi(argv[4]) : i & 1 ? 1000000 : 0;
+            bench_decode(gpu, i & 2 ? "mega1.3B" : "mega200M", i & 4 ? 64 : 1, at);
         }
         return 0;
     }
@@ -680,14 +686,13 @@ int main(int argc, char** argv) {
     }
     if (argc > 1 && !strcmp(argv[1], "--bench")) {
         int from = argc > 2 ? atoi(argv[2]) : 0, to = argc > 3 ? atoi(argv[3]) : 5;
-        struct { const char* preset; int layers, B, T; double target; } r[] = {{"mega200M", 0, 8, 4096, 330000},
-                {"mega200M", 0, 1, 32768, 315000},
-            {"mega1.3B_pg19", 0, 4, 4096, 57000}, {"mega1.3B_pg19", 0, 1, 32768, 56000},
-                    {"mega7.3B", 8, 2, 4096, 45500},
-            {"mega200M", 0, 1, 8192, 0}, {"mega200M", 0, 1, 131072, 0}, {"mega7.3B", 32, 1, 4096, 0}};
+        struct { const char* preset; int layers, B, T; double target; } r[] = {
+            {"mega200M", 0, 8, 4096, 330000}, {"mega200M", 0, 1, 32768, 315000}, {"mega1.3B_pg19", 0, 4, 4096, 57000},
+            {"mega1.3B_pg19", 0, 1, 32768, 56000}, {"mega7.3B", 8, 2, 4096, 45500}, {"mega200M", 0, 1, 8192, 0},
+            {"mega200M", 0, 1, 131072, 0}, {"mega7.3B", 32, 1, 4096, 0}};
         for (int i = from; i < to; i++) {
-            bench_model<bf16>(gpu, r[i].preset, r[i].layers, r[i].B, r[i].T, i == 7 ? (int)KEEP_BLOCKS : (int)KEEP_CHEAPLY,
-                              r[i].target);
+            int keep = i == 7 ? (int)KEEP_BLOCKS : (int)KEEP_CHEAPLY;
+            bench_model<bf16>(gpu, r[i].preset, r[i].layers, r[i].B, r[i].T, keep, r[i].target);
         }
         return 0;
     }

@@ -17,7 +17,8 @@ losses() { # DIR DIR BOUND: log.tsv of both, loss by loss and norm by norm
     tail -n +2 "$2/log.tsv" | cut -f3,4 > b
     paste a b | awk -v bound="$3" '{ for (k = 1; k <= 2; k++) { d = $k / $(k + 2) - 1; d = d < 0 ? -d : d
                                      if (!(d <= bound)) print "step " NR ": " $0; if (d > worst) worst = d } }
-                                   END { if (NR == 0) print "no steps"; printf "largest difference %g\n", worst > "/dev/stderr" }'
+                                   END { if (NR == 0) print "no steps"
+                                          printf "largest difference %g\n", worst > "/dev/stderr" }'
 }
 weights() { tail -c +$((9 + $(od -An -tu4 -N4 "$1"))) "$1"; }
 
