@@ -3297,10 +3297,11 @@ static double peak_flops(const cudaDeviceProp* card) {
 template <typename X> static void gpu_run(const Options* o, SafeTensors* st) {
     GpuBackend<X>* r = (GpuBackend<X>*)xcalloc(1, sizeof(GpuBackend<X>));
     gpu_open(&r->gpu);
-    bool fast = sizeof(X) == 2;
-    Backend b = {r, text_of("%s, %s", r->gpu.card.name, fast ? "bf16" : "fp32"), fast ? peak_flops(&r->gpu.card) : 0,
-                 o->model.chunk_size, gpu_memory_needed<X>, gpu_open<X>, gpu_close<X>, gpu_copy<X>, gpu_micro_step<X>,
-                 gpu_finish_step<X>, gpu_update<X>, gpu_stream<X>, gpu_logits<X>, gpu_reset<X>};
+    bool fast = sizeof(X) == 2; char name[sizeof(r->gpu.card.name) + 8];
+    snprintf(name, sizeof(name), "%s, %s", r->gpu.card.name, fast ? "bf16" : "fp32");
+    Backend b = {r, name, fast ? peak_flops(&r->gpu.card) : 0, o->model.chunk_size, gpu_memory_needed<X>, gpu_open<X>,
+                 gpu_close<X>, gpu_copy<X>, gpu_micro_step<X>, gpu_finish_step<X>, gpu_update<X>, gpu_stream<X>,
+                 gpu_logits<X>, gpu_reset<X>};
     run(&b, o, st); free(r);
 }
 

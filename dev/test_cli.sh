@@ -175,6 +175,7 @@ for preset in mega200M=220627968 mega1.3B=1342832640 mega1.3B_pg19=1327628288 me
               paper7B=7385817088; do
     works "--dry-run --preset ${preset%=*}" "^num_parameters: ${preset#*=}$" --dry-run --preset ${preset%=*}
 done
+works "names what it runs on" "^device: (CPU|.+, bf16)$" --dry-run
 works "a flag before the preset" "model_dim 64 " --model-dim 64 --dry-run --preset mega200M
 
 # Straight through 20 steps, and killed after the checkpoint of step 10; each in its own folder, as files record names

@@ -593,7 +593,7 @@ static void bench_kernels(Gpu& gpu) {
                 rstd, NULL, x, w, B, T, D, G); });
         double k2 = median_ms(gpu, 10, [&] { timestepnorm_backward<bf16>(gpu, dx, g4, g5, NULL, dx, r1, dy, mean, rstd,
                 NULL, x, w, B, T, D, G); });
-        printf("[%d,%d,%d] timestepnorm: forward %.3f ms, backward %.3f (with residuals %.3f), sum %.3f (target 0.25)\n",
+        printf("[%d,%d,%d] timestep norm: forward %.3f ms, backward %.3f (%.3f with residuals), %.3f (target 0.25)\n",
                B, T, D, f, k, k2, f + k);
         f = median_ms(gpu, 10, [&] { cema_forward<bf16>(gpu, y, NULL, carries, NULL, x,
                                                         {alpha, delta, theta, gamma, omega}, B, T, D, N); });
