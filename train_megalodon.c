@@ -65,14 +65,14 @@ static struct { int rank, count, chunk, chunks, group, groups; } ranks = {0, 1, 
 __attribute__((noreturn, format(printf, 1, 2))) void die(const char* format, ...) {
     va_list args;
     va_start(args, format);
-    fflush(stdout);
+    fflush(NULL);
     if (ranks.rank) { signal(SIGTERM, SIG_DFL); sleep(1); }
     fputs("error: ", stderr);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
     va_end(args);
     MPI(if (ranks.count > 1) { MPI_Abort(MPI_COMM_WORLD, 1); }) // no rank may go on, or wait, when one has failed
-    exit(1);
+    _exit(1); // not exit: other threads may be at work, and what is still held is not a leak
 }
 
 // Zeroed memory for n elements of `size` bytes, aligned to cache lines.
