@@ -1349,10 +1349,11 @@ void pass_alloc(Pass* s, const Config* c, int B, int T, int keep, int keep_grads
 
 void pass_free(Pass* s) { free(s->acts.embed); free(s->grads.embed); state_free(&s->before); }
 
-// Rows that start afresh forget the past. The others' statistics become what checkpoints hold of them, floats, so that
-// a resumed run goes on with the same bits.
 // volatile: gcc 12 vectorizes the rounding away.
 ON_GPU_TOO double float_rounded(double x) { volatile float f = x; return f; }
+
+// Rows that start afresh forget the past. The others' statistics become what checkpoints hold of them, floats, so that
+// a resumed run goes on with the same bits.
 void state_carry(State* s, const Config* c, const bool* fresh) {
     size_t lines = (c->num_layers + (size_t)1) * s->B, G = c->norm_num_groups, h = 2 * c->model_dim * c->cema_ndim;
     for (size_t i = 0; i < lines; i++) {
