@@ -1428,7 +1428,7 @@ __global__ void cema_gradients_kernel(CemaParams grads, float* dstart, const flo
 
 // How a launch goes about it.
 struct Cema { int K; bool blocks; CemaCoef* coef; float2* powers; dim3 grid; }; // blocks: on tensor cores
-static int cema_width(int N) { return CEMA_LANES * (N <= CEMA_LANES ? 1 : MANY); }
+ON_GPU_TOO static int cema_width(int N) { return CEMA_LANES * (N <= CEMA_LANES ? 1 : MANY); }
 static Cema cema_prepare(Gpu& gpu, bool is_bf16, const CemaParams& w, int B, int T, int D, int N) {
     Cema r;
     bool whole = ranks.chunks == 1 || T % UNIT == 0; // what slices hand on enters and leaves between units
@@ -2247,6 +2247,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 4) produ
     }
     __syncthreads();
     for (; o < p.O; o += step) {
+        X zero = from_float<X>(0), bias = p.bias ? p.bias[o] : zero, add = p.add ? p.add[o] : zero;
         float sum[2] = {0, 0};
         for (int i = lane * E; i < I + lane * E; i += AHEAD * STRIDE) {
             EACH(k, AHEAD) {
@@ -2258,8 +2259,8 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 4) produ
             bool more = i + AHEAD * STRIDE < I + lane * E;
             fetch(more ? o : o + step, more ? i + AHEAD * STRIDE : lane * E);
         }
-        float y = warp_sum(sum[0] + sum[1]), more = p.bias ? to_float(p.bias[o]) : 0;
-        if (lane == 0) { p.out[o] = from_float<X>(y + more + (p.add ? to_float(p.add[o]) : 0)); }
+        float y = warp_sum(sum[0] + sum[1]);
+        if (lane == 0) { p.out[o] = from_float<X>(y + to_float(bias) + to_float(add)); }
     }
 }
 
@@ -2287,49 +2288,47 @@ template <typename X> static void product_forward(Gpu& gpu, size_t rows, float e
 // Timestep norm and, with h, CEMA: inp (B,D) to normed and out; norm (B,G) and h (B,D,N) move on. A block has a group
 // of features, `lanes` threads share the oscillators of one.
 template <typename X> __global__ void __launch_bounds__(512) memory_step_kernel(X* normed, X* out, NormState* norm,
-        float2* h, const X* inp, const float* w, const float* b, const float* alpha, const float* delta,
-        const float* theta, const float2* gamma, const float* omega, int B, int D, int G, int N, float eps) {
+        float2* h, const X* inp, const float* w, const float* b, const CemaCoef* coef, const float* omega, int B, int D,
+        int G, int N, float eps) {
     enum { K = CEMA_MAX_NDIM / 32 };
     int F = D / G, g = blockIdx.x, lane = threadIdx.x % 32, lanes = N <= 16 ? 16 : 32, k0 = threadIdx.x % lanes;
     auto statistics = [&](int row) { // up to this timestep; each warp for itself
         const X* x = inp + (size_t)row * D + g * F; float mean = 0, var = 0;
+        NormState s = norm[row * G + g];
         for (int f = lane; f < F; f += 32) { mean += to_float(x[f]); }
         mean = warp_sum(mean) / F;
         for (int f = lane; f < F; f += 32) { var += (to_float(x[f]) - mean) * (to_float(x[f]) - mean); }
-        NormState s = norm[row * G + g];
         merge(s.count, s.mean, s.var, 1.0, (double)mean, (double)(warp_sum(var) / F));
         return s;
     };
     for (int f0 = 0; f0 < F; f0 += 512 / lanes) {
         int f = f0 + threadIdx.x / lanes, d = g * F + min(f, F - 1);
-        float p[K], q_re[K], q_im[K], scale = w[d] + 1, shift = b[d], direct = h ? omega[d] : 0;
-        float2 c[K];
+        float scale = w[d] + 1, shift = b[d], direct = h ? omega[d] : 0;
+        CemaCoef m[K];
         EACH(j, K) {
             int k = k0 + j * lanes;
             if (!h || k >= N) { continue; }
-            double share = sigmoid_double(alpha[d * N + k]), radius = 1 - share * sigmoid_double(delta[d * N + k]);
-            double sine, cosine;
-            sincospi(2.0 / N * (k + 1) * sigmoid_double(theta[d]), &sine, &cosine);
-            c[j] = gamma[d * N + k]; p[j] = share; q_re[j] = radius * cosine; q_im[j] = radius * sine;
+            m[j] = coef[d * cema_width(N) + k];
             prefetch(h + ((size_t)blockIdx.y * D + d) * N + k, 1, 0, 1);
         }
         if (f0 == 0) { wait_for_inputs(); }
         for (int row = blockIdx.y; row < B; row += gridDim.y) {
             size_t at = (size_t)row * D + d; float2 v[K];
             EACH(j, K) { if (h && k0 + j * lanes < N) { v[j] = h[at * N + k0 + j * lanes]; } }
+            X given = inp[at];
             NormState s = statistics(row);
-            X stored = from_float<X>((to_float(inp[at]) - (float)s.mean) * rsqrtf((float)s.var + eps) * scale + shift);
+            X stored = from_float<X>((to_float(given) - (float)s.mean) * rsqrtf((float)s.var + eps) * scale + shift);
             float x = to_float(stored), y = 0;
             EACH(j, K) {
                 int k = k0 + j * lanes;
                 if (!h || k >= N || f >= F) { continue; }
-                v[j] = make_float2(q_re[j] * v[j].x - q_im[j] * v[j].y + p[j] * x, q_re[j] * v[j].y + q_im[j] * v[j].x);
-                h[at * N + k] = v[j]; y += c[j].x * v[j].x - c[j].y * v[j].y;
+                v[j] = mul_add(m[j].q, v[j], float2{m[j].p * x, 0});
+                h[at * N + k] = v[j]; y += __fdividef(m[j].c.x * v[j].x - m[j].c.y * v[j].y, m[j].p);
             }
             for (int o = lanes / 2; o; o /= 2) { y += __shfl_xor_sync(~0u, y, o); }
             if (k0 == 0 && f < F) {
                 normed[at] = stored;
-                if (h) { out[at] = from_float<X>(y * rsqrtf(N) + direct * x); }
+                if (h) { out[at] = from_float<X>(y + direct * x); }
             }
             if (f0 + 512 / lanes < F) { continue; }
             __syncthreads(); // all have read the statistics
@@ -2338,36 +2337,34 @@ template <typename X> __global__ void __launch_bounds__(512) memory_step_kernel(
     }
 }
 template <typename X> static void memory_step(Gpu& gpu, X* normed, X* out, NormState* norm, float* h, const X* inp,
-        const float* w, const float* b, const Params& p, int B, int D, int G, int N, float eps) {
+        const float* w, const float* b, const CemaCoef* coef, const float* omega, int B, int D, int G, int N,
+        float eps) {
     launch_early(gpu, memory_step_kernel<X>, dim3(G, min_int(B, 8)), 512, 0, normed, out, norm, (float2*)h, inp, w, b,
-                 p.cema_alpha, p.cema_delta, p.cema_theta, (float2*)p.cema_gamma, p.cema_omega, B, D, G, N, eps);
+                 coef, omega, B, D, G, N, eps);
 }
 
-// Attention of one query a head over the cache K (B,H,c,zd), V (B,H,c,vd), first with its own key and value added to it
-// at *position: z, v and the norm as in qk_forward and value_forward. The keys are shared by the blocks x; each leaves
-// its part of the output, then the largest score and the sum of the others' exponentials against it.
-enum { PART = 8 }; // room for the latter
-template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) attention_step_kernel(float* parts, X* K, X* V,
+// Attention of one query a head to the keys 0..*position of its chunk, in two steps: first all scores (B,H,c). Keys are
+// dealt out to the warps of the blocks x. The cache, K (B,H,c,zd) and V (B,H,c,vd), gets the new key and value, made from
+// z and v as by qk_forward and value_forward.
+template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) scores_step_kernel(float* scores, X* K, X* V,
         const int* position, const X* z, int ldz, const X* v, const float* gamma, const float* beta,
         const float* rotations, int c, int Z, int zd, int vd, float eps) {
-    enum { E = WIDE ? 8 : 1, TILE = 64, KEYS = 4, AHEAD = 8, SOON = 16 };
+    enum { E = WIDE ? 8 : 1, KEYS = 4 };
     extern __shared__ uint4 memory[];
-    __shared__ float scores[TILE];
-    int h = blockIdx.y, H = gridDim.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    int pos = *position, each = (pos + gridDim.x) / gridDim.x;
-    int first = blockIdx.x * each, last = min(first + each, pos + 1);
+    float* q = (float*)memory;
+    int pos = *position, h = blockIdx.y, H = gridDim.y, lane = threadIdx.x % 32, warps = blockDim.x / 32, turn = 0;
+    int first = blockIdx.x * warps + threadIdx.x / 32, step = gridDim.x * warps;
     size_t pair = (size_t)blockIdx.z * H + h;
-    float *q = (float*)memory, *part = parts + (pair * gridDim.x + blockIdx.x) * (vd + PART);
-    float x[8], y[8], ga[2][8], be[2][8], angle[8], acc[8] = {0}, s[1] = {0}, top = -INFINITY, sum = 0;
-    int turn = 0;
-    bool owner = first <= pos && last == pos + 1; // of this timestep
-    K += pair * c * zd; V += pair * c * vd;
-    prefetch(K + (size_t)first * zd, min(last - first, (int)SOON) * zd, threadIdx.x, blockDim.x);
-    prefetch(V + (size_t)first * vd, min(last - first, (int)SOON) * vd, threadIdx.x, blockDim.x);
+    float x[8], y[8], ga[2][8], be[2][8], angle[8], s[1] = {0};
+    RowPiece<X, WIDE> value;
+    bool owner = pos / warps % gridDim.x == blockIdx.x; // of this timestep
+    scores += pair * c; K += pair * c * zd; V += pair * c * vd;
+    for (int j = first; j < pos && j < first + KEYS * step; j += step) { prefetch(K + (size_t)j * zd, zd, lane, 32); }
     load_row<WIDE>(angle, rotations + (size_t)pos * zd, zd);
     EACH(i, 2) { load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd); load_row<WIDE>(be[i], beta + i * Z + h * zd, zd); }
     wait_for_inputs();
     load_row<WIDE>(x, z + (size_t)blockIdx.z * ldz + h * zd, zd);
+    if (owner) { value.load(v + pair * vd, vd); }
     EACH(e, 8) { s[0] += x[e] * x[e]; }
     row_sum(s, turn);
     EACH(e, 8) { x[e] *= rsqrtf(s[0] / zd + eps); }
@@ -2376,85 +2373,87 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) attenti
         if (i == 0) { store_row<WIDE>(q, y, zd); } else if (owner) { store_row<WIDE>(K + (size_t)pos * zd, y, zd); }
     }
     if (owner) {
-        load_row<WIDE>(y, v + pair * vd, vd);
+        value.get(y);
         EACH(e, 8) { y[e] *= sigmoid_of<X>(y[e]); }
         store_row<WIDE>(V + (size_t)pos * vd, y, vd);
     }
     __syncthreads();
-    for (int j0 = first; j0 < last; j0 += TILE) {
-        int n = min((int)TILE, last - j0);
-        for (int j = warp * KEYS; j < n; j += warps * KEYS) {
-            float dot[KEYS] = {0}, k[E];
-            for (int i = lane * E; i < zd; i += 32 * E) {
-                Piece<X, E> piece[KEYS];
-                EACH(u, KEYS) { piece[u].load(K + (size_t)(j0 + min(j + u, n - 1)) * zd + i); }
-                EACH(u, KEYS) {
-                    piece[u].get(k);
-                    EACH(e, E) { dot[u] = fmaf(k[e], q[i + e], dot[u]); }
-                }
-            }
+    for (int j = first; j <= pos; j += KEYS * step) {
+        float dot[KEYS] = {0}, k[E];
+        for (int i = lane * E; i < zd; i += 32 * E) {
+            Piece<X, E> piece[KEYS];
+            EACH(u, KEYS) { piece[u].load(K + (size_t)(j + u * step <= pos ? j + u * step : j) * zd + i); }
             EACH(u, KEYS) {
-                dot[u] = warp_sum(dot[u]);
-                if (lane == 0 && j + u < n) { scores[j + u] = dot[u]; }
+                piece[u].get(k);
+                EACH(e, E) { dot[u] = fmaf(k[e], q[i + e], dot[u]); }
             }
         }
-        __syncthreads();
-        float before = top;
-        for (int j = 0; j < n; j++) { top = fmaxf(top, scores[j]); }
-        float shrink = exp_of<X>(before - top);
-        sum *= shrink;
-        EACH(e, 8) { acc[e] *= shrink; }
-        for (int j = 0; j < n; j += AHEAD) {
-            RowPiece<X, WIDE> piece[AHEAD];
-            EACH(u, AHEAD) { piece[u].load(V + (size_t)(j0 + min(j + u, n - 1)) * vd, vd); }
-            EACH(u, AHEAD) {
-                float p = j + u < n ? exp_of<X>(scores[j + u] - top) : 0;
-                sum += p;
-                piece[u].get(y);
-                EACH(e, 8) { acc[e] = fmaf(p, y[e], acc[e]); }
-            }
+        EACH(u, KEYS) {
+            dot[u] = warp_sum(dot[u]);
+            if (lane == 0 && j + u * step <= pos) { scores[j + u * step] = dot[u]; }
         }
-        __syncthreads();
     }
-    store_row<WIDE>(part, acc, vd);
-    if (threadIdx.x == 0) { part[vd] = top; part[vd + 1] = sum; }
 }
-// gated (B,V) = silu(inp) * attention, the weighted mean of the parts.
-template <typename X> __global__ void attention_merge_kernel(X* gated, int ldg, const float* parts, const X* inp,
-        int ldi, int count, int vd) {
-    __shared__ float2 lines[16][32];
-    int i = blockIdx.x * 32 + threadIdx.x, step = vd + PART, at = blockIdx.y * vd + i;
-    float top = -INFINITY, sum = 0, out = 0;
-    parts += ((size_t)blockIdx.z * gridDim.y + blockIdx.y) * count * step;
+// Then gated (B,V) = silu(inp) * values weighted with the softmax of the scores. `lanes` threads have E neighbouring
+// columns each, others other keys.
+template <typename X, bool WIDE> __global__ void __launch_bounds__(256) values_step_kernel(X* gated, int ldg,
+        const float* scores, const X* V, const int* position, const X* inp, int ldi, int lanes, int c, int vd) {
+    enum { E = WIDE ? 8 : 1, AHEAD = 8 };
+    __shared__ float lines[256][E + 1], tops[32];
+    int t = threadIdx.x, lane = t % 32, warps = blockDim.x / 32, groups = blockDim.x / lanes, group = t / lanes;
+    int pos = *position, first = blockIdx.x * lanes * E, at = first + t % lanes * E, end = at < vd ? pos : -1;
+    size_t pair = (size_t)blockIdx.z * gridDim.y + blockIdx.y;
+    scores += pair * c; V += pair * c * vd + at; inp += (size_t)blockIdx.z * ldi + blockIdx.y * vd + first;
+    Piece<X, E> piece[AHEAD];
+    EACH(u, AHEAD) { // all but the new one may be read early
+        piece[u].clear();
+        if (group + u * groups < end) { piece[u].load(V + (size_t)(group + u * groups) * vd); }
+    }
     wait_for_inputs();
-    for (int k = threadIdx.x; k < count; k += 32) { top = fmaxf(top, parts[k * step + vd]); }
+    float top = -INFINITY, sum = 0, acc[E] = {0}, v[E];
+    X gate = t < lanes * E && first + t < vd ? inp[t] : from_float<X>(0);
+    for (int k = t; k <= pos; k += blockDim.x) { top = fmaxf(top, scores[k]); }
     top = warp_max(top);
-#pragma unroll 4
-    for (int k = threadIdx.y; k < count; k += blockDim.y) {
-        float weight = exp_of<X>(parts[k * step + vd] - top);
-        sum += weight * parts[k * step + vd + 1]; out += weight * (i < vd ? parts[k * step + i] : 0);
-    }
-    lines[threadIdx.y][threadIdx.x] = make_float2(sum, out);
+    if (lane == 0) { tops[t / 32] = top; }
     __syncthreads();
-    if (threadIdx.y || i >= vd) { return; }
-    for (int k = 1; k < blockDim.y; k++) { sum += lines[k][threadIdx.x].x; out += lines[k][threadIdx.x].y; }
-    float x = to_float(inp[(size_t)blockIdx.z * ldi + at]);
-    gated[(size_t)blockIdx.z * ldg + at] = from_float<X>(x * sigmoid_of<X>(x) * out / sum);
+    top = warp_max(lane < warps ? tops[lane] : -INFINITY);
+    for (int k0 = group; k0 <= pos; k0 += AHEAD * groups) {
+        EACH(u, AHEAD) {
+            int k = k0 + u * groups;
+            if (k <= end && (k0 > group || k == pos)) { piece[u].load(V + (size_t)k * vd); }
+        }
+        EACH(u, AHEAD) {
+            float p = k0 + u * groups <= pos ? exp_of<X>(scores[k0 + u * groups] - top) : 0;
+            sum += p;
+            piece[u].get(v);
+            EACH(e, E) { acc[e] = fmaf(p, v[e], acc[e]); }
+        }
+    }
+    for (int o = lanes; o < 32; o *= 2) {
+        sum += __shfl_xor_sync(~0u, sum, o);
+        EACH(e, E) { acc[e] += __shfl_xor_sync(~0u, acc[e], o); }
+    }
+    if (lane < lanes) {
+        EACH(e, E) { lines[t / 32 * lanes + lane][e] = acc[e]; }
+        lines[t / 32 * lanes + lane][E] = sum;
+    }
+    __syncthreads();
+    if (t >= lanes * E || first + t >= vd) { return; }
+    float out = 0, all = 0, x = to_float(gate);
+    for (int k = t / E; k < warps * lanes; k += lanes) { out += lines[k][t % E]; all += lines[k][E]; }
+    gated[(size_t)blockIdx.z * ldg + blockIdx.y * vd + first + t] = from_float<X>(x * sigmoid_of<X>(x) * out / all);
 }
-// Blocks that share a head's keys: as many as the card takes at a time.
-static int attention_parts(const Gpu& gpu, int B, int H) {
-    int count = gpu.card.multiProcessorCount * (B > 1 ? 4 : 1) / (B * H);
-    return count < 1 ? 1 : count;
-}
-template <typename X> static void attention_step(Gpu& gpu, X* gated, int ldg, float* parts, X* K, X* V,
+template <typename X> static void attention_step(Gpu& gpu, X* gated, int ldg, float* scores, X* K, X* V,
         const int* position, const X* z, const X* inp, int ldz, const X* v, const float* gamma, const float* beta,
         const float* rotations, int B, int c, int Z, int V_dim, int H, float eps) {
-    int zd = Z / H, vd = V_dim / H, most = zd > vd ? zd : vd, count = attention_parts(gpu, B, H);
-    launch_early(gpu, wide(zd, vd, ldz) ? attention_step_kernel<X, true> : attention_step_kernel<X, false>,
-                 dim3(count, H, B), row_grid(gpu, 1, most, 1, 1).block.x, sizeof(float) * zd, parts, K, V, position, z,
-                 ldz, v, gamma, beta, rotations, c, Z, zd, vd, eps);
-    launch_early(gpu, attention_merge_kernel<X>, dim3(ceil_div(vd, 32), H, B), dim3(32, B > 1 ? 4 : 16), 0, gated, ldg,
-                 parts, inp, ldz, count, vd);
+    int zd = Z / H, vd = V_dim / H, most = zd > vd ? zd : vd, count = gpu.card.multiProcessorCount * 4 / (B * H);
+    bool is_wide = wide(zd, vd, ldz, ldg); int lanes = B > 1 ? 16 : 4;
+    launch_early(gpu, is_wide ? scores_step_kernel<X, true> : scores_step_kernel<X, false>,
+                 dim3(count > 1 ? count : 1, H, B), row_grid(gpu, 1, most, 1, 1).block.x, sizeof(float) * zd, scores,
+                 K, V, position, z, ldz, v, gamma, beta, rotations, c, Z, zd, vd, eps);
+    launch_early(gpu, is_wide ? values_step_kernel<X, true> : values_step_kernel<X, false>,
+                 dim3(ceil_div(vd, lanes * (is_wide ? 8 : 1)), H, B), 256, 0, gated, ldg, scores, V, position, inp, ldz,
+                 lanes, c, vd);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2656,7 +2655,8 @@ template <typename X> struct StateOf {
     float* h;        // (L,B,D,N,2)
     NormState* norm; // (L+1,B,G)
     X *k, *v;        // (L,B,H,c,Z/H), (L,B,H,c,V/H); NULL if calls end where chunks do
-    float* parts;    // see attention_step
+    float* scores;   // of one layer: (B,H,c)
+    CemaCoef* coef;  // (L,D,N rounded up), made in the first steps of one token
     int steps;       // of one token
     cudaGraphExec_t graph; // such a step
 };
@@ -2669,12 +2669,12 @@ template <typename X> static void state_alloc(Gpu& gpu, StateOf<X>* s, const Con
     if (!cache) { return; }
     s->k = (X*)gpu_alloc(&gpu, layers * chunk * c->z_dim * sizeof(X));
     s->v = (X*)gpu_alloc(&gpu, layers * chunk * c->value_dim * sizeof(X));
-    s->parts = (float*)gpu_alloc(&gpu, (size_t)B * attention_parts(gpu, B, c->num_heads) * sizeof(float)
-                                       * (c->value_dim + PART * c->num_heads));
+    s->scores = (float*)gpu_alloc(&gpu, chunk * c->num_heads * sizeof(float));
+    s->coef = (CemaCoef*)gpu_alloc(&gpu, layers * c->model_dim * cema_width(c->cema_ndim) * sizeof(CemaCoef));
 }
 template <typename X> static void state_free(Gpu& gpu, StateOf<X>* s) {
     gpu_sync(&gpu);
-    cudaFree(s->h); cudaFree(s->k); cudaFree(s->v); cudaFree(s->parts);
+    cudaFree(s->h); cudaFree(s->k); cudaFree(s->v); cudaFree(s->scores); cudaFree(s->coef);
     if (s->graph) { CUDA(cudaGraphExecDestroy(s->graph)); }
 }
 
@@ -2791,7 +2791,10 @@ template <typename X> static StateOf<X> state_layer(const StateOf<X>* s, const C
     size_t chunk = (size_t)s->B * c->chunk_size;
     r = *s; r.norm += (size_t)l * s->B * c->norm_num_groups;
     r.h += (size_t)l * s->B * c->model_dim * c->cema_ndim * 2;
-    if (s->k && l < c->num_layers) { r.k += l * chunk * c->z_dim; r.v += l * chunk * c->value_dim; }
+    if (s->k && l < c->num_layers) {
+        r.k += l * chunk * c->z_dim; r.v += l * chunk * c->value_dim;
+        r.coef += (size_t)l * c->model_dim * cema_width(c->cema_ndim);
+    }
     return r;
 }
 
@@ -2859,10 +2862,11 @@ template <typename X> static void block_step(Gpu& gpu, const ModelOf<X>* m, cons
         const StateOf<X>* state) {
     OF_LAYER(m, s, l); bool rescale = c->rescale_nffn;
     StateOf<X> past = state_layer(state, c, l);
-    memory_step(gpu, a.timenorm, a.cema, past.norm, past.h, x, w.timenorm_w, w.timenorm_b, w, B, D, G, N, eps);
+    memory_step(gpu, a.timenorm, a.cema, past.norm, past.h, x, w.timenorm_w, w.timenorm_b, past.coef, w.cema_omega, B, D,
+                G, N, eps);
     product_forward<X>(gpu, B, eps, {a.wz, a.rmsnorm, MU, D, ZR, p.wz, p.wz_b, NULL, a.cema, NULL, w.rmsnorm_w, NULL,
                        NULL, a.rmsnorm_rstd}, {a.wv, a.timenorm, D, D, V, p.wv, p.wv_b});
-    attention_step(gpu, a.gated, MU, past.parts, past.k, past.v, s->tokens + B, a.wz, a.wr, ZR, a.wv, w.gamma, w.beta,
+    attention_step(gpu, a.gated, MU, past.scores, past.k, past.v, s->tokens + B, a.wz, a.wr, ZR, a.wv, w.gamma, w.beta,
                    m->rotations, B, c->chunk_size, Z, V, H, eps);
     product_forward<X>(gpu, B, eps, {a.mega, a.rmsnorm, MU, MU, D, p.wh1, p.wh1_b, x});
     product_forward<X>(gpu, B, eps, {a.fc1, a.norm, D, D, FF, p.fc1, NULL, NULL, a.mega, NULL, w.norm_w, w.norm_b,
@@ -2960,7 +2964,7 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
         const X* x = block_input<X>(s->places, s->acts, L);
         NormState *before = state_layer(start, c, L).norm, *after = state_layer(end, c, L).norm;
         if (step) {
-            memory_step(gpu, a.final, (X*)NULL, after, NULL, x, w.final_w, w.final_b, w, B, D, G, 1, eps);
+            memory_step(gpu, a.final, (X*)NULL, after, NULL, x, w.final_w, w.final_b, NULL, NULL, B, D, G, 1, eps);
         } else {
             timestepnorm_forward(gpu, a.final, a.final_mean, a.final_rstd, after, state_layer(&s->before, c, L).norm,
                                  before, x, w.final_w, w.final_b, B, T, D, G, eps);
@@ -2968,6 +2972,12 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
         }
         product_forward<X>(gpu, rows, 0, {a.logits, a.final, D, D, vocab, c->share_emb ? p.embed : p.output});
     };
+    for (int l = 0; step && end->steps < 2 && l < L; l++) {
+        int K = cema_width(N);
+        cema_coefficients_kernel<<<ceil_div(D * K, 128), 128, 0, gpu.stream>>>(state_layer(end, c, l).coef, NULL,
+                cema_params(params_layer<Params>(m->places, m->params, l)), D, N, K);
+        LAUNCHED();
+    }
     if (step && end->steps++ == 1) { // the first time, plans were made and memory taken
         cudaGraph_t graph;
         CUDA(cudaStreamBeginCapture(gpu.stream, cudaStreamCaptureModeThreadLocal));
