@@ -35,7 +35,8 @@ NCCL = $(if $(MPI),$(call probe,#include <nccl.h>,(cat; echo "int main() { int v
 
 # For the GPUs that are here, or else for compute capability 8.0 and 9.0.
 CUDA_ARCH ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u),80 90)
-NVCCFLAGS = -std=c++17 -O3 -diag-suppress 177,550,128 $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -Xcompiler -fopenmp -lcublasLt
+NVCCFLAGS = -std=c++17 -O3 -diag-suppress 177,550,128 $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) \
+            $(addprefix -Xcompiler ,-fopenmp $(filter -m%,$(CFLAGS))) -lcublasLt
 
 all: train_megalodon test_megalodon
 	@echo "OpenMP: $(if $(OPENMP),yes,not found, one thread)"

@@ -1878,27 +1878,41 @@ int candidate_by_p(const void* a, const void* b) {
 // Draws from softmax(logits / temperature), cut to the top_k likeliest tokens and then to the likeliest that hold top_p
 // together; u is uniform in [0,1). Only where there is a cut are candidates sorted, and only those that may be kept.
 int sample(const float* logits, int vocab, const Options* o, double u) {
-    int n = vocab, top = 0, i = 0;
-    for (int v = 1; v < vocab; v++) { top = logits[v] > logits[top] ? v : top; }
-    if (o->temperature == 0) { return top; }
-    Candidate* c = (Candidate*)xcalloc(vocab, sizeof(Candidate));
-    double sum = 0, kept = 0;
-    for (int v = 0; v < vocab; v++) {
-        c[v].p = exp_fast((logits[v] - logits[top]) / o->temperature); c[v].id = v;
-        sum += c[v].p;
+    enum { PART = 256 }; // of the vocabulary: sums of parts find the token
+    int n = vocab, parts = (vocab + PART - 1) / PART, i = 0, k = 0;
+    float top = logits[0];
+    OMP(omp simd reduction(max : top))
+    for (int v = 1; v < vocab; v++) { top = logits[v] > top ? logits[v] : top; }
+    for (; o->temperature == 0 && logits[i] < top; i++) { }
+    if (o->temperature == 0) { return i; }
+    float *p = (float*)xcalloc(vocab, sizeof(float)), scale = 1 / o->temperature;
+    OMP(omp simd)
+    for (int v = 0; v < vocab; v++) { p[v] = exp_fast((logits[v] - top) * scale); }
+    double *sums = (double*)xcalloc(parts, sizeof(double)), sum = 0, kept = 0;
+    for (; k < parts; k++) {
+        double part = 0;
+        OMP(omp simd reduction(+ : part))
+        for (int v = k * PART; v < min_int(vocab, (k + 1) * PART); v++) { part += p[v]; }
+        sums[k] = part; sum += part;
     }
+    int id = 0;
     if (o->top_k || o->top_p < 1) {
         double least = o->top_k ? 0 : (1 - o->top_p) * sum / vocab; // what is below, all together, is more than enough
-        for (int v = n = 0; v < vocab; v++) { if (c[v].p >= least) { c[n++] = c[v]; } }
+        Candidate* c = (Candidate*)xcalloc(vocab, sizeof(Candidate));
+        for (int v = n = 0; v < vocab; v++) { if (p[v] >= least) { c[n].p = p[v]; c[n++].id = v; } }
         qsort(c, n, sizeof(Candidate), candidate_by_p);
         if (o->top_k) { n = min_int(n, o->top_k); sum = 0; }
-        for (int k = 0; o->top_k && k < n; k++) { sum += c[k].p; }
-        for (; i < n && kept < o->top_p * sum; i++) { kept += c[i].p; }
-        n = i; sum = kept;
+        for (k = 0; o->top_k && k < n; k++) { sum += c[k].p; }
+        for (i = 0; i < n && kept < o->top_p * sum; i++) { kept += c[i].p; }
+        n = i;
+        for (i = 0, u *= kept; i < n - 1 && u >= c[i].p; i++) { u -= c[i].p; }
+        id = c[i].id;
+        free(c);
+    } else {
+        for (k = 0, u *= sum; k < parts - 1 && u >= sums[k]; k++) { u -= sums[k]; }
+        for (id = k * PART; id < vocab - 1 && u >= p[id]; id++) { u -= p[id]; }
     }
-    for (i = 0, u *= sum; i < n - 1 && u >= c[i].p; i++) { u -= c[i].p; }
-    int id = c[i].id;
-    free(c);
+    free(p); free(sums);
     return id;
 }
 

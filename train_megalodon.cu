@@ -1487,7 +1487,13 @@ template <typename X> __global__ void cema_slice_kernel(float2* sums, const X* i
     int d = blockIdx.x * 32 + threadIdx.x, k0 = threadIdx.y * SLICE_MODES, t0 = blockIdx.z * length;
     int n = min(length, T - t0); float2 q[SLICE_MODES], s[SLICE_MODES] = {};
     if (d >= D) { return; }
-    EACH(k, SLICE_MODES) { q[k] = coef[(size_t)d * K + k0 + k].q; }
+    float longest = 0;
+    EACH(k, SLICE_MODES) {
+        q[k] = coef[(size_t)d * K + k0 + k].q;
+        longest = fmaxf(longest, q[k].x * q[k].x + q[k].y * q[k].y);
+    }
+    // What fades to 2^-80 of itself before the slice ends is left out: most modes forget in some hundred timesteps.
+    if (log2f(longest) * (back ? t0 : T - t0 - n) < -160) { n = 0; }
     const X* x = inp + ((size_t)blockIdx.y * T + t0) * D + d;
     for (int i0 = 0; i0 < n; i0 += AHEAD) {
         float v[AHEAD];
@@ -2190,7 +2196,7 @@ template <typename X> struct Product {
 };
 // One row of a product, or with blocks left over, of two: a warp for each output.
 template <typename X> struct Products { Product<X> of[2]; int blocks; float eps; };
-template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 4) product_kernel(
+template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 3) product_kernel(
         const __grid_constant__ Products<X> products) {
     enum { E = WIDE ? 8 : 1, AHEAD = 8, STRIDE = 32 * E };
     extern __shared__ uint4 memory[];
@@ -2199,13 +2205,10 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 4) produ
     int lane = threadIdx.x % 32, turn = 0, I = p.I, block = blockIdx.x - (second ? products.blocks : 0);
     int o = block * 8 + threadIdx.x / 32, step = 8 * (second ? gridDim.x - products.blocks : products.blocks);
     Piece<X, E> weights[AHEAD];
-    auto fetch = [&](int o, int i) {
-        EACH(k, AHEAD) {
-            weights[k].clear();
-            if (o < p.O && i + k * STRIDE < I) { weights[k].load(p.weight + (size_t)o * I + i + k * STRIDE); }
-        }
+    auto fetch = [&](int k, int o, int i) {
+        if (o < p.O && i + k * STRIDE < I) { weights[k].load(p.weight + (size_t)o * I + i + k * STRIDE); }
     };
-    fetch(o, lane * E);
+    EACH(k, AHEAD) { fetch(k, o, lane * E); }
     EACH(k, 2) { // the rest of this row and the next one
         int row = o + k * step, i = k ? 0 : AHEAD * STRIDE;
         if (row < p.O) { prefetch(p.weight + (size_t)row * I + i, I - i, lane, 32); }
@@ -2250,14 +2253,16 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 4) produ
         X zero = from_float<X>(0), bias = p.bias ? p.bias[o] : zero, add = p.add ? p.add[o] : zero;
         float sum[2] = {0, 0};
         for (int i = lane * E; i < I + lane * E; i += AHEAD * STRIDE) {
-            EACH(k, AHEAD) {
-                if (i + k * STRIDE >= I) { break; }
-                load(b, x + i + k * STRIDE);
-                weights[k].get(a);
-                EACH(e, E) { sum[e & 1] = fmaf(a[e], b[e], sum[e & 1]); }
-            }
             bool more = i + AHEAD * STRIDE < I + lane * E;
-            fetch(more ? o : o + step, more ? i + AHEAD * STRIDE : lane * E);
+            int next = more ? o : o + step, from = more ? i + AHEAD * STRIDE : lane * E;
+            EACH(k, AHEAD) {
+                if (i + k * STRIDE < I) {
+                    load(b, x + i + k * STRIDE);
+                    weights[k].get(a);
+                    EACH(e, E) { sum[e & 1] = fmaf(a[e], b[e], sum[e & 1]); }
+                }
+                fetch(k, next, from);
+            }
         }
         float y = warp_sum(sum[0] + sum[1]);
         if (lane == 0) { p.out[o] = from_float<X>(y + to_float(bias) + to_float(add)); }
@@ -2271,7 +2276,7 @@ template <typename X> static void product_forward(Gpu& gpu, size_t rows, float e
     size_t shared = ceil_div(sizeof(X) * (first.I > second.I ? first.I : second.I), 16) * 16;
     if (rows == 1 && shared <= 48 << 10) {
         // no more blocks than the card takes at a time, and the same number of rows for all warps
-        int each = ceil_div(first.O + second.O, 8 * 4 * gpu.card.multiProcessorCount);
+        int each = ceil_div(first.O + second.O, 8 * 3 * gpu.card.multiProcessorCount);
         all.blocks = ceil_div(first.O, 8 * each);
         launch_early(gpu, wide(first.I, second.I) ? product_kernel<X, true> : product_kernel<X, false>,
                      all.blocks + ceil_div(second.O, 8 * each), 256, shared, all);
@@ -2344,8 +2349,8 @@ template <typename X> static void memory_step(Gpu& gpu, X* normed, X* out, NormS
 }
 
 // Attention of one query a head to the keys 0..*position of its chunk, in two steps: first all scores (B,H,c). Keys are
-// dealt out to the warps of the blocks x. The cache, K (B,H,c,zd) and V (B,H,c,vd), gets the new key and value, made from
-// z and v as by qk_forward and value_forward.
+// dealt out to the warps of the blocks x. The cache, K (B,H,c,zd) and V (B,H,c,vd), gets the new key and value, made
+// from z and v as by qk_forward and value_forward.
 template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) scores_step_kernel(float* scores, X* K, X* V,
         const int* position, const X* z, int ldz, const X* v, const float* gamma, const float* beta,
         const float* rotations, int c, int Z, int zd, int vd, float eps) {
@@ -2446,8 +2451,8 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256) values_s
 template <typename X> static void attention_step(Gpu& gpu, X* gated, int ldg, float* scores, X* K, X* V,
         const int* position, const X* z, const X* inp, int ldz, const X* v, const float* gamma, const float* beta,
         const float* rotations, int B, int c, int Z, int V_dim, int H, float eps) {
-    int zd = Z / H, vd = V_dim / H, most = zd > vd ? zd : vd, count = gpu.card.multiProcessorCount * 4 / (B * H);
-    bool is_wide = wide(zd, vd, ldz, ldg); int lanes = B > 1 ? 16 : 4;
+    int zd = Z / H, vd = V_dim / H, most = zd > vd ? zd : vd, count = gpu.card.multiProcessorCount * (B > 1 ? 4 : 2) / (B * H);
+    bool is_wide = wide(zd, vd, ldz, ldg); int lanes = B > 1 ? 16 : 2;
     launch_early(gpu, is_wide ? scores_step_kernel<X, true> : scores_step_kernel<X, false>,
                  dim3(count > 1 ? count : 1, H, B), row_grid(gpu, 1, most, 1, 1).block.x, sizeof(float) * zd, scores,
                  K, V, position, z, ldz, v, gamma, beta, rotations, c, Z, zd, vd, eps);
@@ -2862,8 +2867,8 @@ template <typename X> static void block_step(Gpu& gpu, const ModelOf<X>* m, cons
         const StateOf<X>* state) {
     OF_LAYER(m, s, l); bool rescale = c->rescale_nffn;
     StateOf<X> past = state_layer(state, c, l);
-    memory_step(gpu, a.timenorm, a.cema, past.norm, past.h, x, w.timenorm_w, w.timenorm_b, past.coef, w.cema_omega, B, D,
-                G, N, eps);
+    memory_step(gpu, a.timenorm, a.cema, past.norm, past.h, x, w.timenorm_w, w.timenorm_b, past.coef, w.cema_omega, B,
+                D, G, N, eps);
     product_forward<X>(gpu, B, eps, {a.wz, a.rmsnorm, MU, D, ZR, p.wz, p.wz_b, NULL, a.cema, NULL, w.rmsnorm_w, NULL,
                        NULL, a.rmsnorm_rstd}, {a.wv, a.timenorm, D, D, V, p.wv, p.wv_b});
     attention_step(gpu, a.gated, MU, past.scores, past.k, past.v, s->tokens + B, a.wz, a.wr, ZR, a.wv, w.gamma, w.beta,
