@@ -2196,14 +2196,16 @@ template <typename X> struct Product {
 };
 // One row of a product, or with blocks left over, of two: a warp for each output.
 template <typename X> struct Products { Product<X> of[2]; int blocks; float eps; };
-template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 3) product_kernel(
+enum { PRODUCT_WARPS = 12, PRODUCT_THREADS = 32 * PRODUCT_WARPS, PRODUCT_BLOCKS = 2 }; // of a block; a multiprocessor's
+template <typename X, bool WIDE> __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) product_kernel(
         const __grid_constant__ Products<X> products) {
     enum { E = WIDE ? 8 : 1, AHEAD = 8, STRIDE = 32 * E };
     extern __shared__ uint4 memory[];
     X* x = (X*)memory; bool second = blockIdx.x >= products.blocks;
     const Product<X>& p = products.of[second];
     int lane = threadIdx.x % 32, turn = 0, I = p.I, block = blockIdx.x - (second ? products.blocks : 0);
-    int o = block * 8 + threadIdx.x / 32, step = 8 * (second ? gridDim.x - products.blocks : products.blocks);
+    int o = block * PRODUCT_WARPS + threadIdx.x / 32;
+    int step = PRODUCT_WARPS * (second ? gridDim.x - products.blocks : products.blocks);
     Piece<X, E> weights[AHEAD];
     auto fetch = [&](int k, int o, int i) {
         if (o < p.O && i + k * STRIDE < I) { weights[k].load(p.weight + (size_t)o * I + i + k * STRIDE); }
@@ -2214,13 +2216,13 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 3) produ
         if (row < p.O) { prefetch(p.weight + (size_t)row * I + i, I - i, lane, 32); }
         if (row < p.O && p.bias) { prefetch(p.bias + row, 1, lane, 32); }
     }
-    if (p.w) { prefetch(p.w, I, threadIdx.x, 256); }
-    if (p.b) { prefetch(p.b, I, threadIdx.x, 256); }
+    if (p.w) { prefetch(p.w, I, threadIdx.x, PRODUCT_THREADS); }
+    if (p.b) { prefetch(p.b, I, threadIdx.x, PRODUCT_THREADS); }
     wait_for_inputs();
     const X* from = p.from ? p.from : p.inp;
     float a[E], b[E], near = p.mean ? to_float(from[0]) : 0, s[2] = {0, 0}, mean = 0, rstd = 1;
     if (p.w) {
-        for (int i = threadIdx.x * E; i < I; i += 256 * E) {
+        for (int i = threadIdx.x * E; i < I; i += PRODUCT_THREADS * E) {
             load(a, from + i);
             EACH(e, E) { s[0] += a[e] - near; s[1] += (a[e] - near) * (a[e] - near); }
         }
@@ -2230,7 +2232,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256, 3) produ
         if (p.mean) { *p.mean = mean; }
         *p.rstd = rstd; // the same by all blocks
     }
-    for (int i = threadIdx.x * E; i < I; i += 256 * E) {
+    for (int i = threadIdx.x * E; i < I; i += PRODUCT_THREADS * E) {
         load(a, from + i);
         if (p.w) {
             Piece<float, E> w, shift;
@@ -2276,10 +2278,11 @@ template <typename X> static void product_forward(Gpu& gpu, size_t rows, float e
     size_t shared = ceil_div(sizeof(X) * (first.I > second.I ? first.I : second.I), 16) * 16;
     if (rows == 1 && shared <= 48 << 10) {
         // no more blocks than the card takes at a time, and the same number of rows for all warps
-        int each = ceil_div(first.O + second.O, 8 * 3 * gpu.card.multiProcessorCount);
-        all.blocks = ceil_div(first.O, 8 * each);
+        int most = PRODUCT_WARPS * PRODUCT_BLOCKS * gpu.card.multiProcessorCount;
+        int rows_of_block = PRODUCT_WARPS * ceil_div(first.O + second.O, most);
+        all.blocks = ceil_div(first.O, rows_of_block);
         launch_early(gpu, wide(first.I, second.I) ? product_kernel<X, true> : product_kernel<X, false>,
-                     all.blocks + ceil_div(second.O, 8 * each), 256, shared, all);
+                     all.blocks + ceil_div(second.O, rows_of_block), PRODUCT_THREADS, shared, all);
         return;
     }
     for (int i = 0; i < (second.O ? 2 : 1); i++) {
@@ -2354,7 +2357,7 @@ template <typename X> static void memory_step(Gpu& gpu, X* normed, X* out, NormS
 template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) scores_step_kernel(float* scores, X* K, X* V,
         const int* position, const X* z, int ldz, const X* v, const float* gamma, const float* beta,
         const float* rotations, int c, int Z, int zd, int vd, float eps) {
-    enum { E = WIDE ? 8 : 1, KEYS = 4 };
+    enum { E = WIDE ? 8 : 1, KEYS = 2 };
     extern __shared__ uint4 memory[];
     float* q = (float*)memory;
     int pos = *position, h = blockIdx.y, H = gridDim.y, lane = threadIdx.x % 32, warps = blockDim.x / 32, turn = 0;
@@ -2451,8 +2454,8 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256) values_s
 template <typename X> static void attention_step(Gpu& gpu, X* gated, int ldg, float* scores, X* K, X* V,
         const int* position, const X* z, const X* inp, int ldz, const X* v, const float* gamma, const float* beta,
         const float* rotations, int B, int c, int Z, int V_dim, int H, float eps) {
-    int zd = Z / H, vd = V_dim / H, most = zd > vd ? zd : vd, count = gpu.card.multiProcessorCount * (B > 1 ? 4 : 2) / (B * H);
-    bool is_wide = wide(zd, vd, ldz, ldg); int lanes = B > 1 ? 16 : 2;
+    int zd = Z / H, vd = V_dim / H, most = zd > vd ? zd : vd, lanes = B > 1 ? 16 : 2; // of one row, few columns a block
+    int count = gpu.card.multiProcessorCount * (B > 1 ? 4 : 2) / (B * H); bool is_wide = wide(zd, vd, ldz, ldg);
     launch_early(gpu, is_wide ? scores_step_kernel<X, true> : scores_step_kernel<X, false>,
                  dim3(count > 1 ? count : 1, H, B), row_grid(gpu, 1, most, 1, 1).block.x, sizeof(float) * zd, scores,
                  K, V, position, z, ldz, v, gamma, beta, rotations, c, Z, zd, vd, eps);
