@@ -2413,7 +2413,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256) values_s
     size_t pair = (size_t)blockIdx.z * gridDim.y + blockIdx.y;
     scores += pair * c; V += pair * c * vd + at; inp += (size_t)blockIdx.z * ldi + blockIdx.y * vd + first;
     Piece<X, E> piece[AHEAD];
-    EACH(u, AHEAD) { // all but the new one may be read early
+    EACH(u, AHEAD) { // those of earlier tokens may be read early
         piece[u].clear();
         if (group + u * groups < end) { piece[u].load(V + (size_t)(group + u * groups) * vd); }
     }
@@ -2664,7 +2664,8 @@ template <typename X> struct StateOf {
     NormState* norm; // (L+1,B,G)
     X *k, *v;        // (L,B,H,c,Z/H), (L,B,H,c,V/H); NULL if calls end where chunks do
     float* scores;   // of one layer: (B,H,c)
-    CemaCoef* coef;  // (L,D,N rounded up), made in the first steps of one token
+    CemaCoef* coef;  // (L,D,N rounded up), made of the weights by the first step of one token after a reset
+    bool coef_made;
     int steps;       // of one token
     cudaGraphExec_t graph; // such a step
 };
@@ -2773,7 +2774,7 @@ template <typename X> static X* block_input(const ActPlace* places, char* block,
 
 template <typename X> static void state_reset(Gpu& gpu, StateOf<X>* s) {
     CUDA(cudaMemsetAsync(s->h, 0, s->bytes, gpu.stream));
-    s->pos = 0;
+    s->pos = 0; s->coef_made = false;
 }
 // See the CPU's. A row has a piece of each layer's slot.
 __global__ void norm_round_kernel(NormState* norm, size_t n) {
@@ -2980,12 +2981,13 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
         }
         product_forward<X>(gpu, rows, 0, {a.logits, a.final, D, D, vocab, c->share_emb ? p.embed : p.output});
     };
-    for (int l = 0; step && end->steps < 2 && l < L; l++) {
+    for (int l = 0; step && !end->coef_made && l < L; l++) {
         int K = cema_width(N);
         cema_coefficients_kernel<<<ceil_div(D * K, 128), 128, 0, gpu.stream>>>(state_layer(end, c, l).coef, NULL,
                 cema_params(params_layer<Params>(m->places, m->params, l)), D, N, K);
         LAUNCHED();
     }
+    if (step) { end->coef_made = true; }
     if (step && end->steps++ == 1) { // the first time, plans were made and memory taken
         cudaGraph_t graph;
         CUDA(cudaStreamBeginCapture(gpu.stream, cudaStreamCaptureModeThreadLocal));
