@@ -1885,7 +1885,7 @@ int sample(const float* logits, int vocab, const Options* o, double u) {
     for (int v = 1; v < vocab; v++) { top = logits[v] > top ? logits[v] : top; }
     for (; o->temperature == 0 && logits[i] < top; i++) { }
     if (o->temperature == 0) { return i; }
-    float *p = (float*)xcalloc(vocab, sizeof(float)), scale = 1 / o->temperature;
+    float *p = (float*)xcalloc(vocab, sizeof(float)), scale = fmin(1 / o->temperature, 1e30);
     OMP(omp simd)
     for (int v = 0; v < vocab; v++) { p[v] = exp_fast((logits[v] - top) * scale); }
     double *sums = (double*)xcalloc(parts, sizeof(double)), sum = 0, kept = 0;

@@ -225,6 +225,8 @@ works "--load trains on from weights" "step 3/3" --load $tiny --train text.txt -
 
 for n in 1 2; do run --load $tiny --generate 50 --prompt 12 --temperature 0; cp out greedy$n; done
 same "--generate: greedy twice is the same, and stdout holds only the sample" greedy1 greedy2
+run --load $tiny --generate 50 --prompt 12 --temperature 1e-300; cp out greedy3
+same "--generate: next to no temperature is none" greedy1 greedy3
 if [ -e /dev/full ]; then
     "$program" --load $tiny --generate 50 > /dev/full 2> err
     result "a full disk under stdout" "$([ $? = 1 ] && tail -n 1 err | grep -q '^error: .*stdout' || tail -n 1 err)"
