@@ -99,10 +99,12 @@ struct Gpu {
     size_t allocated;      // bytes
     bool dry;              // only count them
     bool reduce;           // the backward pass adds up gradients over the ranks as it goes
+    int reducing;          // 1 + the unit that unit_reduce has begun
     cudaStream_t states, blocks; // of what ranks exchange: slices' states; gradients and weights
     cudaEvent_t event;
 #ifdef USE_NCCL
-    ncclComm_t group, world, background;
+    ncclComm_t group, world, gradients;
+    ncclWindow_t window; // gradients and what comes of them from other ranks
 #endif
 };
 
@@ -203,10 +205,10 @@ static void ranks_connect(Gpu* gpu) {
     for (size_t i = 0; i < sizeof(id); i++) { ((unsigned char*)&id)[i] = bytes[i]; }
     NCCL(ncclCommInitRank(&gpu->world, ranks.count, id, ranks.rank));
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER; // what runs beside matrix products takes few multiprocessors
-    config.maxCTAs = 16;
-    NCCL(ncclCommSplit(gpu->world, 0, ranks.rank, &gpu->background, &config));
     config.maxCTAs = 2;
     NCCL(ncclCommSplit(gpu->world, ranks.group, ranks.chunk, &gpu->group, &config));
+    config.maxCTAs = 16; config.CTAPolicy = NCCL_CTA_POLICY_ZERO; // or none: copy engines, within a machine
+    NCCL(ncclCommSplit(gpu->world, 0, ranks.rank, &gpu->gradients, &config));
     int low, high;
     CUDA(cudaDeviceGetStreamPriorityRange(&low, &high));
     CUDA(cudaStreamCreateWithPriority(&gpu->states, cudaStreamNonBlocking, high));
@@ -221,6 +223,22 @@ static void ranks_connect(Gpu* gpu) {
 static void stream_after(Gpu& gpu, cudaStream_t stream, cudaStream_t other) {
     CUDA(cudaEventRecord(gpu.event, other));
     CUDA(cudaStreamWaitEvent(stream, gpu.event, 0));
+}
+
+// Zeroed memory for n floats that ranks exchange: copy engines reach into what all of them have registered together.
+static float* exchange_alloc(Gpu* gpu, size_t n) {
+    float* p = NULL; size_t bytes = n * sizeof(float);
+    if (ranks.count == 1 || gpu->dry) { return (float*)gpu_alloc(gpu, bytes); }
+    NCCL(ncclMemAlloc((void**)&p, bytes));
+    NCCL(ncclCommWindowRegister(gpu->gradients, p, bytes, &gpu->window, NCCL_WIN_COLL_SYMMETRIC));
+    CUDA(cudaMemsetAsync(p, 0, bytes, gpu->stream));
+    gpu->allocated += bytes;
+    return p;
+}
+static void exchange_free(Gpu* gpu, float* p) {
+    if (ranks.count == 1 || !p) { cudaFree(p); return; }
+    NCCL(ncclCommWindowDeregister(gpu->gradients, gpu->window));
+    NCCL(ncclMemFree(p));
 }
 
 // all = the `bytes` bytes of each rank of the group, in their order, for who calls slices_wait first.
@@ -2516,6 +2534,7 @@ template <typename X> struct ModelOf {
     float* params;                 // in fp32; if sharded, the first unit only
     float *masters, *adam_m, *adam_v; // this rank's shares; masters not sharded are params
     float* grads;
+    float* received;               // if sharded, of a unit: its shares from all ranks
     X* weights;                    // params rounded to X; for X = float not sharded the same memory
     float* rotations;              // (c,Z/H/2,2)
     double* sums;                  // partial sums of the gradient's norm; pinned
@@ -2580,7 +2599,15 @@ template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Con
     size_t share = m->size / m->shards;
     m->params = floats(sharded ? m->places[P_embed].offset : m->size);
     m->masters = sharded ? floats(share) : m->params;
-    if (training) { m->grads = floats(m->size); m->adam_m = floats(share); m->adam_v = floats(share); }
+    if (training) {
+        size_t unit = 0; // the largest
+        for (int u = 0; sharded && u < m->units; u++) {
+            size_t n = model_share(m, u).size * m->shards;
+            unit = n > unit ? n : unit;
+        }
+        m->grads = exchange_alloc(&gpu, m->size + unit); m->received = m->grads + m->size;
+        m->adam_m = floats(share); m->adam_v = floats(share);
+    }
     m->weights = same ? (X*)m->params : (X*)gpu_alloc(&gpu, m->size * sizeof(X));
     size_t bytes = sizeof(float) * c->chunk_size * (c->z_dim / c->num_heads);
     m->rotations = (float*)gpu_alloc(&gpu, bytes);
@@ -2604,7 +2631,8 @@ template <typename X> static void model_free(Gpu& gpu, ModelOf<X>* m) {
     if (m->masters != m->params) { cudaFree(m->masters); }
     for (int u = 0; m->gathered && u < m->units; u++) { cudaEventDestroy(m->gathered[u]); }
     free(m->gathered); cudaFreeHost(m->sums);
-    cudaFree(m->params); cudaFree(m->grads); cudaFree(m->adam_m); cudaFree(m->adam_v); cudaFree(m->rotations);
+    exchange_free(&gpu, m->grads);
+    cudaFree(m->params); cudaFree(m->adam_m); cudaFree(m->adam_v); cudaFree(m->rotations);
 }
 
 template <typename X> __global__ void round_kernel(X* out, const float* inp, size_t n) {
@@ -3032,13 +3060,35 @@ template <typename X> static void model_losses(Gpu& gpu, const ModelOf<X>* m, Pa
     LAUNCHED();
 }
 
-// Adds up the gradients of a unit over all ranks, each in its share, from where gpu.stream is now; it does not wait.
+__global__ void sum_shares_kernel(float4* out, const float4* shares, int count, size_t n) {
+    for (size_t i = blockIdx.x * (size_t)256 + threadIdx.x; i < n; i += (size_t)gridDim.x * 256) {
+        float4 sum = shares[i];
+        for (int r = 1; r < count; r++) {
+            float4 v = shares[r * n + i];
+            sum.x += v.x; sum.y += v.y; sum.z += v.z; sum.w += v.w;
+        }
+        out[i] = sum;
+    }
+}
+// Ends what unit_reduce has begun last: this rank's share of the unit becomes the sum of all ranks' gradients of it.
+template <typename X> static void unit_reduced(Gpu& gpu, const ModelOf<X>* m) {
+    if (!gpu.reducing) { return; }
+    Share s = model_share(m, gpu.reducing - 1);
+    gpu.reducing = 0;
+    stream_after(gpu, gpu.stream, gpu.blocks);
+    sum_shares_kernel<<<NORM_BLOCKS, 256, 0, gpu.stream>>>((float4*)(m->grads + s.at), (const float4*)m->received,
+            m->shards, s.size / 4);
+    LAUNCHED();
+}
+// Begins to add up a unit's gradients over all ranks, in the order of the ranks: beside what follows in gpu.stream, each
+// share goes to its rank. NCCL's own reduce-scatter would take multiprocessors from the matrix products.
 template <typename X> static void unit_reduce(Gpu& gpu, const ModelOf<X>* m, int u) {
     Share s = model_share(m, u);
     if (!s.size) { return; }
+    unit_reduced(gpu, m);
+    gpu.reducing = u + 1;
     stream_after(gpu, gpu.blocks, gpu.stream);
-    NCCL(ncclReduceScatter(m->grads + s.begin, m->grads + s.at, s.size, ncclFloat, ncclSum, gpu.background,
-                           gpu.blocks));
+    NCCL(ncclAlltoAll(m->grads + s.begin, m->received, s.size, ncclFloat, gpu.gradients, gpu.blocks));
 }
 
 // Adds to the gradients, or with gpu.accumulate off assigns them, from dlogits, which model_loss has left in logits.
@@ -3082,7 +3132,7 @@ template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, 
                        drop.embed);
     if (gpu.reduce) {
         for (int u = 0; u < 2; u++) { unit_reduce(gpu, m, u); }
-        stream_after(gpu, gpu.stream, gpu.blocks);
+        unit_reduced(gpu, m);
     }
 }
 
