@@ -630,11 +630,11 @@ enum { STEPS = 4, WARPS = 8, SEGMENT = STEPS * WARPS };
 // Where a thread of the timestep norm's kernels stands. The second pass goes backwards: what was read last is cached.
 struct NormPlace {
     // g0: the block's first group; steps: of this warp, up to STEPS
-    int warp, sub, team, g0, g, segment, steps, F, width;
+    int warp, sub, team, g0, g, segment, steps, D, F, width;
     size_t row, t0, at, line;                         // at: first element; line: index of (row, g, segment)
     float share;                                      // 1/F
     bool active;
-    __device__ NormPlace(int T, int D, int G, int lanes, int VEC, bool back) {
+    __device__ NormPlace(int T, int D, int G, int lanes, int VEC, bool back) : D(D) {
         int lane = threadIdx.x % 32, teams = 32 / lanes, tiles = (G + teams - 1) / teams,
                 count = (T + SEGMENT - 1) / SEGMENT;
         size_t block = back ? gridDim.x - 1 - blockIdx.x : blockIdx.x, b = block / tiles;
@@ -647,6 +647,25 @@ struct NormPlace {
         line = (row * G + g) * count + segment;
     }
 };
+// Its timesteps of a tensor. With LANES they stay in registers.
+template <typename X, int VEC, int LANES> struct NormRows {
+    Piece<X, VEC> piece[STEPS];
+    const X* from;
+    int steps;
+    __device__ void fetch(const NormPlace& p, int i, int f) {
+        piece[i].clear();
+        if (i < steps && f < p.F) { piece[i].load(from + (size_t)i * p.D + f); }
+    }
+    __device__ NormRows(const NormPlace& p, const X* tensor, int steps) : from(tensor + p.at), steps(steps) {
+        EACH(i, STEPS) { if (LANES) { fetch(p, i, p.sub); } }
+    }
+    __device__ void get(float (&v)[VEC], const NormPlace& p, int i, int f) { // features f.. of timestep i
+        if (!LANES) { fetch(p, i, f); }
+        piece[i].get(v);
+    }
+};
+// A thread's features.
+#define FEATURES(f) for (int f = p.sub; f < p.F; f = LANES ? p.F : f + p.width)
 template <int LANES> __device__ inline float team_sum(float v, int lanes) {
     if (!LANES) { for (int o = lanes / 2; o; o /= 2) { v += __shfl_xor_sync(~0u, v, o); } }
 #pragma unroll
@@ -668,34 +687,19 @@ template <typename X, int VEC, int LANES, bool APPLY>
         __global__ void __launch_bounds__(32 * WARPS) timestepnorm_forward_kernel(X* out, float* mean, float* rstd,
         float4* segments, const X* inp, const float* w, const float* b, int T, int D, int G, int lanes, float eps) {
     __shared__ float3 totals[WARPS][32];
-    NormPlace p(T, D, G, lanes, VEC, APPLY); Piece<X, VEC> kept[STEPS];
+    NormPlace p(T, D, G, lanes, VEC, APPLY); NormRows<X, VEC, LANES> x(p, inp, p.steps);
     float m[STEPS], v[STEPS], a[VEC], n = 0, run_mean = 0, run_var = 0;
-    if (LANES) {
-        EACH(i, STEPS) {
-            kept[i].clear();
-            if (i < p.steps && p.sub < p.F) { kept[i].load(inp + p.at + (size_t)i * D + p.sub); }
-        }
-    }
-    auto get = [&](int i, int f) { // features f.. of timestep i
-        if (LANES) { kept[i].get(a); return; }
-        Piece<X, VEC> piece;
-        piece.clear();
-        if (i < p.steps) { piece.load(inp + p.at + (size_t)i * D + f); }
-        piece.get(a);
-    };
     EACH(i, STEPS) { // mean and variance of each timestep alone
         float s = 0;
-        for (int f = p.sub; f < p.F; f += p.width) {
-            get(i, f);
+        FEATURES(f) {
+            x.get(a, p, i, f);
             EACH(e, VEC) { s += a[e]; }
-            if (LANES) { break; }
         }
         m[i] = team_sum<LANES>(s, lanes) * p.share;
         s = 0;
-        for (int f = p.sub; f < p.F; f += p.width) {
-            get(i, f);
+        FEATURES(f) {
+            x.get(a, p, i, f);
             EACH(e, VEC) { s += (a[e] - m[i]) * (a[e] - m[i]); }
-            if (LANES) { break; }
         }
         v[i] = team_sum<LANES>(s, lanes) * p.share;
     }
@@ -729,56 +733,85 @@ template <typename X, int VEC, int LANES, bool APPLY>
         float count = past.x, mu = past.y, var = past.z;
         merge(count, mu, var, i + 1.0f, m[i], v[i]);
         float r = rsqrtf(var + eps);
-        for (int f = p.sub; f < p.F; f += p.width) {
-            get(i, f);
+        FEATURES(f) {
+            x.get(a, p, i, f);
             if (!LANES) { get_weights(f); }
             EACH(e, VEC) { a[e] = (a[e] - mu) * r * scale[e] + shift[e]; }
             store(out + p.at + (size_t)i * D + f, a);
-            if (LANES) { break; }
         }
         if (p.sub == 0) { size_t k = (p.row * T + p.t0 + i) * G + p.g; mean[k] = mu; rstd[k] = r; }
     }
 }
 
-// Statistics of segments become those of everything before each, in double. A warp has one (row, group); its threads
-// take neighbouring runs of segments, scan them by shuffles, and then walk through them. Before them are start and the
-// `slices` slices in all, which before receives; `alone`: only end is wanted.
-__global__ void timestepnorm_scan_kernel(float4* segments, NormState* end, NormState* before, const NormState* start,
-        const NormState* all, int slices, bool alone, int count, size_t lines) {
+// A segment's statistics, or in the backward pass sums, in double: those of `more`, next in the scan, are added.
+__device__ inline void add(NormState& s, const NormState& more) {
+    merge(s.count, s.mean, s.var, more.count, more.mean, more.var);
+}
+__device__ inline void add(NormSums& s, const NormSums& more) {
+    s.U += more.U + 2 * (s.c - more.c) * more.V; s.V += more.V;
+}
+template <typename S> __device__ inline S shuffle_up(S s, int n) {
+    EACH(i, 3) { ((double*)&s)[i] = __shfl_up_sync(~0u, ((double*)&s)[i], n); }
+    return s;
+}
+// Statistics of segments become those of everything before each; sums, those of everything after each. A warp has one
+// (row, group); its threads take neighbouring runs of segments, scan them by shuffles, and then walk through them.
+// Next to them are start and the slices from..to-1 in all, which before receives. end: with all segments; `alone`: that
+// is all that is wanted. dstart (B,G): the gradient of start.
+template <typename S> __global__ void timestepnorm_scan_kernel(float4* segments, S* end, S* before, NormState* dstart,
+        const NormState* start, const S* all, int from, int to, bool alone, int count, size_t lines) {
+    constexpr bool back = std::is_same<S, NormSums>::value;
     size_t line = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
     int lane = threadIdx.x % 32, each = (count + 31) / 32, first = lane * each, last = min(first + each, count);
     if (line >= lines) { return; }
-    double n = 0, mean = 0, var = 0; float4* s = segments + line * count;
-    auto past = [&] {
-        n = mean = var = 0;
-        if (start) { n = start[line].count; mean = start[line].mean; var = start[line].var; }
-        for (int r = 0; r < slices; r++) {
-            NormState slice = all[r * lines + line];
-            merge(n, mean, var, slice.count, slice.mean, slice.var);
-        }
-    };
-    if (lane == 0) { past(); }
-    for (int i = first; i < last; i++) { merge(n, mean, var, (double)s[i].x, (double)s[i].y, (double)s[i].z); }
+    auto segment = [&](int i) { return segments + line * count + (back ? count - 1 - i : i); };
+    auto get = [&](int i) { float4 v = *segment(i); return S{v.x, v.y, v.z}; };
+    S sum = {0, 0, back ? segment(0)->z : 0}, past = sum;
+    if constexpr (!back) { if (start) { past = start[line]; } }
+    for (int r = from; r < to; r++) { add(past, all[r * lines + line]); }
+    if (lane == 0) { sum = past; }
+    for (int i = first; i < last; i++) { add(sum, get(i)); }
     for (int o = 1; o < 32; o *= 2) {
-        double n0 = __shfl_up_sync(~0u, n, o), mean0 = __shfl_up_sync(~0u, mean, o), var0 = __shfl_up_sync(~0u, var, o);
-        if (lane >= o) {
-            merge(n0, mean0, var0, n, mean, var);
-            n = n0; mean = mean0; var = var0;
-        }
+        S other = shuffle_up(sum, o);
+        if (lane >= o) { add(other, sum); sum = other; }
     }
-    double n1 = n, mean1 = mean, var1 = var;
-    n = __shfl_up_sync(~0u, n, 1); mean = __shfl_up_sync(~0u, mean, 1); var = __shfl_up_sync(~0u, var, 1);
+    S now = shuffle_up(sum, 1);
     if (lane == 0) {
-        past();
-        if (before) { before[line].count = n; before[line].mean = mean; before[line].var = var; }
+        now = past;
+        if (before) { before[line] = past; }
     }
     __syncwarp(); // all have read start before end, which may be the same, is written
-    if (lane == 31 && end) { end[line].count = n1; end[line].mean = mean1; end[line].var = var1; }
-    for (int i = first; i < last && !alone; i++) {
-        float4 own = s[i];
-        s[i] = make_float4(n, mean, var, 0);
-        merge(n, mean, var, (double)own.x, (double)own.y, (double)own.z);
+    if (lane == 31 && end) { end[line] = sum; }
+    if constexpr (back) {
+        if (lane == 31 && dstart && start) {
+            double n0 = start[line].count;
+            dstart[line].mean += n0 * (sum.U + 2 * (start[line].mean - sum.c) * sum.V); dstart[line].var += n0 * sum.V;
+        }
     }
+    for (int i = first; i < last && !alone; i++) {
+        S own = get(i);
+        auto [a, b, c] = now;
+        *segment(i) = make_float4(a, b, c, 0);
+        add(now, own);
+    }
+}
+// Where ranks hold slices (sliced), they first tell each other those of their own. meanwhile: what may be launched then
+template <typename S, typename F> static void timestepnorm_scan(Gpu& gpu, float4* segments, S* end, S* before,
+        NormState* dstart, const NormState* start, bool sliced, int count, size_t lines, F meanwhile) {
+    S* all = NULL; int blocks = ceil_div(lines, 4), from = 0, to = 0;
+    if (sliced) {
+        bool back = std::is_same<S, NormSums>::value;
+        all = gpu_scratch<S>(gpu, SLICES, lines * (ranks.chunks + 1));
+        from = back ? ranks.chunk + 1 : 0; to = back ? ranks.chunks : ranks.chunk;
+        S* mine = all + lines * ranks.chunks;
+        timestepnorm_scan_kernel<S><<<blocks, 128, 0, gpu.stream>>>(segments, mine, NULL, NULL, NULL, NULL, 0, 0, true,
+                count, lines);
+        slices_gather(gpu, all, mine, sizeof(S) * lines);
+    }
+    meanwhile();
+    if (sliced) { slices_wait(gpu); }
+    timestepnorm_scan_kernel<S><<<blocks, 128, 0, gpu.stream>>>(segments, end, before, dstart, start, all, from, to,
+            false, count, lines);
 }
 
 // Geometry of the timestep norm's kernels: threads of a group, blocks, segments of time.
@@ -799,21 +832,13 @@ template <typename X> static void timestepnorm_forward(Gpu& gpu, X* out, float* 
         int G, float eps) {
     NormGrid r = norm_grid(B, T, D, G);
     float4* segments = gpu_scratch<float4>(gpu, CARRIES, (size_t)B * G * r.count);
-    auto pass = NORM_KERNEL(timestepnorm_forward_kernel, false), apply = NORM_KERNEL(timestepnorm_forward_kernel, true);
-    pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(out, mean, rstd, segments, inp, w, b, T, D, G, r.lanes, eps);
-    size_t lines = (size_t)B * G, bytes = sizeof(NormState) * lines;
-    NormState* all = NULL;
-    if (before) { // this slice alone; then it is known what comes before it
-        all = gpu_scratch<NormState>(gpu, SLICES, lines * (ranks.chunks + 1));
-        NormState* mine = all + lines * ranks.chunks;
-        timestepnorm_scan_kernel<<<ceil_div(lines, 4), 128, 0, gpu.stream>>>(segments, mine, NULL, NULL, NULL, 0, true,
-                r.count, lines);
-        slices_gather(gpu, all, mine, bytes); slices_wait(gpu);
-    }
-    timestepnorm_scan_kernel<<<ceil_div(lines, 4), 128, 0, gpu.stream>>>(segments, end, before, start, all,
-            before ? ranks.chunk : 0, false, r.count, lines);
-    apply<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(out, mean, rstd, segments, inp, w, b, T, D, G, r.lanes, eps);
-    LAUNCHED();
+    auto pass = [&](auto kernel) {
+        kernel<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(out, mean, rstd, segments, inp, w, b, T, D, G, r.lanes, eps);
+        LAUNCHED();
+    };
+    pass(NORM_KERNEL(timestepnorm_forward_kernel, false));
+    timestepnorm_scan<NormState>(gpu, segments, end, before, NULL, start, before, r.count, (size_t)B * G, [] {});
+    pass(NORM_KERNEL(timestepnorm_forward_kernel, true));
 }
 
 // The output again, from the saved statistics.
@@ -840,8 +865,8 @@ template <typename X> static void timestepnorm_again(Gpu& gpu, X* out, const flo
     LAUNCH(timestepnorm_again_kernel, wide(D / G), r.grid, r.block, out, mean, rstd, inp, w, b, rows, D, G);
 }
 
-// With u and v the terms of the CPU's sums U and V, which run from the end: a first pass over dout and inp leaves their
-// sums by segment and the partial sums of dw and db; these are scanned; a second pass adds up inside the segments and
+// With u and v the terms of the CPU's sums U and V, which run from the end: a first pass over dout and inp leaves (U,
+// V, c) of segments and the partial sums of dw and db; these are scanned; a second pass adds up inside the segments and
 // writes dinp = dout (w+1) rstd + (U + 2 (inp - c) V)/F + add1 + add2. add1 and add2 may be NULL, and add1 may be dinp.
 template <typename X, int VEC, int LANES, bool APPLY>
         __global__ void __launch_bounds__(32 * WARPS) timestepnorm_backward_kernel(X* dinp, float* partials,
@@ -850,35 +875,23 @@ template <typename X, int VEC, int LANES, bool APPLY>
     __shared__ float2 totals[WARPS][32];
     alignas(16) __shared__ float lines[2][APPLY ? 1 : WARPS][32 * VEC];
     NormPlace p(T, D, G, lanes, VEC, APPLY);
-    Piece<X, VEC> kept_x[STEPS], kept_dy[STEPS];
+    NormRows<X, VEC, LANES> inp_rows(p, inp, p.steps), dout_rows(p, dout, p.steps);
     float x[VEC], dy[VEC], mu[STEPS], r[STEPS], u[STEPS], v[STEPS];
     float n0 = start ? start[p.row * G + p.g].count : 0, c = mean[(p.row * T + T - 1) * G + p.g];
     EACH(i, STEPS) {
         size_t k = (p.row * T + p.t0 + i) * G + p.g;
         mu[i] = i < p.steps ? mean[k] : 0; r[i] = i < p.steps ? rstd[k] : 0;
-        if (!LANES) { continue; }
-        kept_x[i].clear(); kept_dy[i].clear();
-        if (i < p.steps && p.sub < p.F) {
-            kept_x[i].load(inp + p.at + (size_t)i * D + p.sub); kept_dy[i].load(dout + p.at + (size_t)i * D + p.sub);
-        }
     }
-    auto get = [&](int i, int f) {
-        if (LANES) { kept_x[i].get(x); kept_dy[i].get(dy); return; }
-        Piece<X, VEC> px, pdy;
-        px.clear(); pdy.clear();
-        if (i < p.steps) { px.load(inp + p.at + (size_t)i * D + f); pdy.load(dout + p.at + (size_t)i * D + f); }
-        px.get(x); pdy.get(dy);
-    };
+    auto get = [&](int i, int f) { inp_rows.get(x, p, i, f); dout_rows.get(dy, p, i, f); };
     float scale[VEC];
     auto get_weights = [&](int f) { EACH(e, VEC) { scale[e] = w[p.g * p.F + f + e] + 1; } };
     if (LANES && p.sub < p.F) { get_weights(p.sub); }
     EACH(i, STEPS) {
         float A = 0, E = 0;
-        for (int f = p.sub; f < p.F; f += p.width) {
+        FEATURES(f) {
             get(i, f);
             if (!LANES) { get_weights(f); }
             EACH(e, VEC) { float d = dy[e] * scale[e]; A += d * (x[e] - mu[i]); E += d; }
-            if (LANES) { break; }
         }
         float share = quotient(1.0f, n0 + (float)(p.t0 + i + 1)), da = -r[i] * team_sum<LANES>(E, lanes);
         float dv = -0.5f * r[i] * r[i] * r[i] * team_sum<LANES>(A, lanes);
@@ -888,7 +901,7 @@ template <typename X, int VEC, int LANES, bool APPLY>
     for (int i = STEPS - 2; i >= 0; i--) { u[i] += u[i + 1]; v[i] += v[i + 1]; }
     if (p.sub == 0) { totals[p.warp][p.team] = make_float2(u[0], v[0]); }
     __syncthreads();
-    float4 later = make_float4(0, 0, 0, 0);
+    float4 later = make_float4(0, 0, c, 0);
     if (APPLY) { later = segments[p.line]; }
     for (int k = WARPS - 1; k > (APPLY ? p.warp : -1); k--) {
         later.x += totals[k][p.team].x; later.y += totals[k][p.team].y;
@@ -918,97 +931,41 @@ template <typename X, int VEC, int LANES, bool APPLY>
         }
         return;
     }
-    Piece<X, VEC> added[STEPS][2]; // read before anything is written
+    // read before anything is written
+    NormRows<X, VEC, LANES> added[2] = {{p, add1, add1 ? p.steps : 0}, {p, add2, add2 ? p.steps : 0}};
     float a[VEC];
-    auto get_added = [&](int i, int f) {
-        EACH(k, 2) {
-            const X* add = k ? add2 : add1;
-            added[i][k].clear();
-            if (add && i < p.steps) { added[i][k].load(add + p.at + (size_t)i * D + f); }
-        }
-    };
-    EACH(i, STEPS) { if (LANES && p.sub < p.F) { get_added(i, p.sub); } }
     EACH(i, STEPS) {
         if (i >= p.steps) { break; }
         float U = (u[i] + later.x) * p.share, V = 2 * (v[i] + later.y) * p.share;
-        for (int f = p.sub; f < p.F; f += p.width) {
-            if (!LANES) { get_added(i, f); get_weights(f); }
+        FEATURES(f) {
             get(i, f);
+            if (!LANES) { get_weights(f); }
             EACH(e, VEC) { dy[e] = dy[e] * scale[e] * r[i] + U + (x[e] - c) * V; }
             EACH(k, 2) {
-                added[i][k].get(a);
+                added[k].get(a, p, i, f);
                 EACH(e, VEC) { dy[e] += a[e]; }
             }
             store(dinp + p.at + (size_t)i * D + f, dy);
-            if (LANES) { break; }
         }
     }
 }
 
-// Sums of segments become those of all later ones; dstart (B,G) receives the gradient of the carried-in statistics.
-// Later are also the slices from `first` on in all; with alone (B,G), it receives the sums of this slice alone.
-__global__ void timestepnorm_scan_back_kernel(float4* segments, NormSums* alone, const NormSums* all, int first_slice,
-        int slices, NormState* dstart, const NormState* start, const float* mean, int count, int T, int G,
-        size_t lines) {
-    size_t line = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
-    int lane = threadIdx.x % 32, each = (count + 31) / 32, last = count - lane * each, first = max(last - each, 0);
-    if (line >= lines) { return; }
-    double U = 0, V = 0, U_later = 0, V_later = 0, c = mean[((line / G) * T + T - 1) * G + line % G];
-    float4* s = segments + line * count;
-    for (int r = first_slice; r < slices; r++) {
-        NormSums sums = all[r * lines + line];
-        U_later += sums.U + 2 * (c - sums.c) * sums.V; V_later += sums.V;
-    }
-    if (lane == 0) { U = U_later; V = V_later; } // it has the latest segments
-    for (int i = last - 1; i >= first; i--) { U += s[i].x; V += s[i].y; }
-    for (int o = 1; o < 32; o *= 2) {
-        double U0 = __shfl_up_sync(~0u, U, o), V0 = __shfl_up_sync(~0u, V, o);
-        if (lane >= o) { U += U0; V += V0; }
-    }
-    if (alone) {
-        if (lane == 31) { alone[line].U = U; alone[line].V = V; alone[line].c = c; }
-        return;
-    }
-    if (lane == 31 && dstart && start) {
-        double n0 = start[line].count;
-        dstart[line].mean += n0 * (U + 2 * (start[line].mean - c) * V); dstart[line].var += n0 * V;
-    }
-    double U1 = __shfl_up_sync(~0u, U, 1), V1 = __shfl_up_sync(~0u, V, 1);
-    U = lane ? U1 : U_later; V = lane ? V1 : V_later;
-    for (int i = last - 1; i >= first; i--) {
-        float4 own = s[i];
-        s[i] = make_float4(U, V, 0, 0);
-        U += own.x; V += own.y;
-    }
-}
-
-// meanwhile: what may be launched while ranks tell each other the sums of their slices
+// meanwhile: see timestepnorm_scan
 template <typename X, typename F = void (*)()> static void timestepnorm_backward(Gpu& gpu, X* dinp, float* dw,
         float* db, NormState* dstart, const X* add1, const X* add2, const X* dout, const float* mean, const float* rstd,
         const NormState* start, const X* inp, const float* w, int B, int T, int D, int G, F meanwhile = [] {}) {
     NormGrid r = norm_grid(B, T, D, G);
     float4* segments = gpu_scratch<float4>(gpu, CARRIES, (size_t)B * G * r.count);
     float* partials = gpu_scratch<float>(gpu, PARTIALS, (size_t)B * r.count * 2 * D);
-    auto pass = NORM_KERNEL(timestepnorm_backward_kernel, false);
-    auto apply = NORM_KERNEL(timestepnorm_backward_kernel, true);
-    pass<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start, inp,
-                                                  w, T, D, G, r.lanes);
-    size_t lines = (size_t)B * G, bytes = sizeof(NormSums) * lines;
-    NormSums* all = NULL;
-    if (ranks.chunks > 1) {
-        all = gpu_scratch<NormSums>(gpu, SLICES, lines * (ranks.chunks + 1));
-        NormSums* mine = all + lines * ranks.chunks;
-        timestepnorm_scan_back_kernel<<<ceil_div(lines, 4), 128, 0, gpu.stream>>>(segments, mine, NULL, 0, 0, NULL,
-                NULL, mean, r.count, T, G, lines);
-        slices_gather(gpu, all, mine, bytes);
-    }
-    meanwhile();
-    if (all) { slices_wait(gpu); }
-    timestepnorm_scan_back_kernel<<<ceil_div(lines, 4), 128, 0, gpu.stream>>>(segments, NULL, all, ranks.chunk + 1,
-            ranks.chunks, dstart, start, mean, r.count, T, G, lines);
-    apply<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start, inp,
-                                                   w, T, D, G, r.lanes);
-    LAUNCHED();
+    auto pass = [&](auto kernel) {
+        kernel<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start,
+                inp, w, T, D, G, r.lanes);
+        LAUNCHED();
+    };
+    pass(NORM_KERNEL(timestepnorm_backward_kernel, false));
+    timestepnorm_scan<NormSums>(gpu, segments, NULL, NULL, dstart, start, ranks.chunks > 1, r.count, (size_t)B * G,
+                                meanwhile);
+    pass(NORM_KERNEL(timestepnorm_backward_kernel, true));
     reduce_columns(gpu, B * r.count, {{dw, db}, 2, D});
 }
 
