@@ -262,51 +262,38 @@ __host__ __device__ inline float to_float(bf16 x) { return __bfloat162float(x); 
 template <typename X> __device__ inline X from_float(float x);
 template <> __device__ inline float from_float<float>(float x) { return x; }
 template <> __device__ inline bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
-
-// 8 elements as they are in memory.
-template <typename X> struct Eight;
-template <> struct Eight<float> {
-    float4 a, b;
-    __device__ void load(const float* p) { a = ((const float4*)p)[0]; b = ((const float4*)p)[1]; }
-    __device__ void get(float* v) const {
-        v[0] = a.x; v[1] = a.y; v[2] = a.z; v[3] = a.w; v[4] = b.x; v[5] = b.y; v[6] = b.z; v[7] = b.w;
-    }
-};
-template <> struct Eight<bf16> {
-    uint4 a;
-    __device__ void load(const bf16* p) { a = *(const uint4*)p; }
-    __device__ void get(float* v) const {
-        const uint32_t w[4] = {a.x, a.y, a.z, a.w};
-        EACH(i, 4) { // bf16 is the upper half of a float
-            v[2 * i] = __uint_as_float(w[i] << 16);
-            v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
-        }
-    }
-};
-__device__ inline void store8(float* p, const float* v) {
-    ((float4*)p)[0] = make_float4(v[0], v[1], v[2], v[3]);
-    ((float4*)p)[1] = make_float4(v[4], v[5], v[6], v[7]);
-}
-__device__ inline void store8(bf16* p, const float* v) {
-    uint4 a; uint32_t* w = (uint32_t*)&a;
-    EACH(i, 4) { __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]); w[i] = *(uint32_t*)&pair; }
-    *(uint4*)p = a;
+__device__ inline uint32_t pack(float a, float b) {
+    __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+    return *(uint32_t*)&v;
 }
 
-// The same of E = 8 elements or of one.
-template <typename X, int E> struct Piece : Eight<X> { __device__ void clear() { *(Eight<X>*)this = Eight<X>(); } };
-template <typename X> struct Piece<X, 1> {
-    X x;
-    __device__ void clear() { x = from_float<X>(0); }
-    __device__ void load(const X* p) { x = *p; }
-    __device__ void get(float* v) const { v[0] = to_float(x); }
+// E neighbours, 8 or one, as they are in memory.
+template <typename X, int E> struct Piece {
+    enum { PARTS = E == 8 ? sizeof(X) / 2 : 1 };
+    typedef std::conditional_t<E == 8, uint4, X> Part;
+    Part part[PARTS];
+    __device__ void clear() { EACH(i, PARTS) { part[i] = Part(); } }
+    __device__ void load(const X* p) { EACH(i, PARTS) { part[i] = ((const Part*)p)[i]; } }
+    __device__ void get(float* v) const {
+        const uint32_t* w = (const uint32_t*)part; // bf16 is the upper half of a float
+        if constexpr (sizeof(X) == 4) { memcpy(v, part, sizeof(part)); }
+        else if constexpr (E == 1) { v[0] = to_float(part[0]); }
+        else { EACH(e, E) { v[e] = __uint_as_float(e & 1 ? w[e / 2] & 0xffff0000u : w[e / 2] << 16); } }
+    }
+    __device__ void set(const float* v) {
+        if constexpr (sizeof(X) == 4) { memcpy(part, v, sizeof(part)); }
+        else if constexpr (E == 1) { part[0] = from_float<X>(v[0]); }
+        else { EACH(i, 4) { ((uint32_t*)part)[i] = pack(v[2 * i], v[2 * i + 1]); } }
+    }
 };
 template <int E, typename X> __device__ inline void load(float (&v)[E], const X* p) {
     Piece<X, E> piece;
     piece.load(p); piece.get(v);
 }
 template <int E, typename X> __device__ inline void store(X* p, const float (&v)[E]) {
-    if (E == 8) { store8(p, v); } else { *p = from_float<X>(v[0]); }
+    Piece<X, E> piece;
+    piece.set(v);
+    EACH(i, piece.PARTS) { ((typename Piece<X, E>::Part*)p)[i] = piece.part[i]; }
 }
 
 // Over the threads of a warp.
@@ -329,10 +316,10 @@ template <bool WIDE> __device__ inline int column(int e) {
     return WIDE ? 8 * threadIdx.x + e : 2 * ((e / 2) * blockDim.x + threadIdx.x) + (e & 1);
 }
 // A thread's part of a row as it is in memory; zeros past the last column. Kernels load the next row ahead.
-template <typename X, bool WIDE> struct RowPiece : Eight<X> {
+template <typename X, bool WIDE> struct RowPiece : Piece<X, 8> {
     __device__ void load(const X* row, int columns) {
-        *(Eight<X>*)this = Eight<X>();
-        if (8 * threadIdx.x < columns) { Eight<X>::load(row + 8 * threadIdx.x); }
+        this->clear();
+        if (8 * threadIdx.x < columns) { Piece<X, 8>::load(row + 8 * threadIdx.x); }
     }
 };
 template <typename X> struct RowPiece<X, false> {
@@ -348,7 +335,7 @@ template <bool WIDE, typename X> __device__ inline void load_row(float (&v)[8], 
 }
 template <bool WIDE, typename X> __device__ inline void store_row(X* row, const float (&v)[8], int columns) {
     if (WIDE) {
-        if (8 * threadIdx.x < columns) { store8(row + 8 * threadIdx.x, v); }
+        if (8 * threadIdx.x < columns) { store(row + 8 * threadIdx.x, v); }
     } else {
         EACH(e, 8) { if (column<WIDE>(e) < columns) { row[column<WIDE>(e)] = from_float<X>(v[e]); } }
     }
@@ -1105,10 +1092,6 @@ template <typename X, int M> __global__ void cema_backward_kernel(X* dinp, float
 // Of a product, lane 4g+i has rows g and g+8, and columns 8n+2i and 8n+2i+1 of each tile n. Row g is block 2g, row g+8
 // block 2g+1; columns are timesteps, or real and imaginary part of mode 4n+i. So a thread has of one product just what
 // it needs of the next one's left factor.
-__device__ inline uint32_t pack(float a, float b) {
-    __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
-    return *(uint32_t*)&v;
-}
 __device__ inline void split(uint32_t& high, uint32_t& low, float a, float b) {
     high = pack(a, b);
     low = pack(a - __uint_as_float(high << 16), b - __uint_as_float(high & 0xffff0000u));
@@ -1151,7 +1134,7 @@ template <typename E> struct CemaUnit {
     __device__ void write(bf16* to, int t) const {
         float row[CHANNELS];
         EACH(c, CHANNELS) { row[c] = x[c][place(t)]; }
-        store8(to, row);
+        store(to, row);
     }
     __device__ void load(uint32_t (&a)[4]) { EACH(j, 4) { a[j] = *(uint32_t*)at(j); } }
     __device__ void load_transposed(uint32_t (&a)[4]) { // rows are timesteps, columns blocks
@@ -1942,10 +1925,9 @@ template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(25
     auto fetch = [&](Piece<X, E>& piece, int j) { // dropped scores become -infinity
         piece.load(s + j);
         if (!DROP) { return; }
-        X* to = (X*)&piece;
         piece.get(x);
         drop<DROP>(x, dropout_kept<E>(d, bits, j), d);
-        if (WIDE) { store8(to, x); } else { *to = from_float<X>(x[0]); }
+        piece.set(x);
     };
     for (int j0 = lane * E, m = 0; j0 < n; j0 += 32 * E * KEPT, m++) { // running maximum and sum, piece by piece
         EACH(k, KEPT) {
@@ -1982,7 +1964,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(25
                 kept[k].get(x);
             }
             EACH(e, E) { x[e] = j + e < n ? exp_of<X>(x[e] - all) * share : 0; }
-            if (WIDE) { store8(s + j, x); } else { s[j] = from_float<X>(x[0]); }
+            store(s + j, x);
         }
     }
     if (lane == 0) { lse[blockIdx.y * stride + i] = all + logf(sum); }
