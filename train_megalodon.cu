@@ -1437,31 +1437,36 @@ template <typename X> static void cema_backward(Gpu& gpu, X* dinp, const CemaPar
 }
 
 // Where ranks hold slices of T timesteps: first what a slice alone makes of zero, for the others to know. A thread runs
-// SLICE_MODES oscillators of a feature over a segment of time; these are put together to h at the slice's end or, back
-// in time, to a at its first timestep.
+// SLICE_MODES oscillators of a feature over a segment of time, the last segment being the first here. sums (segments,B,
+// D,N): h at a segment's end. Or back in time, from the first segment on, a at its first timestep.
 enum { SLICE_MODES = 8 };
 template <typename X> __global__ void cema_slice_kernel(float2* sums, const X* inp, const CemaCoef* coef, bool back,
-        int length, int T, int D, int K) {
-    int d = blockIdx.x * 32 + threadIdx.x, k0 = threadIdx.y * SLICE_MODES, t0 = blockIdx.z * length;
-    int n = min(length, T - t0); float2 q[SLICE_MODES], s[SLICE_MODES] = {};
+        int length, int T, int D, int N, int K) {
+    int d = blockIdx.x * 32 + threadIdx.x, k0 = threadIdx.y * SLICE_MODES, near = blockIdx.z * length;
+    int n = min(length, T - near); float2 q[SLICE_MODES], s[SLICE_MODES] = {};
     if (d >= D) { return; }
     float longest = 0;
     EACH(k, SLICE_MODES) {
         q[k] = coef[(size_t)d * K + k0 + k].q;
         longest = fmaxf(longest, q[k].x * q[k].x + q[k].y * q[k].y);
+        q[k].y = back ? -q[k].y : q[k].y;
     }
     // What fades to 2^-80 of itself before the slice ends is left out: most modes forget in some hundred timesteps.
-    if (log2f(longest) * (back ? t0 : T - t0 - n) < -160) { n = 0; }
-    const X* x = inp + ((size_t)blockIdx.y * T + t0) * D + d;
-    for (int i0 = 0; i0 < n; i0 += AHEAD) {
+    if (log2f(longest) * near < -160) { n = 0; }
+    const X* x = inp + (size_t)blockIdx.y * T * D + d;
+    for (int far = near + n - 1; far >= near; far -= AHEAD) {
         float v[AHEAD];
-        EACH(i, AHEAD) { v[i] = i0 + i < n ? to_float(x[(size_t)(back ? n - 1 - i0 - i : i0 + i) * D]) : 0; }
+        EACH(i, AHEAD) { v[i] = far - i >= near ? to_float(x[(size_t)(back ? far - i : T - 1 - far + i) * D]) : 0; }
         EACH(i, AHEAD) {
-            if (i0 + i >= n) { break; }
+            if (far - i < near) { break; }
             EACH(k, SLICE_MODES) { s[k] = mul_add(q[k], s[k], float2{v[i], 0}); }
         }
     }
-    EACH(k, SLICE_MODES) { sums[(((size_t)blockIdx.z * gridDim.y + blockIdx.y) * K + k0 + k) * D + d] = s[k]; }
+    EACH(k, SLICE_MODES) {
+        float p = back ? 1 : coef[(size_t)d * K + k0 + k].p;
+        size_t at = (((size_t)blockIdx.z * gridDim.y + blockIdx.y) * D + d) * N + k0 + k;
+        if (k0 + k < N) { sums[at] = {p * s[k].x, p * s[k].y}; }
+    }
 }
 // From the rounded q by squaring in double: through logarithms it would lose its phase.
 __device__ inline double2 complex_power(double2 q, int n) {
@@ -1472,34 +1477,21 @@ __device__ inline double2 complex_power(double2 q, int n) {
     }
     return power;
 }
-__global__ void cema_slice_end_kernel(float2* end, const float2* sums, const CemaCoef* coef, bool back, int count,
-        int length, int T, int B, int D, int N, int K) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, step = (size_t)B * K * D;
-    int d = i % D, k = i / D % K, b = i / D / K;
-    if (i >= step || k >= N) { return; }
-    CemaCoef m = coef[(size_t)d * K + k]; double2 q = {m.q.x, m.q.y}, s = {0, 0};
-    double2 power = complex_power(q, length), last_power = complex_power(q, T - (count - 1) * length);
-#pragma unroll 8
-    for (int j = 0; j < count; j++) {
-        int segment = back ? count - 1 - j : j;
-        float2 sum = sums[segment * step + i];
-        s = mul_add(segment == count - 1 ? last_power : power, s, double2{sum.x, sum.y});
-    }
-    double p = back ? 1 : m.p;
-    end[((size_t)b * D + d) * N + k] = make_float2(p * s.x, back ? -s.y : p * s.y);
-}
-// Then, from those of all slices, what enters this one; see the CPU's cema_carry.
-__global__ void cema_slice_carry_kernel(float2* state, const float2* start, const float2* all, const CemaCoef* coef,
-        bool back, int chunk, int chunks, int T, size_t size, int D, int N, int K) {
+// What `count` parts of `length` timesteps make of state (B,D,N), NULL for zero (then the first may be shorter), if of
+// zero they make what lies at sums, sums + step, ... So segments become a slice, and the slices before this one (after
+// it) what enters this one; see the CPU's cema_carry.
+__global__ void cema_slice_join_kernel(float2* out, const float2* state, const float2* sums, const CemaCoef* coef,
+        bool back, int count, int64_t step, int length, size_t size, int D, int N, int K) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= size) { return; }
-    float2 q = coef[i / N % D * K + i % N].q, s0 = start ? start[i] : float2{0, 0};
-    double2 power = complex_power({q.x, back ? -q.y : q.y}, T), s = {s0.x, s0.y};
-    for (int r = back ? chunks - 1 : 0; r != chunk; r += back ? -1 : 1) {
-        float2 e = all[r * size + i];
-        s = mul_add(power, s, double2{e.x, e.y});
+    float2 q = coef[i / N % D * K + i % N].q, s0 = state ? state[i] : float2{0, 0};
+    double2 power = complex_power({q.x, back ? -q.y : q.y}, length), s = {s0.x, s0.y};
+#pragma unroll 8
+    for (int n = 0; n < count; n++) {
+        float2 sum = sums[n * step + i];
+        s = mul_add(power, s, double2{sum.x, sum.y});
     }
-    state[i] = make_float2(s.x, s.y);
+    out[i] = make_float2(s.x, s.y);
 }
 // Begins the exchange, all in its stream, beside the products that follow in gpu.stream; cema_slice_carry ends it.
 template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, const CemaParams& w, int B, int T,
@@ -1511,13 +1503,13 @@ template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, 
     int tiles = ceil_div(D, 32), warps = tiles * (r.K / SLICE_MODES) * B;
     int count = ceil_div(32 * gpu.card.multiProcessorCount, warps), length = ceil_div(T, count);
     length = length < 64 ? 64 : length; count = ceil_div(T, length);
-    size_t states = (size_t)B * r.K * D, size = (size_t)B * D * N;
-    float2* sums = gpu_scratch<float2>(gpu, SLICE_SUMS, states * count);
+    size_t size = (size_t)B * D * N;
+    float2* sums = gpu_scratch<float2>(gpu, SLICE_SUMS, size * count);
     float2* all = gpu_scratch<float2>(gpu, SLICES, size * (ranks.chunks + 2));
     cema_slice_kernel<X><<<dim3(tiles, B, count), dim3(32, r.K / SLICE_MODES), 0, gpu.stream>>>(sums, inp, r.coef, back,
-            length, T, D, r.K);
-    cema_slice_end_kernel<<<ceil_div(states, 128), 128, 0, gpu.stream>>>(all + size * ranks.chunks, sums, r.coef, back,
-            count, length, T, B, D, N, r.K);
+            length, T, D, N, r.K);
+    cema_slice_join_kernel<<<ceil_div(size, 128), 128, 0, gpu.stream>>>(all + size * ranks.chunks, NULL,
+            sums + (count - 1) * size, r.coef, back, count, -(int64_t)size, length, size, D, N, r.K);
     LAUNCHED();
     slices_gather(gpu, all, all + size * ranks.chunks, sizeof(float2) * size);
     gpu.stream = stream;
@@ -1527,8 +1519,10 @@ static float* cema_slice_carry(Gpu& gpu, float* state, const float* start, bool 
     size_t size = (size_t)B * D * N; float2* all = (float2*)gpu.scratch[SLICES];
     if (!state) { state = (float*)(all + size * (ranks.chunks + 1)); }
     slices_wait(gpu);
-    cema_slice_carry_kernel<<<ceil_div(size, 128), 128, 0, gpu.stream>>>((float2*)state, (const float2*)start, all,
-            (const CemaCoef*)gpu.scratch[COEFFICIENTS], back, ranks.chunk, ranks.chunks, T, size, D, N, cema_width(N));
+    int first = back ? ranks.chunks - 1 : 0, count = back ? first - ranks.chunk : ranks.chunk;
+    cema_slice_join_kernel<<<ceil_div(size, 128), 128, 0, gpu.stream>>>((float2*)state, (const float2*)start,
+            all + first * size, (const CemaCoef*)gpu.scratch[COEFFICIENTS], back, count,
+            (back ? -1 : 1) * (int64_t)size, T, size, D, N, cema_width(N));
     LAUNCHED();
     return state;
 }
