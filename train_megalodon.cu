@@ -80,7 +80,7 @@ struct GemmShape { // all that the choice of an algorithm depends on
     int ta, tb, type, type_out, batch, bias, align_a, align_b, align_c, align_d;
     bool operator<(const GemmShape& other) const { return memcmp(this, &other, sizeof(*this)) < 0; }
 };
-struct GemmPlan { cublasLtMatmulDesc_t desc; cublasLtMatrixLayout_t layouts[4]; cublasLtMatmulAlgo_t algo; };
+struct GemmPlan { cublasLtMatmulDescOpaque_t desc; cublasLtMatrixLayoutOpaque_t l[4]; cublasLtMatmulAlgo_t algo; };
 typedef std::map<GemmShape, GemmPlan> GemmPlans;
 enum { NUM_PLANS = 4096, WORKSPACE = 64 << 20 };
 // Scratch memory: partial sums by block, which reduce_columns adds up; what segments of time hand on; coefficients of
@@ -145,16 +145,8 @@ static void* gpu_alloc(Gpu* gpu, size_t bytes) {
 
 static void gpu_sync(Gpu* gpu) { CUDA(cudaStreamSynchronize(gpu->stream)); }
 
-static void plans_clear(Gpu& gpu) {
-    for (auto& [shape, plan] : *gpu.plans) {
-        cublasLtMatmulDescDestroy(plan.desc);
-        for (cublasLtMatrixLayout_t l : plan.layouts) { cublasLtMatrixLayoutDestroy(l); }
-    }
-    gpu.plans->clear();
-}
-
 static void gpu_close(Gpu* gpu) {
-    plans_clear(*gpu); delete gpu->plans;
+    delete gpu->plans;
     cublasLtDestroy(gpu->lt); cudaStreamDestroy(gpu->stream);
 }
 
@@ -458,16 +450,15 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
     GemmShape s = {M, N, K, lda, ldb, c ? ldc : 0, ldd, stride_a, stride_b, stride_d, ta, tb, type, type_out, batch,
                    bias != NULL, alignment(a), alignment(b), alignment(c ? c : d), alignment(d)};
     static_assert(sizeof(s) == 10 * sizeof(int64_t) + 10 * sizeof(int), "without gaps: compared as bytes");
-    if (gpu.plans->size() == NUM_PLANS) { plans_clear(gpu); }
+    if (gpu.plans->size() == NUM_PLANS) { gpu.plans->clear(); }
     auto [at, is_new] = gpu.plans->try_emplace(s);
-    GemmPlan* p = &at->second;
-    cublasLtMatrixLayout_t* l = p->layouts;
-    auto describe = [&](cublasLtMatmulDescAttributes_t name, const auto& value) {
-        CUBLAS(cublasLtMatmulDescSetAttribute(p->desc, name, &value, sizeof(value)));
+    auto& [desc, l, algo] = at->second;
+    auto describe = [desc = &desc](cublasLtMatmulDescAttributes_t name, const auto& value) {
+        CUBLAS(cublasLtMatmulDescSetAttribute(desc, name, &value, sizeof(value)));
     };
     if (is_new) { // cuBLASLt is column-major: a row-major (M,N) is its (N,M), so it computes D^T = B^T A^T
         if (!gpu.workspace) { gpu.workspace = gpu_alloc(&gpu, WORKSPACE); }
-        CUBLAS(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+        CUBLAS(cublasLtMatmulDescInit(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
         describe(CUBLASLT_MATMUL_DESC_TRANSA, tb ? CUBLAS_OP_T : CUBLAS_OP_N);
         describe(CUBLASLT_MATMUL_DESC_TRANSB, ta ? CUBLAS_OP_T : CUBLAS_OP_N);
         if (bias) {
@@ -478,19 +469,17 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
             {type, tb ? K : N, tb ? N : K, ldb, stride_b}, {type, ta ? M : K, ta ? K : M, lda, stride_a},
             {type_out, N, M, c ? ldc : ldd, stride_d}, {type_out, N, M, ldd, stride_d}};
         for (int i = 0; i < 4; i++) {
-            auto lay_out = [&](cublasLtMatrixLayoutAttribute_t name, const auto& value) {
-                CUBLAS(cublasLtMatrixLayoutSetAttribute(l[i], name, &value, sizeof(value)));
-            };
-            CUBLAS(cublasLtMatrixLayoutCreate(&l[i], of[i].type, of[i].rows, of[i].columns, of[i].pitch));
+            CUBLAS(cublasLtMatrixLayoutInit(&l[i], of[i].type, of[i].rows, of[i].columns, of[i].pitch));
             if (batch == 1) { continue; }
-            lay_out(CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, batch);
-            lay_out(CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, of[i].stride);
+            CUBLAS(cublasLtMatrixLayoutSetAttribute(&l[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof(batch)));
+            CUBLAS(cublasLtMatrixLayoutSetAttribute(&l[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &of[i].stride,
+                                                    sizeof(of[i].stride)));
         }
-        cublasLtMatmulPreference_t wish; cublasLtMatmulHeuristicResult_t found;
+        cublasLtMatmulPreferenceOpaque_t wish; cublasLtMatmulHeuristicResult_t found;
         int count = 0;
-        CUBLAS(cublasLtMatmulPreferenceCreate(&wish));
+        CUBLAS(cublasLtMatmulPreferenceInit(&wish));
         auto prefer = [&](cublasLtMatmulPreferenceAttributes_t name, const auto& value) {
-            CUBLAS(cublasLtMatmulPreferenceSetAttribute(wish, name, &value, sizeof(value)));
+            CUBLAS(cublasLtMatmulPreferenceSetAttribute(&wish, name, &value, sizeof(value)));
         };
         prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (size_t)WORKSPACE);
         prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
@@ -499,14 +488,13 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
         prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, (uint32_t)s.align_a);
         prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (uint32_t)s.align_c);
         prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint32_t)s.align_d);
-        CUBLAS(cublasLtMatmulAlgoGetHeuristic(gpu.lt, p->desc, l[0], l[1], l[2], l[3], wish, 1, &found, &count));
+        CUBLAS(cublasLtMatmulAlgoGetHeuristic(gpu.lt, &desc, &l[0], &l[1], &l[2], &l[3], &wish, 1, &found, &count));
         if (!count) { die("cuBLASLt has no algorithm for a product of %ld x %ld x %ld", (long)M, (long)N, (long)K); }
-        CUBLAS(cublasLtMatmulPreferenceDestroy(wish));
-        p->algo = found.algo;
+        algo = found.algo;
     }
     float alpha = 1, beta = c ? 1 : 0;
     if (bias) { describe(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias); }
-    CUBLAS(cublasLtMatmul(gpu.lt, p->desc, &alpha, b, l[0], a, l[1], &beta, c ? c : d, l[2], d, l[3], &p->algo,
+    CUBLAS(cublasLtMatmul(gpu.lt, &desc, &alpha, b, &l[0], a, &l[1], &beta, c ? c : d, &l[2], d, &l[3], &algo,
                           gpu.workspace, WORKSPACE, gpu.stream));
 }
 

@@ -374,7 +374,7 @@ template <typename... P, typename... A> static cudaError_t cudaLaunchKernelEx(co
 // ---------------------------------------------------------------------------------------------------------------------
 // Matrix products: column-major, as cuBLASLt's
 
-typedef int cublasStatus_t, cublasLtHandle_t, cublasLtMatmulAlgo_t, cublasLtMatmulPreference_t,
+typedef int cublasStatus_t, cublasLtHandle_t, cublasLtMatmulAlgo_t, cublasLtMatmulPreferenceOpaque_t,
         cublasLtMatmulPreferenceAttributes_t;
 typedef enum { CUDA_R_32F, CUDA_R_16BF } cudaDataType;
 typedef enum { CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB, CUBLASLT_MATMUL_DESC_EPILOGUE,
@@ -388,39 +388,38 @@ enum { CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_COMPUTE_32F, CUBLASLT_EPILOGUE_BIAS, CUB
        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES };
 struct ProductLayout { cudaDataType type; int64_t rows, columns, pitch, stride; int batch; };
 struct ProductDesc { int ta, tb, epilogue; const void* bias; };
-typedef ProductLayout* cublasLtMatrixLayout_t;
-typedef ProductDesc* cublasLtMatmulDesc_t;
+typedef ProductLayout cublasLtMatrixLayoutOpaque_t, *cublasLtMatrixLayout_t;
+typedef ProductDesc cublasLtMatmulDescOpaque_t, *cublasLtMatmulDesc_t;
 struct cublasLtMatmulHeuristicResult_t { cublasLtMatmulAlgo_t algo; };
 
 static const char* cublasLtGetStatusString(cublasStatus_t) { return ""; }
 static size_t cublasLtGetVersion(void) { return 0; }
 static int cublasLtCreate(cublasLtHandle_t*) { return 0; }
 static int cublasLtDestroy(cublasLtHandle_t) { return 0; }
-static int cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* d, int, int) { *d = new ProductDesc(); return 0; }
-static int cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) { delete d; return 0; }
+static int cublasLtMatmulDescInit(cublasLtMatmulDesc_t d, int, int) { *d = ProductDesc(); return 0; }
 static int cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cublasLtMatmulDescAttributes_t a, const void* v,
         size_t n) {
     void* to[] = {&d->ta, &d->tb, &d->epilogue, &d->bias};
     memcpy(to[a], v, n);
     return 0;
 }
-static int cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* l, cudaDataType type, int64_t rows, int64_t columns,
+static int cublasLtMatrixLayoutInit(cublasLtMatrixLayout_t l, cudaDataType type, int64_t rows, int64_t columns,
         int64_t pitch) {
     if (pitch < rows) { fail("a matrix with a pitch below its height"); }
-    *l = new ProductLayout{type, rows, columns, pitch, 0, 1};
+    *l = {type, rows, columns, pitch, 0, 1};
     return 0;
 }
-static int cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t l) { delete l; return 0; }
 static int cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t l, cublasLtMatrixLayoutAttribute_t a, const void* v,
         size_t n) {
     memcpy(a == CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT ? (void*)&l->batch : &l->stride, v, n);
     return 0;
 }
-static int cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t*) { return 0; }
-static int cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t) { return 0; }
-static int cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t, int, const void*, size_t) { return 0; }
+static int cublasLtMatmulPreferenceInit(cublasLtMatmulPreferenceOpaque_t*) { return 0; }
+static int cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreferenceOpaque_t*, int, const void*, size_t) {
+    return 0;
+}
 static int cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t,
-        cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatmulPreference_t, int,
+        cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatmulPreferenceOpaque_t*, int,
         cublasLtMatmulHeuristicResult_t*, int* count) {
     *count = 1;
     return 0;
