@@ -59,19 +59,16 @@ static void check_cublas(cublasStatus_t s, const char* what, int line) {
 #define CUDA(call) check_cuda(call, #call, __LINE__)
 #define CUBLAS(call) check_cublas(call, #call, __LINE__)
 #define LAUNCHED() check_cuda(cudaGetLastError(), __func__, __LINE__)
-// Launches a kernel in its wide form or in the one that takes any size; see the conventions above.
-#define LAUNCH(kernel, is_wide, grid, block, ...) do { \
-        auto chosen = is_wide ? kernel<X, true> : kernel<X, false>; \
+#define LAUNCH(kernel, grid, block, ...) do { \
+        auto chosen = kernel; \
         chosen<<<grid, block, 0, gpu.stream>>>(__VA_ARGS__); \
         LAUNCHED(); \
     } while (0)
-// The same for kernels that exist with dropout and without.
-#define LAUNCH_DROP(kernel, is_wide, site, grid, block, ...) do { \
-        auto chosen = (site).drop ? is_wide ? kernel<X, true, true> : kernel<X, false, true> \
-                                  : is_wide ? kernel<X, true, false> : kernel<X, false, false>; \
-        chosen<<<grid, block, 0, gpu.stream>>>(__VA_ARGS__, site); \
-        LAUNCHED(); \
-    } while (0)
+// In its wide form or in the one that takes any size, see the conventions above; and with dropout or without.
+#define LAUNCH_WIDE(kernel, is_wide, ...) LAUNCH((is_wide ? kernel<X, true> : kernel<X, false>), __VA_ARGS__)
+#define LAUNCH_DROP(kernel, is_wide, site, ...) \
+    LAUNCH(((site).drop ? is_wide ? kernel<X, true, true> : kernel<X, false, true> \
+                        : is_wide ? kernel<X, true, false> : kernel<X, false, false>), __VA_ARGS__, site)
 // A loop over a fixed number of registers.
 #define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
 
@@ -408,9 +405,8 @@ __global__ void reduce_columns_kernel(Sums sums, const float* partials, int part
 // Adds up `parts` rows of the partial sums into gradients.
 static void reduce_columns(Gpu& gpu, int parts, Sums sums) {
     size_t columns = (size_t)sums.count * sums.width;
-    reduce_columns_kernel<<<ceil_div(columns, 32), dim3(32, 32), 0, gpu.stream>>>(sums, (float*)gpu.scratch[PARTIALS],
-            parts, gpu.accumulate);
-    LAUNCHED();
+    LAUNCH(reduce_columns_kernel, ceil_div(columns, 32), dim3(32, 32), sums, (float*)gpu.scratch[PARTIALS], parts,
+           gpu.accumulate);
 }
 // Adds v over the threads y of the block and writes it as row number i (of count) of the block's partial sums; columns
 // of this head start at `first`. All threads of the block take part.
@@ -589,7 +585,7 @@ template <typename X> static const X* dropout(Gpu& gpu, X* out, float* sum, cons
         size_t rows, int D) {
     if (!drop.drop) { return inp; }
     RowGrid r = row_grid(gpu, rows, D, 1, 4, sum ? D : 0);
-    LAUNCH(dropout_kernel, wide(D), r.grid, r.block, out, r.partials, inp, add, rows, D, drop);
+    LAUNCH_WIDE(dropout_kernel, wide(D), r.grid, r.block, out, r.partials, inp, add, rows, D, drop);
     if (sum) { reduce_columns(gpu, r.parts, {{sum}, 1, D}); }
     return out;
 }
@@ -779,14 +775,14 @@ template <typename S, typename F> static void timestepnorm_scan(Gpu& gpu, float4
         all = gpu_scratch<S>(gpu, SLICES, lines * (ranks.chunks + 1));
         from = back ? ranks.chunk + 1 : 0; to = back ? ranks.chunks : ranks.chunk;
         S* mine = all + lines * ranks.chunks;
-        timestepnorm_scan_kernel<S><<<blocks, 128, 0, gpu.stream>>>(segments, mine, NULL, NULL, NULL, NULL, 0, 0, true,
-                count, lines);
+        LAUNCH(timestepnorm_scan_kernel<S>, blocks, 128, segments, mine, NULL, NULL, NULL, NULL, 0, 0, true, count,
+               lines);
         slices_gather(gpu, all, mine, sizeof(S) * lines);
     }
     meanwhile();
     if (sliced) { slices_wait(gpu); }
-    timestepnorm_scan_kernel<S><<<blocks, 128, 0, gpu.stream>>>(segments, end, before, dstart, start, all, from, to,
-            false, count, lines);
+    LAUNCH(timestepnorm_scan_kernel<S>, blocks, 128, segments, end, before, dstart, start, all, from, to, false, count,
+           lines);
 }
 
 // Geometry of the timestep norm's kernels: threads of a group, blocks, segments of time.
@@ -808,8 +804,7 @@ template <typename X> static void timestepnorm_forward(Gpu& gpu, X* out, float* 
     NormGrid r = norm_grid(B, T, D, G);
     float4* segments = gpu_scratch<float4>(gpu, CARRIES, (size_t)B * G * r.count);
     auto pass = [&](auto kernel) {
-        kernel<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(out, mean, rstd, segments, inp, w, b, T, D, G, r.lanes, eps);
-        LAUNCHED();
+        LAUNCH(kernel, r.blocks, 32 * WARPS, out, mean, rstd, segments, inp, w, b, T, D, G, r.lanes, eps);
     };
     pass(NORM_KERNEL(timestepnorm_forward_kernel, false));
     timestepnorm_scan<NormState>(gpu, segments, end, before, NULL, start, before, r.count, (size_t)B * G, [] {});
@@ -837,7 +832,7 @@ template <typename X, bool WIDE> __global__ void timestepnorm_again_kernel(X* ou
 template <typename X> static void timestepnorm_again(Gpu& gpu, X* out, const float* mean, const float* rstd,
         const X* inp, const float* w, const float* b, size_t rows, int D, int G) {
     RowGrid r = row_grid(gpu, rows, D, 1, 8);
-    LAUNCH(timestepnorm_again_kernel, wide(D / G), r.grid, r.block, out, mean, rstd, inp, w, b, rows, D, G);
+    LAUNCH_WIDE(timestepnorm_again_kernel, wide(D / G), r.grid, r.block, out, mean, rstd, inp, w, b, rows, D, G);
 }
 
 // With u and v the terms of the CPU's sums U and V, which run from the end: a first pass over dout and inp leaves (U,
@@ -933,9 +928,8 @@ template <typename X, typename F = void (*)()> static void timestepnorm_backward
     float4* segments = gpu_scratch<float4>(gpu, CARRIES, (size_t)B * G * r.count);
     float* partials = gpu_scratch<float>(gpu, PARTIALS, (size_t)B * r.count * 2 * D);
     auto pass = [&](auto kernel) {
-        kernel<<<r.blocks, 32 * WARPS, 0, gpu.stream>>>(dinp, partials, segments, add1, add2, dout, mean, rstd, start,
-                inp, w, T, D, G, r.lanes);
-        LAUNCHED();
+        LAUNCH(kernel, r.blocks, 32 * WARPS, dinp, partials, segments, add1, add2, dout, mean, rstd, start, inp, w, T,
+               D, G, r.lanes);
     };
     pass(NORM_KERNEL(timestepnorm_backward_kernel, false));
     timestepnorm_scan<NormSums>(gpu, segments, NULL, NULL, dstart, start, ranks.chunks > 1, r.count, (size_t)B * G,
@@ -1383,8 +1377,7 @@ static Cema cema_prepare(Gpu& gpu, bool is_bf16, const CemaParams& w, int B, int
     size_t size = (size_t)D * r.K;
     r.coef = (CemaCoef*)gpu_scratch<char>(gpu, COEFFICIENTS, size * (sizeof(CemaCoef) + POWERS * sizeof(float2)));
     r.powers = r.blocks ? (float2*)(r.coef + size) : NULL; r.grid = dim3(ceil_div(D, CHANNELS), B);
-    cema_coefficients_kernel<<<ceil_div(size, 128), 128, 0, gpu.stream>>>(r.coef, r.powers, w, D, N, r.K);
-    LAUNCHED();
+    LAUNCH(cema_coefficients_kernel, ceil_div(size, 128), 128, r.coef, r.powers, w, D, N, r.K);
     return r;
 }
 
@@ -1395,13 +1388,12 @@ template <typename X> static void cema_forward(Gpu& gpu, X* out, float* end, flo
         const X* inp, const CemaParams& w, int B, int T, int D, int N) {
     Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, w, B, T, D, N);
     if (r.blocks) {
-        cema_forward_blocks_kernel<<<r.grid, 32 * CHANNELS, 0, gpu.stream>>>((bf16*)out, end, (float2*)carries, start,
-                (const bf16*)inp, r.coef, r.powers, w.omega, T, D, N);
+        LAUNCH(cema_forward_blocks_kernel, r.grid, 32 * CHANNELS, (bf16*)out, end, (float2*)carries, start,
+               (const bf16*)inp, r.coef, r.powers, w.omega, T, D, N);
     } else {
-        auto kernel = N <= CEMA_LANES ? cema_forward_kernel<X, 1> : cema_forward_kernel<X, MANY>;
-        kernel<<<r.grid, CEMA_LANES * CHANNELS, 0, gpu.stream>>>(out, end, start, inp, r.coef, w.omega, T, D, N);
+        LAUNCH((N <= CEMA_LANES ? cema_forward_kernel<X, 1> : cema_forward_kernel<X, MANY>), r.grid,
+               CEMA_LANES * CHANNELS, out, end, start, inp, r.coef, w.omega, T, D, N);
     }
-    LAUNCHED();
 }
 
 template <typename X> static void cema_backward(Gpu& gpu, X* dinp, const CemaParams& grads, float* dstart,
@@ -1412,16 +1404,14 @@ template <typename X> static void cema_backward(Gpu& gpu, X* dinp, const CemaPar
     float4* sums = (float4*)gpu_scratch<float>(gpu, CARRIES, states * 6 + (size_t)B * D);
     float2* first = (float2*)(sums + states); float* domega = (float*)(first + states);
     if (r.blocks) {
-        cema_backward_blocks_kernel<<<r.grid, 32 * CHANNELS, 0, gpu.stream>>>((bf16*)dinp, sums, first, domega,
-                (const float2*)carries, after, (const bf16*)dout, (const bf16*)inp, r.coef, r.powers, w.omega, T, D, N);
+        LAUNCH(cema_backward_blocks_kernel, r.grid, 32 * CHANNELS, (bf16*)dinp, sums, first, domega,
+               (const float2*)carries, after, (const bf16*)dout, (const bf16*)inp, r.coef, r.powers, w.omega, T, D, N);
     } else {
-        auto kernel = N <= CEMA_LANES ? cema_backward_kernel<X, 1> : cema_backward_kernel<X, MANY>;
-        kernel<<<r.grid, CEMA_LANES * CHANNELS, 0, gpu.stream>>>(dinp, sums, first, domega, dout, start, after, inp,
-                r.coef, w.omega, T, D, N);
+        LAUNCH((N <= CEMA_LANES ? cema_backward_kernel<X, 1> : cema_backward_kernel<X, MANY>), r.grid,
+               CEMA_LANES * CHANNELS, dinp, sums, first, domega, dout, start, after, inp, r.coef, w.omega, T, D, N);
     }
-    cema_gradients_kernel<<<ceil_div(D, 256 / r.K), dim3(r.K, 256 / r.K), 0, gpu.stream>>>(grads, dstart, sums,
-            first, domega, ranks.chunk ? NULL : start, r.coef, w, gpu.accumulate, B, D, N, r.K);
-    LAUNCHED();
+    LAUNCH(cema_gradients_kernel, ceil_div(D, 256 / r.K), dim3(r.K, 256 / r.K), grads, dstart, sums, first, domega,
+           ranks.chunk ? NULL : start, r.coef, w, gpu.accumulate, B, D, N, r.K);
 }
 
 // Where ranks hold slices of T timesteps: first what a slice alone makes of zero, for the others to know. A thread runs
@@ -1494,11 +1484,10 @@ template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, 
     size_t size = (size_t)B * D * N;
     float2* sums = gpu_scratch<float2>(gpu, SLICE_SUMS, size * count);
     float2* all = gpu_scratch<float2>(gpu, SLICES, size * (ranks.chunks + 2));
-    cema_slice_kernel<X><<<dim3(tiles, B, count), dim3(32, r.K / SLICE_MODES), 0, gpu.stream>>>(sums, inp, r.coef, back,
-            length, T, D, N, r.K);
-    cema_slice_join_kernel<<<ceil_div(size, 128), 128, 0, gpu.stream>>>(all + size * ranks.chunks, NULL,
-            sums + (count - 1) * size, r.coef, back, count, -(int64_t)size, length, size, D, N, r.K);
-    LAUNCHED();
+    LAUNCH(cema_slice_kernel<X>, dim3(tiles, B, count), dim3(32, r.K / SLICE_MODES), sums, inp, r.coef, back, length, T,
+           D, N, r.K);
+    LAUNCH(cema_slice_join_kernel, ceil_div(size, 128), 128, all + size * ranks.chunks, NULL, sums + (count - 1) * size,
+           r.coef, back, count, -(int64_t)size, length, size, D, N, r.K);
     slices_gather(gpu, all, all + size * ranks.chunks, sizeof(float2) * size);
     gpu.stream = stream;
 }
@@ -1508,10 +1497,9 @@ static float* cema_slice_carry(Gpu& gpu, float* state, const float* start, bool 
     if (!state) { state = (float*)(all + size * (ranks.chunks + 1)); }
     slices_wait(gpu);
     int first = back ? ranks.chunks - 1 : 0, count = back ? first - ranks.chunk : ranks.chunk;
-    cema_slice_join_kernel<<<ceil_div(size, 128), 128, 0, gpu.stream>>>((float2*)state, (const float2*)start,
-            all + first * size, (const CemaCoef*)gpu.scratch[COEFFICIENTS], back, count,
-            (back ? -1 : 1) * (int64_t)size, T, size, D, N, cema_width(N));
-    LAUNCHED();
+    LAUNCH(cema_slice_join_kernel, ceil_div(size, 128), 128, (float2*)state, (const float2*)start, all + first * size,
+           (const CemaCoef*)gpu.scratch[COEFFICIENTS], back, count, (back ? -1 : 1) * (int64_t)size, T, size, D, N,
+           cema_width(N));
     return state;
 }
 
@@ -1595,8 +1583,8 @@ template <typename X> static void norm_backward(Gpu& gpu, X* dinp, float* dw, fl
         const X* dout, int ld, const float* mean, const float* rstd, const X* inp, const float* w, const float* b,
         size_t rows, int D, Dropout drop = no_dropout) {
     RowGrid r = row_grid(gpu, rows, D, 1, 2, 3 * D);
-    LAUNCH_DROP(norm_backward_kernel, wide(D, ld), drop, r.grid, r.block, dinp, r.partials, again, dout, ld, mean,
-                rstd, inp, w, b, rows, D);
+    LAUNCH_DROP(norm_backward_kernel, wide(D, ld), drop, r.grid, r.block, dinp, r.partials, again, dout, ld, mean, rstd,
+                inp, w, b, rows, D);
     reduce_columns(gpu, r.parts, {{dw, db, dinp_sum}, mean ? 3 : 1, D});
 }
 
@@ -1655,8 +1643,8 @@ template <typename X> static void qk_forward(Gpu& gpu, X* q, X* k, X* znorm, flo
         const float* gamma, const float* beta, const float* rotations, int B, int T, int K, int pos, int at_k, int c,
         int Z, int H, float eps) {
     RowGrid r = row_grid(gpu, (size_t)B * T, Z / H, H, 8);
-    LAUNCH(qk_forward_kernel, wide(Z / H, ldz), r.grid, r.block, q, k, znorm, znorm_rstd, z, ldz, gamma, beta,
-           rotations, B * T, T, K, pos, at_k, c, Z, Z / H, eps);
+    LAUNCH_WIDE(qk_forward_kernel, wide(Z / H, ldz), r.grid, r.block, q, k, znorm, znorm_rstd, z, ldz, gamma, beta,
+                rotations, B * T, T, K, pos, at_k, c, Z, Z / H, eps);
 }
 
 // dz (B,T,Z), rows ldz apart, from dq and dk (B,H,T,Z/H); dz_sum (Z): the gradient of wz's bias. dznorm may be NULL.
@@ -1705,8 +1693,8 @@ template <typename X> static void qk_backward(Gpu& gpu, X* dz, float* dgamma, fl
         const X* dq, const X* dk, const X* z, int ldz, const float* gamma, const float* rotations, int B, int T, int c,
         int Z, int H, float eps) {
     RowGrid r = row_grid(gpu, (size_t)B * T, Z / H, H, 2, 5 * Z);
-    LAUNCH(qk_backward_kernel, wide(Z / H, ldz), r.grid, r.block, dz, r.partials, dznorm, dq, dk, z, ldz, gamma,
-           rotations, B * T, T, c, Z, Z / H, eps);
+    LAUNCH_WIDE(qk_backward_kernel, wide(Z / H, ldz), r.grid, r.block, dz, r.partials, dznorm, dq, dk, z, ldz, gamma,
+                rotations, B * T, T, c, Z, Z / H, eps);
     reduce_columns(gpu, r.parts, {{dgamma, dgamma + Z, dbeta, dbeta + Z, dz_sum}, 5, Z});
 }
 
@@ -1769,7 +1757,7 @@ template <typename X, bool WIDE> __global__ void value_backward_kernel(X* dinp, 
 template <typename X> static void value_backward(Gpu& gpu, X* dinp, float* dinp_sum, const X* dv, const X* inp, int B,
         int T, int V, int H) {
     RowGrid r = row_grid(gpu, (size_t)B * T, V / H, H, 4, V);
-    LAUNCH(value_backward_kernel, wide(V / H), r.grid, r.block, dinp, r.partials, dv, inp, B * T, T, V, V / H);
+    LAUNCH_WIDE(value_backward_kernel, wide(V / H), r.grid, r.block, dinp, r.partials, dv, inp, B * T, T, V, V / H);
     reduce_columns(gpu, r.parts, {{dinp_sum}, 1, V});
 }
 
@@ -1807,8 +1795,8 @@ template <typename X> static void gate_backward(Gpu& gpu, X* dattention, X* dinp
         const X* dgated, int ldg, const X* attention, const X* inp, int ldi, int B, int T, int V, int H,
         Dropout drop = no_dropout) {
     RowGrid r = row_grid(gpu, (size_t)B * T, V / H, H, 4, V);
-    LAUNCH_DROP(gate_backward_kernel, wide(V / H, ldg, ldi), drop, r.grid, r.block, dattention, dinp, r.partials,
-                dot, again, dgated, ldg, attention, inp, ldi, B * T, T, V, V / H);
+    LAUNCH_DROP(gate_backward_kernel, wide(V / H, ldg, ldi), drop, r.grid, r.block, dattention, dinp, r.partials, dot,
+                again, dgated, ldg, attention, inp, ldi, B * T, T, V, V / H);
     reduce_columns(gpu, r.parts, {{dinp_sum}, 1, V});
 }
 
@@ -1882,7 +1870,7 @@ template <typename X, bool WIDE> __global__ void rescale_kernel(X* out, float* p
 template <typename X> static void ffn_rescale(Gpu& gpu, X* out, float* dw, const X* inp, const X* other, const float* w,
         size_t rows, int D) {
     RowGrid r = row_grid(gpu, rows, D, 1, 4, dw ? D : 0);
-    LAUNCH(rescale_kernel, wide(D), r.grid, r.block, out, r.partials, inp, other, w, rows, D);
+    LAUNCH_WIDE(rescale_kernel, wide(D), r.grid, r.block, out, r.partials, inp, other, w, rows, D);
     if (dw) { reduce_columns(gpu, r.parts, {{dw}, 1, D}); }
 }
 
@@ -2096,7 +2084,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) crossen
 template <typename X> static void crossentropy(Gpu& gpu, float* losses, X* logits, const int* targets, float dloss,
         bool gradient, size_t rows, int vocab) {
     int threads = min_size(1024, ceil_div(ceil_div(vocab, 8), 32) * 32);
-    LAUNCH(crossentropy_kernel, wide(vocab), rows, threads, losses, logits, targets, dloss, gradient, vocab);
+    LAUNCH_WIDE(crossentropy_kernel, wide(vocab), rows, threads, losses, logits, targets, dloss, gradient, vocab);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2564,8 +2552,7 @@ template <typename X> __global__ void round_kernel(X* out, const float* inp, siz
 // After n parameters from `at` on have changed otherwise than by model_update; they stand in block.
 template <typename X> static void model_round(Gpu& gpu, ModelOf<X>* m, const float* block, size_t at, size_t n) {
     if ((void*)m->weights == block) { return; }
-    round_kernel<X><<<NORM_BLOCKS, 256, 0, gpu.stream>>>(m->weights + at, block + at, n);
-    LAUNCHED();
+    LAUNCH(round_kernel<X>, NORM_BLOCKS, 256, m->weights + at, block + at, n);
 }
 
 // Copies tensor i of layer l between a block on the device (params, grads, adam_m or adam_v) and the host.
@@ -2735,8 +2722,7 @@ __global__ void norm_round_kernel(NormState* norm, size_t n) {
 template <typename X> static void state_carry(Gpu& gpu, StateOf<X>* s, const Config* c, const bool* fresh) {
     size_t norm = sizeof(NormState) * c->norm_num_groups, h = sizeof(float) * c->model_dim * c->cema_ndim * 2;
     size_t L = c->num_layers, B = s->B, n = (L + 1) * B * c->norm_num_groups;
-    norm_round_kernel<<<ceil_div(n, 256), 256, 0, gpu.stream>>>(s->norm, n);
-    LAUNCHED();
+    LAUNCH(norm_round_kernel, ceil_div(n, 256), 256, s->norm, n);
     for (size_t b = 0; b < B; b++) {
         if (!fresh[b]) { continue; }
         CUDA(cudaMemset2DAsync((char*)s->norm + b * norm, B * norm, 0, norm, L + 1, gpu.stream));
@@ -2977,8 +2963,7 @@ template <typename X> static void model_losses(Gpu& gpu, const ModelOf<X>* m, Pa
     memcpy(s->host + (s->targets - s->tokens), targets, rows * sizeof(int));
     pass_upload(gpu, s, s->targets, rows);
     crossentropy(gpu, a.losses, a.logits, s->targets, dloss, dloss != 0, rows, m->config.vocab_size);
-    sum_kernel<float><<<1, 256, 0, gpu.stream>>>(sum, a.losses, rows);
-    LAUNCHED();
+    LAUNCH(sum_kernel<float>, 1, 256, sum, a.losses, rows);
 }
 
 __global__ void sum_shares_kernel(float4* out, const float4* shares, int count, size_t n) {
@@ -3062,10 +3047,8 @@ template <typename X> static double model_grad_norm(Gpu& gpu, const ModelOf<X>* 
     int blocks = m->units > 1 ? NORM_BLOCKS / 2 : NORM_BLOCKS; double sum = 0;
     for (int u = 0; u < m->units; u++) {
         Share s = model_share(m, u);
-        const float4* g = (const float4*)(m->grads + s.at);
-        sum_kernel<float4><<<blocks, 256, 0, gpu.stream>>>(m->sums + u * blocks, g, s.size / 4);
+        LAUNCH(sum_kernel<float4>, blocks, 256, m->sums + u * blocks, (const float4*)(m->grads + s.at), s.size / 4);
     }
-    LAUNCHED();
     gpu_sync(&gpu);
     for (int i = 0; i < m->units * blocks; i++) { sum += m->sums[i]; }
     all_sum(&sum, 1);
@@ -3099,11 +3082,10 @@ template <typename X> static void model_update(Gpu& gpu, ModelOf<X>* m, const Op
         Share s = model_share(m, u); bool floats = m->shards > 1 && u == 0;
         auto launch = [&](auto* to) {
             typedef std::remove_pointer_t<decltype(to)> Y;
-            update_kernel<Y><<<ceil_div(s.size / 4, 256), 256, 0, gpu.stream>>>((float4*)(m->masters + s.shard),
-                to + s.at, (const float4*)(m->grads + s.at), (float4*)(m->adam_m + s.shard),
-                (float4*)(m->adam_v + s.shard), s.size / 4, keep, size, correction, o->beta1, o->beta2, 1.0 - o->beta1,
-                1.0 - o->beta2, o->adam_eps, grad_scale);
-            LAUNCHED();
+            LAUNCH(update_kernel<Y>, ceil_div(s.size / 4, 256), 256, (float4*)(m->masters + s.shard), to + s.at,
+                   (const float4*)(m->grads + s.at), (float4*)(m->adam_m + s.shard), (float4*)(m->adam_v + s.shard),
+                   s.size / 4, keep, size, correction, o->beta1, o->beta2, 1.0 - o->beta1, 1.0 - o->beta2, o->adam_eps,
+                   grad_scale);
             if (m->shards == 1) { return; }
             stream_after(gpu, gpu.blocks, gpu.stream);
             NCCL(ncclAllGather(to + s.at, to + s.begin, s.size * sizeof(*to), ncclUint8, gpu.world, gpu.blocks));
