@@ -256,10 +256,10 @@ __device__ inline uint32_t pack(float a, float b) {
     return *(uint32_t*)&v;
 }
 
-// E neighbours, 8 or one, as they are in memory.
+// E neighbours, 8, 4 or one, as they are in memory.
 template <typename X, int E> struct Piece {
-    enum { PARTS = E == 8 ? sizeof(X) / 2 : 1 };
-    typedef std::conditional_t<E == 8, uint4, X> Part;
+    typedef std::conditional_t<E == 1, X, std::conditional_t<E * sizeof(X) == 8, uint2, uint4>> Part;
+    enum { PARTS = E * sizeof(X) / sizeof(Part) };
     Part part[PARTS];
     __device__ void clear() { EACH(i, PARTS) { part[i] = Part(); } }
     __device__ void load(const X* p) { EACH(i, PARTS) { part[i] = ((const Part*)p)[i]; } }
@@ -272,7 +272,7 @@ template <typename X, int E> struct Piece {
     __device__ void set(const float* v) {
         if constexpr (sizeof(X) == 4) { memcpy(part, v, sizeof(part)); }
         else if constexpr (E == 1) { part[0] = from_float<X>(v[0]); }
-        else { EACH(i, 4) { ((uint32_t*)part)[i] = pack(v[2 * i], v[2 * i + 1]); } }
+        else { EACH(i, E / 2) { ((uint32_t*)part)[i] = pack(v[2 * i], v[2 * i + 1]); } }
     }
 };
 template <int E, typename X> __device__ inline void load(float (&v)[E], const X* p) {
@@ -301,6 +301,10 @@ __device__ inline float warp_max(float v) {
 enum { MAX_ROW = 8192 };
 __device__ inline unsigned row_first() { return blockIdx.x * blockDim.y + threadIdx.y; }
 __device__ inline unsigned row_step() { return gridDim.x * blockDim.y; }
+template <typename F> __device__ inline unsigned row_first(F fetch) { // for kernels that fetch the next row ahead
+    fetch(row_first());
+    return row_first();
+}
 template <bool WIDE> __device__ inline int column(int e) {
     return WIDE ? 8 * threadIdx.x + e : 2 * ((e / 2) * blockDim.x + threadIdx.x) + (e & 1);
 }
@@ -817,11 +821,10 @@ template <typename X, bool WIDE> __global__ void timestepnorm_again_kernel(X* ou
     float scale[8], shift[8], x[8];
     load_row<WIDE>(scale, w, D); load_row<WIDE>(shift, b, D);
     RowPiece<X, WIDE> next;
-    size_t first = row_first(), step = row_step();
-    next.load(inp + first * D, first < rows ? D : 0);
-    for (size_t r = first; r < rows; r += step) {
+    auto fetch = [&](size_t r) { next.load(inp + r * D, r < rows ? D : 0); };
+    for (size_t r = row_first(fetch); r < rows; r += row_step()) {
         int F = D / G;
-        next.get(x); next.load(inp + (r + step) * D, r + step < rows ? D : 0);
+        next.get(x); fetch(r + row_step());
         EACH(e, 8) {
             size_t k = r * G + min(column<WIDE>(WIDE ? 0 : e) / F, G - 1); // wide: 8 features of one group
             x[e] = (x[e] - mean[k]) * rstd[k] * (scale[e] + 1) + shift[e];
@@ -1510,14 +1513,15 @@ template <typename X, bool WIDE, bool DROP> __global__ void norm_forward_kernel(
     int turn = 0;
     load_row<WIDE>(scale, w, D);
     if (b) { load_row<WIDE>(shift, b, D); }
-    RowPiece<X, WIDE> next;
-    size_t first = row_first(), step = row_step();
-    next.load(inp + first * D, first < rows ? D : 0);
-    X next_near = inp[first < rows ? first * D : 0];
-    for (size_t r = first; r - threadIdx.y < rows; r += step) { // all threads of a block take part in the last round
-        next.get(x); next.load(inp + (r + step) * D, r + step < rows ? D : 0);
+    RowPiece<X, WIDE> next; X next_near;
+    auto fetch = [&](size_t r) {
+        next.load(inp + r * D, r < rows ? D : 0);
+        if (mean) { next_near = inp[r < rows ? r * D : 0]; }
+    };
+    for (size_t r = row_first(fetch); r - threadIdx.y < rows; r += row_step()) { // all of a block in the last round
+        next.get(x);
         float near = mean ? to_float(next_near) : 0; // sums about one of the values: the variance does not cancel
-        if (mean) { next_near = inp[r + step < rows ? (r + step) * D : 0]; }
+        fetch(r + row_step());
         s[0] = s[1] = 0;
         EACH(e, 8) { float y = column<WIDE>(e) < D ? x[e] - near : 0; s[0] += y; s[1] += y * y; }
         row_sum(s, turn);
@@ -1548,16 +1552,14 @@ template <typename X, bool WIDE, bool DROP> __global__ void norm_backward_kernel
     load_row<WIDE>(scale, w, D);
     if (b) { load_row<WIDE>(shift, b, D); }
     RowPiece<X, WIDE> next_x, next_dy;
-    size_t first = row_first(), step = row_step();
     auto fetch = [&](size_t r) {
         next_x.load(inp + r * D, r < rows ? D : 0); next_dy.load(dout + r * ld, r < rows ? D : 0);
     };
-    fetch(first);
-    for (size_t r = first; r - threadIdx.y < rows; r += step) {
+    for (size_t r = row_first(fetch); r - threadIdx.y < rows; r += row_step()) {
         int columns = r < rows ? D : 0;
         float m = columns && mean ? mean[r] : 0, k = columns ? rstd[r] : 0;
         next_x.get(x); next_dy.get(dy);
-        fetch(r + step);
+        fetch(r + row_step());
         unsigned kept = dropout_kept_row<WIDE, DROP>(d, r);
         drop<DROP>(dy, kept, d);
         s[0] = s[1] = 0;
@@ -1617,12 +1619,10 @@ template <typename X, bool WIDE> __global__ void qk_forward_kernel(X* q, X* k, X
         load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd); load_row<WIDE>(be[i], beta + i * Z + h * zd, zd);
     }
     RowPiece<X, WIDE> next;
-    unsigned first = row_first(), step = row_step();
-    next.load(z + (size_t)first * ldz + h * zd, first < rows ? zd : 0);
-    for (unsigned r = first; r - threadIdx.y < rows; r += step) {
+    auto fetch = [&](unsigned r) { next.load(z + (size_t)r * ldz + h * zd, r < rows ? zd : 0); };
+    for (unsigned r = row_first(fetch); r - threadIdx.y < rows; r += row_step()) {
         int columns = r < rows ? zd : 0;
-        next.get(x);
-        next.load(z + (size_t)(r + step) * ldz + h * zd, r + step < rows ? zd : 0);
+        next.get(x); fetch(r + row_step());
         load_row<WIDE>(turn8, rotations + (size_t)((pos + r % T) % c) * zd, columns);
         s[0] = 0;
         EACH(e, 8) { s[0] += x[e] * x[e]; }
@@ -1655,16 +1655,14 @@ template <typename X, bool WIDE> __global__ void qk_backward_kernel(X* dz, float
     int turn = 0, h = blockIdx.y;
     for (int i = 0; i < 2; i++) { load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd); }
     RowPiece<X, WIDE> next_z, next_d[2];
-    unsigned first = row_first(), step = row_step();
     auto fetch = [&](unsigned r) {
         next_z.load(z + (size_t)r * ldz + h * zd, r < rows ? zd : 0);
         for (int i = 0; i < 2; i++) { next_d[i].load((i ? dk : dq) + head_major(r, T, T, 0, zd), r < rows ? zd : 0); }
     };
-    fetch(first);
-    for (unsigned r = first; r - threadIdx.y < rows; r += step) {
+    for (unsigned r = row_first(fetch); r - threadIdx.y < rows; r += row_step()) {
         int columns = r < rows ? zd : 0;
         RowPiece<X, WIDE> d_now[2] = {next_d[0], next_d[1]};
-        next_z.get(x); fetch(r + step);
+        next_z.get(x); fetch(r + row_step());
         load_row<WIDE>(turn8, rotations + (size_t)(r % T % c) * zd, columns);
         s[0] = 0;
         EACH(e, 8) { s[0] += x[e] * x[e]; dx[e] = 0; }
@@ -1709,16 +1707,14 @@ template <typename X> __device__ inline float sigmoid_of(float x) { return __fdi
 template <typename X, bool WIDE, bool DROP> __global__ void gate_forward_kernel(X* out, int ldo, const X* attention,
         const X* inp, int ldi, unsigned rows, int T, int K, int at_k, int vd, Dropout d) {
     RowPiece<X, WIDE> next_x, next_o;
-    unsigned first = row_first(), step = row_step();
     auto fetch = [&](unsigned r) {
         next_x.load(inp + (size_t)r * ldi + blockIdx.y * vd, r < rows ? vd : 0);
         if (attention) { next_o.load(attention + head_major(r, T, T, 0, vd), r < rows ? vd : 0); }
     };
-    fetch(first);
-    for (unsigned r = first; r < rows; r += step) {
+    for (unsigned r = row_first(fetch); r < rows; r += row_step()) {
         float x[8], o[8];
         next_x.get(x); next_o.get(o);
-        fetch(r + step);
+        fetch(r + row_step());
         EACH(e, 8) { x[e] *= sigmoid_of<X>(x[e]) * (attention ? o[e] : 1); }
         drop<DROP>(x, dropout_kept_row<WIDE, DROP>(d, r, blockIdx.y * vd), d);
         store_row<WIDE>(out + (attention ? (size_t)r * ldo + blockIdx.y * vd : head_major(r, T, K, at_k, vd)), x, vd);
@@ -1739,16 +1735,14 @@ template <typename X> static void value_forward(Gpu& gpu, X* v, const X* inp, in
 template <typename X, bool WIDE> __global__ void value_backward_kernel(X* dinp, float* partials, const X* dv,
         const X* inp, unsigned rows, int T, int V, int vd) {
     float sum[8] = {0}, x[8], d[8]; RowPiece<X, WIDE> next_x, next_d;
-    unsigned first = row_first(), step = row_step();
     auto fetch = [&](unsigned r) {
         next_x.load(inp + (size_t)r * V + blockIdx.y * vd, r < rows ? vd : 0);
         next_d.load(dv + head_major(r, T, T, 0, vd), r < rows ? vd : 0);
     };
-    fetch(first);
-    for (unsigned r = first; r < rows; r += step) {
+    for (unsigned r = row_first(fetch); r < rows; r += row_step()) {
         size_t at = (size_t)r * V + blockIdx.y * vd;
         next_x.get(x); next_d.get(d);
-        fetch(r + step);
+        fetch(r + row_step());
         EACH(e, 8) { float s = sigmoid_of<X>(x[e]); d[e] *= s * (1 + x[e] * (1 - s)); sum[e] += d[e]; }
         store_row<WIDE>(dinp + at, d, vd);
     }
@@ -1899,7 +1893,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(25
         drop<DROP>(x, dropout_kept<E>(d, bits, j), d);
         piece.set(x);
     };
-    for (int j0 = lane * E, m = 0; j0 < n; j0 += 32 * E * KEPT, m++) { // running maximum and sum, piece by piece
+    for (int j0 = lane * E; j0 < n; j0 += 32 * E * KEPT) { // running maximum and sum, piece by piece
         EACH(k, KEPT) {
             int j = j0 + k * 32 * E;
             if (j >= n) { break; }
@@ -3056,23 +3050,20 @@ template <typename X> static double model_grad_norm(Gpu& gpu, const ModelOf<X>* 
 }
 
 // AdamW, see the CPU's; the new weights are rounded to X in the same pass.
-template <typename X> __global__ void update_kernel(float4* w, X* rounded, const float4* g, float4* m1, float4* m2,
+template <typename X> __global__ void update_kernel(float* w, X* rounded, const float* g, float* m1, float* m2,
         size_t n, float keep, float size, float correction, float beta1, float beta2, float beta1c, float beta2c,
         float eps, float scale) {
-    size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
+    size_t i = (blockIdx.x * (size_t)blockDim.x + threadIdx.x) * 4;
     if (i >= n) { return; }
-    float4 wv = w[i], gv = g[i], mv = m1[i], vv = m2[i];
-    float *ws = (float*)&wv, *gs = (float*)&gv, *ms = (float*)&mv, *vs = (float*)&vv;
-    X out[4];
+    float wv[4], gv[4], mv[4], vv[4];
+    load(wv, w + i); load(gv, g + i); load(mv, m1 + i); load(vv, m2 + i);
     EACH(k, 4) {
-        float grad = gs[k] * scale;
-        ms[k] = beta1 * ms[k] + beta1c * grad; vs[k] = beta2 * vs[k] + beta2c * grad * grad;
-        ws[k] = ws[k] * keep - size * ms[k] / (sqrtf(vs[k]) * correction + eps);
-        out[k] = from_float<X>(ws[k]);
+        float grad = gv[k] * scale;
+        mv[k] = beta1 * mv[k] + beta1c * grad; vv[k] = beta2 * vv[k] + beta2c * grad * grad;
+        wv[k] = wv[k] * keep - size * mv[k] / (sqrtf(vv[k]) * correction + eps);
     }
-    w[i] = wv; m1[i] = mv; m2[i] = vv;
-    if ((void*)rounded == w) { return; }
-    if (sizeof(X) == 2) { *(uint2*)(rounded + 4 * i) = *(uint2*)out; } else { *(float4*)(rounded + 4 * i) = wv; }
+    store(w + i, wv); store(m1 + i, mv); store(m2 + i, vv);
+    if ((void*)rounded != w) { store(rounded + i, wv); }
 }
 template <typename X> static void model_update(Gpu& gpu, ModelOf<X>* m, const Options* o, double lr, int step,
         double grad_scale) {
@@ -3082,10 +3073,9 @@ template <typename X> static void model_update(Gpu& gpu, ModelOf<X>* m, const Op
         Share s = model_share(m, u); bool floats = m->shards > 1 && u == 0;
         auto launch = [&](auto* to) {
             typedef std::remove_pointer_t<decltype(to)> Y;
-            LAUNCH(update_kernel<Y>, ceil_div(s.size / 4, 256), 256, (float4*)(m->masters + s.shard), to + s.at,
-                   (const float4*)(m->grads + s.at), (float4*)(m->adam_m + s.shard), (float4*)(m->adam_v + s.shard),
-                   s.size / 4, keep, size, correction, o->beta1, o->beta2, 1.0 - o->beta1, 1.0 - o->beta2, o->adam_eps,
-                   grad_scale);
+            LAUNCH(update_kernel<Y>, ceil_div(s.size, 1024), 256, m->masters + s.shard, to + s.at, m->grads + s.at,
+                   m->adam_m + s.shard, m->adam_v + s.shard, s.size, keep, size, correction, o->beta1, o->beta2,
+                   1.0 - o->beta1, 1.0 - o->beta2, o->adam_eps, grad_scale);
             if (m->shards == 1) { return; }
             stream_after(gpu, gpu.blocks, gpu.stream);
             NCCL(ncclAllGather(to + s.at, to + s.begin, s.size * sizeof(*to), ncclUint8, gpu.world, gpu.blocks));
