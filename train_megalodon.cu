@@ -37,6 +37,7 @@ Conventions, where they differ from the CPU's:
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <array>
 #include <map>
 #include <type_traits>
 #include <utility>
@@ -50,15 +51,12 @@ typedef __nv_bfloat16 bf16;
 // The device
 
 static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
-static void check_cuda(cudaError_t e, const char* what, int line) {
-    if (e != cudaSuccess) { die("CUDA: %s (%s, train_megalodon.cu:%d)", cudaGetErrorString(e), what, line); }
+template <typename E> static void check_call(E e, const char* (*text)(E), const char* of, const char* what, int line) {
+    if (e) { die("%s: %s (%s, train_megalodon.cu:%d)", of, text(e), what, line); }
 }
-static void check_cublas(cublasStatus_t s, const char* what, int line) {
-    if (s) { die("cuBLAS: %s (%s, train_megalodon.cu:%d)", cublasLtGetStatusString(s), what, line); }
-}
-#define CUDA(call) check_cuda(call, #call, __LINE__)
-#define CUBLAS(call) check_cublas(call, #call, __LINE__)
-#define LAUNCHED() check_cuda(cudaGetLastError(), __func__, __LINE__)
+#define CUDA(call) check_call(call, cudaGetErrorString, "CUDA", #call, __LINE__)
+#define CUBLAS(call) check_call(call, cublasLtGetStatusString, "cuBLAS", #call, __LINE__)
+#define LAUNCHED() check_call(cudaGetLastError(), cudaGetErrorString, "CUDA", __func__, __LINE__)
 #define LAUNCH(kernel, grid, block, ...) do { \
         auto chosen = kernel; \
         chosen<<<grid, block, 0, gpu.stream>>>(__VA_ARGS__); \
@@ -72,13 +70,8 @@ static void check_cublas(cublasStatus_t s, const char* what, int line) {
 // A loop over a fixed number of registers.
 #define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
 
-struct GemmShape { // all that the choice of an algorithm depends on
-    int64_t M, N, K, lda, ldb, ldc, ldd, stride_a, stride_b, stride_d; // ldc 0: there is no C
-    int ta, tb, type, type_out, batch, bias, align_a, align_b, align_c, align_d;
-    bool operator<(const GemmShape& other) const { return memcmp(this, &other, sizeof(*this)) < 0; }
-};
 struct GemmPlan { cublasLtMatmulDescOpaque_t desc; cublasLtMatrixLayoutOpaque_t l[4]; cublasLtMatmulAlgo_t algo; };
-typedef std::map<GemmShape, GemmPlan> GemmPlans;
+typedef std::map<std::array<int64_t, 20>, GemmPlan> GemmPlans; // by all that the choice of an algorithm depends on
 enum { NUM_PLANS = 4096, WORKSPACE = 64 << 20 };
 // Scratch memory: partial sums by block, which reduce_columns adds up; what segments of time hand on; coefficients of
 // CEMA; scores of attention and their gradients; what ranks with slices of a sequence exchange, and CEMA's sums for it.
@@ -420,23 +413,21 @@ template <bool WIDE> __device__ inline void store_partial(float* partials, int c
     float sum[8];
     EACH(e, 8) {
         sum[e] = v[e];
-        if (blockDim.y > 1) { lines[e][threadIdx.y * blockDim.x + threadIdx.x] = v[e]; }
+        if (threadIdx.y) { lines[e][threadIdx.y * blockDim.x + threadIdx.x] = v[e]; }
     }
-    if (blockDim.y > 1) {
-        __syncthreads();
-        for (int y = 1; threadIdx.y == 0 && y < blockDim.y; y++) {
-            EACH(e, 8) { sum[e] += lines[e][y * blockDim.x + threadIdx.x]; }
-        }
-        __syncthreads();
-        if (threadIdx.y) { return; }
+    __syncthreads();
+    for (int y = 1; threadIdx.y == 0 && y < blockDim.y; y++) {
+        EACH(e, 8) { sum[e] += lines[e][y * blockDim.x + threadIdx.x]; }
     }
+    __syncthreads();
+    if (threadIdx.y) { return; }
     store_row<WIDE>(partials + ((size_t)blockIdx.x * count + i) * width + first, sum, columns);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Matrix products
 
-static int alignment(const void* p) { return p ? min_size(256, (size_t)p & -(size_t)p) : 256; }
+static uint32_t alignment(const void* p) { return p ? min_size(256, (size_t)p & -(size_t)p) : 256; }
 
 // D (M,N) = A (M,K) B (K,N), plus C if given, plus bias (N) on every row if given: row-major with the row pitches ld*.
 // ta: A is stored as (K,M), tb: B as (N,K). A batch repeats this with steps stride_*. Sums are in fp32 (for fp32
@@ -447,11 +438,10 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
         int64_t stride_b = 0, int64_t stride_d = 0, const Y* c = NULL, int64_t ldc = 0, const X* bias = NULL) {
     cudaDataType type = std::is_same<X, float>::value ? CUDA_R_32F : CUDA_R_16BF;
     cudaDataType type_out = std::is_same<Y, float>::value ? CUDA_R_32F : CUDA_R_16BF;
-    GemmShape s = {M, N, K, lda, ldb, c ? ldc : 0, ldd, stride_a, stride_b, stride_d, ta, tb, type, type_out, batch,
-                   bias != NULL, alignment(a), alignment(b), alignment(c ? c : d), alignment(d)};
-    static_assert(sizeof(s) == 10 * sizeof(int64_t) + 10 * sizeof(int), "without gaps: compared as bytes");
+    const uint32_t align[4] = {alignment(b), alignment(a), alignment(c ? c : d), alignment(d)};
     if (gpu.plans->size() == NUM_PLANS) { gpu.plans->clear(); }
-    auto [at, is_new] = gpu.plans->try_emplace(s);
+    auto [at, is_new] = gpu.plans->try_emplace({M, N, K, lda, ldb, c ? ldc : 0, ldd, stride_a, stride_b, stride_d, ta,
+            tb, type, type_out, batch, bias != NULL, align[0], align[1], align[2], align[3]});
     auto& [desc, l, algo] = at->second;
     auto describe = [desc = &desc](cublasLtMatmulDescAttributes_t name, const auto& value) {
         CUBLAS(cublasLtMatmulDescSetAttribute(desc, name, &value, sizeof(value)));
@@ -484,10 +474,10 @@ template <typename X, typename Y> static void gemm(Gpu& gpu, Y* d, int64_t ldd, 
         prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (size_t)WORKSPACE);
         prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
                (uint32_t)(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE));
-        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, (uint32_t)s.align_b);
-        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, (uint32_t)s.align_a);
-        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (uint32_t)s.align_c);
-        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint32_t)s.align_d);
+        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, align[0]);
+        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, align[1]);
+        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, align[2]);
+        prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, align[3]);
         CUBLAS(cublasLtMatmulAlgoGetHeuristic(gpu.lt, &desc, &l[0], &l[1], &l[2], &l[3], &wish, 1, &found, &count));
         if (!count) { die("cuBLASLt has no algorithm for a product of %ld x %ld x %ld", (long)M, (long)N, (long)K); }
         algo = found.algo;
@@ -731,10 +721,10 @@ template <typename S> __device__ inline S shuffle_up(S s, int n) {
 }
 // Statistics of segments become those of everything before each; sums, those of everything after each. A warp has one
 // (row, group); its threads take neighbouring runs of segments, scan them by shuffles, and then walk through them.
-// Next to them are start and the slices from..to-1 in all, which before receives. end: with all segments; `alone`: that
-// is all that is wanted. dstart (B,G): the gradient of start.
+// Next to them are start and the slices before this one (after it) in all, which before receives. end: with all
+// segments. dstart (B,G): the gradient of start. alone: only end is wanted, of these segments alone.
 template <typename S> __global__ void timestepnorm_scan_kernel(float4* segments, S* end, S* before, NormState* dstart,
-        const NormState* start, const S* all, int from, int to, bool alone, int count, size_t lines) {
+        const NormState* start, const S* all, int chunk, int chunks, bool alone, int count, size_t lines) {
     constexpr bool back = std::is_same<S, NormSums>::value;
     size_t line = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
     int lane = threadIdx.x % 32, each = (count + 31) / 32, first = lane * each, last = min(first + each, count);
@@ -742,7 +732,8 @@ template <typename S> __global__ void timestepnorm_scan_kernel(float4* segments,
     auto segment = [&](int i) { return segments + line * count + (back ? count - 1 - i : i); };
     auto get = [&](int i) { float4 v = *segment(i); return S{v.x, v.y, v.z}; };
     S sum = {0, 0, back ? segment(0)->z : 0}, past = sum;
-    if constexpr (!back) { if (start) { past = start[line]; } }
+    if constexpr (!back) { if (start && !alone) { past = start[line]; } }
+    int from = back ? chunk + 1 : 0, to = !all || alone ? 0 : back ? chunks : chunk;
     for (int r = from; r < to; r++) { add(past, all[r * lines + line]); }
     if (lane == 0) { sum = past; }
     for (int i = first; i < last; i++) { add(sum, get(i)); }
@@ -751,19 +742,18 @@ template <typename S> __global__ void timestepnorm_scan_kernel(float4* segments,
         if (lane >= o) { add(other, sum); sum = other; }
     }
     S now = shuffle_up(sum, 1);
-    if (lane == 0) {
-        now = past;
-        if (before) { before[line] = past; }
-    }
     __syncwarp(); // all have read start before end, which may be the same, is written
     if (lane == 31 && end) { end[line] = sum; }
+    if (alone) { return; }
+    if (lane == 0) { now = past; }
+    if (lane == 0 && before) { before[line] = past; }
     if constexpr (back) {
         if (lane == 31 && dstart && start) {
             double n0 = start[line].count;
             dstart[line].mean += n0 * (sum.U + 2 * (start[line].mean - sum.c) * sum.V); dstart[line].var += n0 * sum.V;
         }
     }
-    for (int i = first; i < last && !alone; i++) {
+    for (int i = first; i < last; i++) {
         S own = get(i);
         auto [a, b, c] = now;
         *segment(i) = make_float4(a, b, c, 0);
@@ -773,20 +763,19 @@ template <typename S> __global__ void timestepnorm_scan_kernel(float4* segments,
 // Where ranks hold slices (sliced), they first tell each other those of their own. meanwhile: what may be launched then
 template <typename S, typename F> static void timestepnorm_scan(Gpu& gpu, float4* segments, S* end, S* before,
         NormState* dstart, const NormState* start, bool sliced, int count, size_t lines, F meanwhile) {
-    S* all = NULL; int blocks = ceil_div(lines, 4), from = 0, to = 0;
+    S* all = sliced ? gpu_scratch<S>(gpu, SLICES, lines * (ranks.chunks + 1)) : NULL;
+    auto scan = [&](S* end, bool alone) {
+        LAUNCH(timestepnorm_scan_kernel<S>, ceil_div(lines, 4), 128, segments, end, before, dstart, start, all,
+               ranks.chunk, ranks.chunks, alone, count, lines);
+    };
     if (sliced) {
-        bool back = std::is_same<S, NormSums>::value;
-        all = gpu_scratch<S>(gpu, SLICES, lines * (ranks.chunks + 1));
-        from = back ? ranks.chunk + 1 : 0; to = back ? ranks.chunks : ranks.chunk;
         S* mine = all + lines * ranks.chunks;
-        LAUNCH(timestepnorm_scan_kernel<S>, blocks, 128, segments, mine, NULL, NULL, NULL, NULL, 0, 0, true, count,
-               lines);
+        scan(mine, true);
         slices_gather(gpu, all, mine, sizeof(S) * lines);
     }
     meanwhile();
     if (sliced) { slices_wait(gpu); }
-    LAUNCH(timestepnorm_scan_kernel<S>, blocks, 128, segments, end, before, dstart, start, all, from, to, false, count,
-           lines);
+    scan(end, false);
 }
 
 // Geometry of the timestep norm's kernels: threads of a group, blocks, segments of time.
@@ -1449,15 +1438,6 @@ template <typename X> __global__ void cema_slice_kernel(float2* sums, const X* i
         if (k0 + k < N) { sums[at] = {p * s[k].x, p * s[k].y}; }
     }
 }
-// From the rounded q by squaring in double: through logarithms it would lose its phase.
-__device__ inline double2 complex_power(double2 q, int n) {
-    double2 power = {1, 0};
-    for (; n; n /= 2) {
-        if (n & 1) { power = mul_add(power, q, double2{0, 0}); }
-        q = mul_add(q, q, double2{0, 0});
-    }
-    return power;
-}
 // What `count` parts of `length` timesteps make of state (B,D,N), NULL for zero (then the first may be shorter), if of
 // zero they make what lies at sums, sums + step, ... So segments become a slice, and the slices before this one (after
 // it) what enters this one; see the CPU's cema_carry.
@@ -1465,8 +1445,12 @@ __global__ void cema_slice_join_kernel(float2* out, const float2* state, const f
         bool back, int count, int64_t step, int length, size_t size, int D, int N, int K) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= size) { return; }
-    float2 q = coef[i / N % D * K + i % N].q, s0 = state ? state[i] : float2{0, 0};
-    double2 power = complex_power({q.x, back ? -q.y : q.y}, length), s = {s0.x, s0.y};
+    float2 rounded = coef[i / N % D * K + i % N].q, s0 = state ? state[i] : float2{0, 0};
+    double2 q = {rounded.x, back ? -rounded.y : rounded.y}, power = {1, 0}, s = {s0.x, s0.y};
+    for (int n = length; n; n /= 2) { // q^length by squaring in double: through logarithms it would lose its phase
+        if (n & 1) { power = mul_add(power, q, double2{0, 0}); }
+        q = mul_add(q, q, double2{0, 0});
+    }
 #pragma unroll 8
     for (int n = 0; n < count; n++) {
         float2 sum = sums[n * step + i];
@@ -2707,16 +2691,14 @@ template <typename X> static void state_reset(Gpu& gpu, StateOf<X>* s) {
     s->pos = 0; s->coef_made = false;
 }
 // See the CPU's. A row has a piece of each layer's slot.
-__global__ void norm_round_kernel(NormState* norm, size_t n) {
+__global__ void norm_round_kernel(double* norm, size_t n) {
     size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
-    if (i >= n) { return; }
-    NormState* s = &norm[i];
-    s->count = float_rounded(s->count); s->mean = float_rounded(s->mean); s->var = float_rounded(s->var);
+    if (i < n) { norm[i] = float_rounded(norm[i]); }
 }
 template <typename X> static void state_carry(Gpu& gpu, StateOf<X>* s, const Config* c, const bool* fresh) {
     size_t norm = sizeof(NormState) * c->norm_num_groups, h = sizeof(float) * c->model_dim * c->cema_ndim * 2;
-    size_t L = c->num_layers, B = s->B, n = (L + 1) * B * c->norm_num_groups;
-    LAUNCH(norm_round_kernel, ceil_div(n, 256), 256, s->norm, n);
+    size_t L = c->num_layers, B = s->B, n = (L + 1) * B * c->norm_num_groups * 3;
+    LAUNCH(norm_round_kernel, ceil_div(n, 256), 256, (double*)s->norm, n);
     for (size_t b = 0; b < B; b++) {
         if (!fresh[b]) { continue; }
         CUDA(cudaMemset2DAsync((char*)s->norm + b * norm, B * norm, 0, norm, L + 1, gpu.stream));
@@ -2929,16 +2911,14 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
     if (end) { end->pos = ((start ? start->pos : 0) + T) % c->chunk_size; }
 }
 
-__device__ inline double square_or_self(float x) { return x; }
-__device__ inline double square_or_self(float4 v) {
-    return (double)v.x * v.x + (double)v.y * v.y + ((double)v.z * v.z + (double)v.w * v.w);
-}
 // Each block's part of the sum of n floats, or of the squares of n float4, in double.
 template <typename V> __global__ void sum_kernel(double* sums, const V* inp, size_t n) {
     __shared__ double part[256];
     double s = 0;
     for (size_t i = blockIdx.x * (size_t)256 + threadIdx.x; i < n; i += (size_t)gridDim.x * 256) {
-        s += square_or_self(inp[i]);
+        V v = inp[i];
+        if constexpr (sizeof(V) == 4) { s += v; }
+        else { s += (double)v.x * v.x + (double)v.y * v.y + ((double)v.z * v.z + (double)v.w * v.w); }
     }
     part[threadIdx.x] = s;
     __syncthreads();
