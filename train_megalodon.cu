@@ -5,16 +5,14 @@ Megalodon (arXiv 2404.08801) on a GPU: train_megalodon.c again, layer by layer a
                        of norms, the coefficients and states of CEMA, softmax and loss in fp32 or better   (the default)
     --precision fp32   everything in fp32, no tf32: the CPU's numbers up to the order of sums
 
-Both come from this one source: X stands for the type of weights and activations. What is not GPU work - options,
-tables, files, data, random numbers - is taken from train_megalodon.c, which is included here with its main switched
-off. Read that file first: it has the equations; here the comments say how they are computed fast. Matrix products are
-cuBLASLt's, all else is in this file, each kernel above the function that launches it.
+X stands for the type of weights and activations. What is not GPU work - options, tables, files, data, random numbers -
+is train_megalodon.c's, included here without its main. Read that file first: it has the equations; here the comments
+say how they are computed fast. Matrix products are cuBLASLt's; each kernel is above the function that launches it.
 
     make train_megalodon_cuda && ./train_megalodon_cuda
 
 Conventions, where they differ from the CPU's:
-  - A launcher's first argument is the Gpu; its name and the rest of its arguments are its CPU twin's, except that
-    CEMA's parameters are one.
+  - A launcher's name and arguments are its CPU twin's, after the Gpu; but CEMA's parameters are one.
   - What attention reads and writes is head-major, (B,H,T,.): one product then covers many heads and chunks.
   - Tensors that are multiplied by one product stand side by side: wz|wr, fc1|fc3, and wh1|wh2 with their inputs m|u. So
     rows have a pitch, the distance from one timestep to the next.
@@ -27,13 +25,11 @@ Conventions, where they differ from the CPU's:
 */
 #define ON_GPU_TOO __host__ __device__
 #define GPU_OPTIONS(X) X(TEXT, precision, "bf16", 0, 0, "of weights and activations: bf16 or fp32")
-#ifdef TESTING
-#include "train_megalodon.c"
-#else
+#ifndef TESTING // by who includes this file
 #define TESTING
-#include "train_megalodon.c"
-#undef TESTING
+#define GPU_MAIN
 #endif
+#include "train_megalodon.c"
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -288,9 +284,8 @@ __device__ inline float warp_max(float v) {
     return v;
 }
 
-// Row kernels: threads x of a block share a row and own 8 of its columns each, fixed while the threads y and the blocks
-// walk over the rows; so sums over columns go through row_sum and sums over rows stay in registers. The wide form owns
-// 8 neighbouring columns, the other one pairs of neighbours.
+// Row kernels: threads x of a block own 8 columns each, neighbours or (not WIDE) pairs of neighbours, while threads y
+// and blocks walk over the rows: sums over columns go through row_sum, sums over rows stay in registers.
 enum { MAX_ROW = 8192 };
 __device__ inline unsigned row_first() { return blockIdx.x * blockDim.y + threadIdx.y; }
 __device__ inline unsigned row_step() { return gridDim.x * blockDim.y; }
@@ -501,8 +496,7 @@ template <typename X> static void matmul_backward(Gpu& gpu, X* dinp, int ldi, co
                accumulate ? dinp : NULL, ldi);
 }
 
-// dweight (O,I) = dout^T inp in fp32, added to what it holds if gpu.accumulate. Gradients of biases are column sums
-// that the kernels that make dout leave behind.
+// dweight (O,I) = dout^T inp in fp32, added to it if gpu.accumulate. Kernels that make dout sum up the bias's gradient.
 template <typename X> static void matmul_backward_weight(Gpu& gpu, float* dweight, const X* dout, int ldo,
         const X* inp, int ldi, size_t rows, int I, int O) {
     gemm<X, float>(gpu, dweight, I, dout, ldo, true, inp, ldi, false, O, I, rows, 1, 0, 0, 0,
@@ -540,12 +534,9 @@ template <typename X, bool WIDE, bool DROP> __global__ void embedding_backward_k
     float sum[8] = {0}, v[4][8];
     float* to = dweight + (size_t)tokens[order[first]] * D;
     for (int i = first; i < last; i += 4) {
+        EACH(k, 4) { load_row<WIDE>(v[k], dout + (size_t)order[min(i + k, last - 1)] * D, i + k < last ? D : 0); }
         EACH(k, 4) {
-            bool in = i + k < last;
-            load_row<WIDE>(v[k], dout + (size_t)order[in ? i + k : first] * D, in ? D : 0);
-        }
-        EACH(k, 4) {
-            drop<DROP>(v[k], dropout_kept_row<WIDE, DROP>(d, order[i + k < last ? i + k : first]), d);
+            drop<DROP>(v[k], dropout_kept_row<WIDE, DROP>(d, order[min(i + k, last - 1)]), d);
             EACH(e, 8) { sum[e] += v[k][e]; }
         }
     }
@@ -560,8 +551,7 @@ template <typename X> static void embedding_backward(Gpu& gpu, float* dweight, c
     LAUNCH_DROP(embedding_backward_kernel, wide(D), drop, runs, block, dweight, dout, tokens, order, begin, scale, D);
 }
 
-// out (rows,D) = dropout(inp) + add, for sums that a product would else have added to x itself; add may be NULL. sum
-// (D): column sums of out, or NULL.
+// out (rows,D) = dropout(inp) + add, what else a product adds; add may be NULL. sum: column sums of out, or NULL.
 template <typename X, bool WIDE> __global__ void dropout_kernel(X* out, float* partials, const X* inp, const X* add,
         size_t rows, int D, Dropout d) {
     float sum[8] = {0}, x[8], y[8] = {0};
@@ -873,14 +863,13 @@ template <typename X, int VEC, int LANES, bool APPLY>
         int count = (T + SEGMENT - 1) / SEGMENT;
         float* part = partials + ((size_t)p.row * count + p.segment) * 2 * D;
         for (int f0 = 0; f0 < p.F; f0 += p.width) { // dw and db of one piece of each group
-            float dw[VEC] = {0}, db[VEC] = {0}; int f = f0 + p.sub;
+            float sum[2][VEC] = {}; int f = f0 + p.sub;
             EACH(i, STEPS) {
                 if (f >= p.F) { break; }
                 get(i, f);
-                EACH(e, VEC) { dw[e] += dy[e] * (x[e] - mu[i]) * r[i]; db[e] += dy[e]; }
+                EACH(e, VEC) { sum[0][e] += dy[e] * (x[e] - mu[i]) * r[i]; sum[1][e] += dy[e]; }
             }
-            store(&lines[0][p.warp][threadIdx.x % 32 * VEC], dw);
-            store(&lines[1][p.warp][threadIdx.x % 32 * VEC], db);
+            EACH(k, 2) { store(&lines[k][p.warp][threadIdx.x % 32 * VEC], sum[k]); }
             __syncthreads();
             for (int i = threadIdx.x; i < 2 * 32 * VEC; i += 32 * WARPS) {
                 int which = i / (32 * VEC), j = i % (32 * VEC), g = p.g0 + j / p.width, k = f0 + j % p.width;
@@ -2542,8 +2531,7 @@ template <typename X> static void tensor_copy(const ModelOf<X>* m, float* block,
     if (to_host) { CUDA(cudaMemcpy2D(host, width, there, pitch, width, p->rows, cudaMemcpyDeviceToHost)); }
     else { CUDA(cudaMemcpy2D(there, pitch, host, width, width, p->rows, cudaMemcpyHostToDevice)); }
 }
-// The Backend's copy. Where a rank has shares only, the block of the gradients, free between steps, is where tensors
-// are taken apart and put together.
+// The Backend's copy. Tensors of which a rank has a share only pass through the gradients' block, free between steps.
 template <typename X> static void model_part_copy(Gpu& gpu, ModelOf<X>* m, int block, int i, int l, float* host,
         bool to_host, size_t part[2]) {
     const ParamPlace* p = &m->places[i];
@@ -2558,7 +2546,7 @@ template <typename X> static void model_part_copy(Gpu& gpu, ModelOf<X>* m, int b
     }
     float *shares = block == WEIGHTS ? m->masters : block == ADAM_M ? m->adam_m : m->adam_v;
     float *whole = sharded ? m->grads : shares, *there = whole + first + mine[0];
-    float* here = sharded ? shares + s.shard + (first + mine[0] - s.at) : there;
+    float* here = shares + s.shard + (first + mine[0] - s.at);
     auto copy = [&](float* to, const float* from, size_t n) {
         if (to != from && n) { CUDA(cudaMemcpyAsync(to, from, n * sizeof(float), cudaMemcpyDefault, gpu.stream)); }
     };
@@ -2796,8 +2784,7 @@ template <typename X> static void block_step(Gpu& gpu, const ModelOf<X>* m, cons
     if (rescale) { ffn_rescale(gpu, a.out, NULL, a.fc2, x, w.rescale, B, D); }
 }
 
-// From dout to dx. What block_forward did not keep is made again by the backward kernels that read its inputs anyway;
-// so gradients of weights come after those.
+// From dout to dx. Gradients of weights come after the backward kernels, which make again what was not kept.
 template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l,
         const StateOf<X>* start, const StateOf<X>* dstart) {
     OF_LAYER(m, s, l); int C = c->chunk_size;
@@ -3236,7 +3223,7 @@ static double peak_flops(const cudaDeviceProp* card) {
     return 0;
 }
 
-#ifndef TESTING
+#ifdef GPU_MAIN
 template <typename X> static void gpu_run(const Options* o, SafeTensors* st) {
     GpuBackend<X>* r = (GpuBackend<X>*)xcalloc(1, sizeof(GpuBackend<X>));
     gpu_open(&r->gpu);
