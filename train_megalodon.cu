@@ -274,9 +274,10 @@ template <int E, typename X> __device__ inline void store(X* p, const float (&v)
     EACH(i, piece.PARTS) { ((typename Piece<X, E>::Part*)p)[i] = piece.part[i]; }
 }
 
-// Over the threads of a warp.
-__device__ inline float warp_sum(float v) {
-    EACH(i, 5) { v += __shfl_xor_sync(~0u, v, 16 >> i); }
+// Over the threads of a warp, or each LANES neighbours of them (0: `lanes`).
+template <int LANES = 32> __device__ inline float warp_sum(float v, int lanes = LANES) {
+#pragma unroll
+    for (int o = (LANES ? LANES : lanes) / 2; o; o /= 2) { v += __shfl_xor_sync(~0u, v, o); }
     return v;
 }
 __device__ inline float warp_max(float v) {
@@ -390,7 +391,7 @@ __global__ void reduce_columns_kernel(Sums sums, const float* partials, int part
     s = warp_sum(s); c = (size_t)blockIdx.x * 32 + threadIdx.y;
     if (threadIdx.x == 0 && c < columns) {
         float* to = NULL;
-        EACH(i, 5) { if (c / sums.width == i) { to = sums.to[i]; } }
+        EACH(i, 5) { if (c / sums.width == i) { to = sums.to[i]; } } // not by an index: they stay in registers
         if (to) { to[c % sums.width] = (accumulate ? to[c % sums.width] : 0.0f) + s; }
     }
 }
@@ -619,14 +620,8 @@ template <typename X, int VEC, int LANES> struct NormRows {
         piece[i].get(v);
     }
 };
-// A thread's features.
+// A thread's features of a group, one piece at a time: the only one, if it stays in registers.
 #define FEATURES(f) for (int f = p.sub; f < p.F; f = LANES ? p.F : f + p.width)
-template <int LANES> __device__ inline float team_sum(float v, int lanes) {
-    if (!LANES) { for (int o = lanes / 2; o; o /= 2) { v += __shfl_xor_sync(~0u, v, o); } }
-#pragma unroll
-    for (int o = LANES / 2; o; o /= 2) { v += __shfl_xor_sync(~0u, v, o); }
-    return v;
-}
 
 // Statistics of n timesteps and of k more become those of n + k (Chan). The same for floats inside a segment.
 __device__ inline float quotient(float a, float b) { return __fdividef(a, b); } // to 2 units in the last place
@@ -650,13 +645,13 @@ template <typename X, int VEC, int LANES, bool APPLY>
             x.get(a, p, i, f);
             EACH(e, VEC) { s += a[e]; }
         }
-        m[i] = team_sum<LANES>(s, lanes) * p.share;
+        m[i] = warp_sum<LANES>(s, lanes) * p.share;
         s = 0;
         FEATURES(f) {
             x.get(a, p, i, f);
             EACH(e, VEC) { s += (a[e] - m[i]) * (a[e] - m[i]); }
         }
-        v[i] = team_sum<LANES>(s, lanes) * p.share;
+        v[i] = warp_sum<LANES>(s, lanes) * p.share;
     }
     EACH(i, STEPS) { // of the warp's timesteps up to i
         if (i < p.steps) { // merge(), with weights known when compiling
@@ -845,8 +840,8 @@ template <typename X, int VEC, int LANES, bool APPLY>
             if (!LANES) { get_weights(f); }
             EACH(e, VEC) { float d = dy[e] * scale[e]; A += d * (x[e] - mu[i]); E += d; }
         }
-        float share = quotient(1.0f, n0 + (float)(p.t0 + i + 1)), da = -r[i] * team_sum<LANES>(E, lanes);
-        float dv = -0.5f * r[i] * r[i] * r[i] * team_sum<LANES>(A, lanes);
+        float share = quotient(1.0f, n0 + (float)(p.t0 + i + 1)), da = -r[i] * warp_sum<LANES>(E, lanes);
+        float dv = -0.5f * r[i] * r[i] * r[i] * warp_sum<LANES>(A, lanes);
         u[i] = (da - 2 * (mu[i] - c) * dv) * share; v[i] = dv * share;
     }
 #pragma unroll
@@ -959,10 +954,6 @@ __global__ void cema_coefficients_kernel(CemaCoef* coef, float2* powers, CemaPar
 __device__ inline float2 cema_start(const float* start, size_t bd, int k, int N, float p) { // s_0
     return start && k < N ? make_float2(start[2 * (bd * N + k)] / p, start[2 * (bd * N + k) + 1] / p) : float2{0, 0};
 }
-__device__ inline float sum_lanes(float v) {
-    EACH(o, 4) { v += __shfl_xor_sync(~0u, v, 1 << o); }
-    return v;
-}
 
 // The form for any size: CEMA_LANES threads share a feature of a batch row and have M modes each.
 struct CemaPlace {
@@ -990,7 +981,7 @@ template <typename X, int M> __global__ void cema_forward_kernel(X* out, float* 
             float y = 0;
             if (t0 + i >= T) { break; }
             EACH(j, M) { s[j] = mul_add(m[j].q, s[j], float2{x[i], 0}); y += m[j].c.x * s[j].x - m[j].c.y * s[j].y; }
-            y = sum_lanes(y) + omega[f.d] * x[i];
+            y = warp_sum<CEMA_LANES>(y) + omega[f.d] * x[i];
             if (f.active && f.lane == 0) { out[f.at + (size_t)(t0 + i) * D] = from_float<X>(y); }
         }
     }
@@ -1030,7 +1021,7 @@ template <typename X, int M> __global__ void cema_backward_kernel(X* dinp, float
                 b[j] = mul_add(q, b[j], a[j]);
                 dx += m[j].c.x * a[j].x + m[j].c.y * a[j].y;
             }
-            dw = fmaf(x[i], dy[i], dw); dx = sum_lanes(dx) + omega[f.d] * dy[i];
+            dw = fmaf(x[i], dy[i], dw); dx = warp_sum<CEMA_LANES>(dx) + omega[f.d] * dy[i];
             if (f.active && f.lane == 0) { dinp[f.at + (size_t)(t0 - i) * D] = from_float<X>(dx); }
         }
     }
