@@ -458,14 +458,14 @@ ON_GPU_TOO static inline uint64_t mix_bits(uint64_t x) { // splitmix64's finaliz
     return x ^ (x >> 31);
 }
 
-uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t index) {
+ON_GPU_TOO uint64_t random_bits(uint64_t seed, uint64_t stream, uint64_t index) {
     uint64_t x = seed;
     const uint64_t add[3] = {0x9E3779B97F4A7C15u, stream, index};
     for (int i = 0; i < 3; i++) { x = mix_bits(x + add[i] * 0x9E3779B97F4A7C15u + 0x9E3779B97F4A7C15u); }
     return x;
 }
 
-double random_uniform(uint64_t seed, uint64_t stream, uint64_t index) { // in [0, 1)
+ON_GPU_TOO double random_uniform(uint64_t seed, uint64_t stream, uint64_t index) { // in [0, 1)
     return (random_bits(seed, stream, index) >> 11) * 0x1p-53;
 }
 
@@ -1642,14 +1642,16 @@ typedef struct {
     double (*finish_step)(void* self, double* loss); // norm of the gradient; sum of dloss * losses over the micro-steps
     void (*update)(void* self, const Options* o, double lr, int step, double grad_scale); // AdamW; waits for its end
     // T tokens, all in one chunk, that follow those streamed since the last reset; their losses, if targets is not
-    // NULL. To generate, there are --samples streams: tokens (samples,T), with T = 1.
+    // NULL. To generate, there are --samples streams: tokens (samples,T), with T = 1; NULL for those drawn.
     void (*stream)(void* self, const int* tokens, int T, const int* targets, float* losses);
-    const float* (*logits)(void* self); // (samples,vocab) of the last tokens streamed
+    // Draws what follows the last token of each stream, with random numbers `index` of key + the stream's number << 32.
+    void (*draw)(void* self, const Options* o, uint64_t key, int index);
+    const int* (*drawn)(void* self); // (samples); waits for them
     void (*reset)(void* self);
 } Backend;
 
 enum { STREAM_TOKENS = 512 };
-typedef struct { Model m; Pass pass, stream; State state, next, *carried; int micro, accum; double loss; } Cpu;
+typedef struct { Model m; Pass pass, stream; State state, next, *carried; int micro, accum, *drawn; double loss; } Cpu;
 
 // Weights, gradients, a shard of both moments; activations and their gradients; the stream's.
 double cpu_memory_needed(void* self, const Options* o) {
@@ -1675,6 +1677,7 @@ void cpu_open(void* self, const Options* o, bool training) {
     int B = o->generate ? o->samples : 1, T = o->generate ? 1 : min_int(c->chunk_size, STREAM_TOKENS);
     pass_alloc(&r->stream, c, B, T, KEEP_NONE, KEEP_NONE);
     state_alloc(&r->state, c, B, true);
+    r->drawn = (int*)xcalloc(B, sizeof(int));
     if (!training || !o->carry) { return; }
     r->carried = (State*)xcalloc(r->accum = o->accum, sizeof(State));
     state_alloc(&r->next, c, o->batch, false);
@@ -1685,7 +1688,7 @@ void cpu_close(void* self) {
     Cpu* r = (Cpu*)self;
     model_free(&r->m); pass_free(&r->pass); pass_free(&r->stream); state_free(&r->state); state_free(&r->next);
     for (int i = 0; i < r->accum; i++) { state_free(&r->carried[i]); }
-    free(r->carried);
+    free(r->carried); free(r->drawn);
 }
 
 void cpu_copy(void* self, int block, int i, int l, void* host, bool to_host, size_t part[2]) {
@@ -1739,20 +1742,64 @@ void cpu_update(void* self, const Options* o, double lr, int step, double grad_s
 void cpu_stream(void* self, const int* tokens, int T, const int* targets, float* losses) {
     Cpu* r = (Cpu*)self;
     r->stream.T = T;
-    model_forward(&r->m, &r->stream, tokens, &r->state, &r->state);
+    model_forward(&r->m, &r->stream, tokens ? tokens : r->drawn, &r->state, &r->state);
     if (targets) { crossentropy_forward(losses, r->stream.acts.logits, targets, T, r->m.config.vocab_size); }
 }
 
-const float* cpu_logits(void* self) {
-    Cpu* r = (Cpu*)self;
-    return r->stream.acts.logits + (size_t)(r->stream.T - 1) * r->m.config.vocab_size;
+int larger_first(const void* a, const void* b) {
+    float x = *(const float*)a, y = *(const float*)b;
+    return (x < y) - (x > y);
 }
+// Draws from softmax(logits / temperature), cut to the top_k likeliest tokens and then to the likeliest that hold top_p
+// together, those as likely as the last one included; u is uniform in [0,1).
+int sample(const float* logits, int vocab, const Options* o, double u) {
+    enum { PART = 256 }; // of the vocabulary: sums of parts find the token
+    int n = 0, i = 0, k = 0, id, parts = (vocab + PART - 1) / PART;
+    float top = logits[0], scale = fmin(1 / o->temperature, 1e30);
+    OMP(omp simd reduction(max : top))
+    for (int v = 1; v < vocab; v++) { top = logits[v] > top ? logits[v] : top; }
+    for (; o->temperature == 0 && logits[i] < top; i++) { }
+    if (o->temperature == 0) { return i; }
+    float *p = (float*)xcalloc(vocab, sizeof(float)), *sorted = (float*)xcalloc(vocab, sizeof(float));
+    double *sums = (double*)xcalloc(parts, sizeof(double)), sum = 0, kept = 0;
+    OMP(omp simd reduction(+ : sum))
+    for (int v = 0; v < vocab; v++) { p[v] = exp_fast((logits[v] - top) * scale); sum += p[v]; }
+    if (o->top_k || o->top_p < 1) {
+        double least = o->top_k ? 0 : (1 - o->top_p) * sum / vocab; // what is below, all together, is more than enough
+        for (int v = 0; v < vocab; v++) { if (p[v] >= least) { sorted[n++] = p[v]; } }
+        qsort(sorted, n, sizeof(float), larger_first);
+        for (k = 0; o->top_k && k < n && (k < o->top_k || sorted[k] == sorted[k - 1]); k++) { kept += sorted[k]; }
+        if (o->top_k) { n = k; sum = kept; kept = 0; }
+        for (i = 0; i < n && (i == 0 || kept < o->top_p * sum); i++) { kept += sorted[i]; }
+        for (int v = 0; v < vocab; v++) { p[v] = p[v] >= sorted[i - 1] ? p[v] : 0; }
+    }
+    for (k = 0, sum = 0; k < parts; k++) {
+        double part = 0;
+        OMP(omp simd reduction(+ : part))
+        for (int v = k * PART; v < min_int(vocab, (k + 1) * PART); v++) { part += p[v]; }
+        sums[k] = part; sum += part;
+    }
+    for (k = 0, u *= sum; k < parts - 1 && u >= sums[k]; k++) { u -= sums[k]; }
+    for (id = k * PART; id < vocab - 1 && u >= p[id]; id++) { u -= p[id]; }
+    free(p); free(sorted); free(sums);
+    return id;
+}
+void cpu_draw(void* self, const Options* o, uint64_t key, int index) {
+    Cpu* r = (Cpu*)self;
+    int vocab = o->model.vocab_size;
+    OMP(omp parallel for schedule(dynamic) if (r->stream.B > 1))
+    for (int b = 0; b < r->stream.B; b++) {
+        double u = random_uniform(o->seed, key + ((uint64_t)b << 32), index);
+        r->drawn[b] = sample(r->stream.acts.logits + (size_t)b * vocab, vocab, o, u);
+    }
+}
+const int* cpu_drawn(void* self) { return ((Cpu*)self)->drawn; }
 
 void cpu_reset(void* self) { state_reset(&((Cpu*)self)->state); }
 
 Backend cpu_backend(Cpu* r) {
     Backend b = {r, "CPU", 0, STREAM_TOKENS, cpu_memory_needed, cpu_open, cpu_close, cpu_copy, cpu_micro_step,
-                 cpu_finish_step, cpu_update, cpu_stream, cpu_logits, cpu_reset};
+                 cpu_finish_step, cpu_update, cpu_stream, cpu_draw, cpu_drawn, cpu_reset};
     memset(r, 0, sizeof(*r));
     return b;
 }
@@ -1869,53 +1916,6 @@ double evaluate(const Backend* b, const Config* c, const Dataset* d, Span spans[
     return sum.nats / sum.tokens;
 }
 
-typedef struct { float p; int id; } Candidate;
-int candidate_by_p(const void* a, const void* b) {
-    const Candidate *x = (const Candidate*)a, *y = (const Candidate*)b;
-    return x->p != y->p ? (x->p < y->p) - (x->p > y->p) : x->id - y->id;
-}
-
-// Draws from softmax(logits / temperature), cut to the top_k likeliest tokens and then to the likeliest that hold top_p
-// together; u is uniform in [0,1). Only where there is a cut are candidates sorted, and only those that may be kept.
-int sample(const float* logits, int vocab, const Options* o, double u) {
-    enum { PART = 256 }; // of the vocabulary: sums of parts find the token
-    int n = vocab, parts = (vocab + PART - 1) / PART, i = 0, k = 0;
-    float top = logits[0];
-    OMP(omp simd reduction(max : top))
-    for (int v = 1; v < vocab; v++) { top = logits[v] > top ? logits[v] : top; }
-    for (; o->temperature == 0 && logits[i] < top; i++) { }
-    if (o->temperature == 0) { return i; }
-    float *p = (float*)xcalloc(vocab, sizeof(float)), scale = fmin(1 / o->temperature, 1e30);
-    OMP(omp simd)
-    for (int v = 0; v < vocab; v++) { p[v] = exp_fast((logits[v] - top) * scale); }
-    double *sums = (double*)xcalloc(parts, sizeof(double)), sum = 0, kept = 0;
-    for (; k < parts; k++) {
-        double part = 0;
-        OMP(omp simd reduction(+ : part))
-        for (int v = k * PART; v < min_int(vocab, (k + 1) * PART); v++) { part += p[v]; }
-        sums[k] = part; sum += part;
-    }
-    int id = 0;
-    if (o->top_k || o->top_p < 1) {
-        double least = o->top_k ? 0 : (1 - o->top_p) * sum / vocab; // what is below, all together, is more than enough
-        Candidate* c = (Candidate*)xcalloc(vocab, sizeof(Candidate));
-        for (int v = n = 0; v < vocab; v++) { if (p[v] >= least) { c[n].p = p[v]; c[n++].id = v; } }
-        qsort(c, n, sizeof(Candidate), candidate_by_p);
-        if (o->top_k) { n = min_int(n, o->top_k); sum = 0; }
-        for (k = 0; o->top_k && k < n; k++) { sum += c[k].p; }
-        for (i = 0; i < n && kept < o->top_p * sum; i++) { kept += c[i].p; }
-        n = i;
-        for (i = 0, u *= kept; i < n - 1 && u >= c[i].p; i++) { u -= c[i].p; }
-        id = c[i].id;
-        free(c);
-    } else {
-        for (k = 0, u *= sum; k < parts - 1 && u >= sums[k]; k++) { u -= sums[k]; }
-        for (id = k * PART; id < vocab - 1 && u >= p[id]; id++) { u -= p[id]; }
-    }
-    free(p); free(sums);
-    return id;
-}
-
 double seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -1930,23 +1930,21 @@ void generate(const Backend* b, const Options* o, const Tokenizer* t, int n, uin
     int* ends = (int*)xcalloc(B, sizeof(int)); // tokens of each sample, once it is done
     Tokens past = prompt_tokens(o, t);
     b->reset(b->self);
-    for (size_t i = 0; i < past.count; i++) { // the last one waits in next
-        if (i > 0) { b->stream(b->self, next, 1, NULL, NULL); }
-        for (int s = 0; s < B; s++) { next[s] = past.ids[i]; ends[s] = n; }
+    for (int s = 0; s < B; s++) { ends[s] = n; }
+    for (size_t i = 0; i < past.count; i++) {
+        for (int s = 0; s < B; s++) { next[s] = past.ids[i]; }
+        b->stream(b->self, next, 1, NULL, NULL);
     }
     double started = seconds();
     for (int i = 0; i < n && going; i++) {
-        b->stream(b->self, next, 1, NULL, NULL);
-        const float* logits = b->logits(b->self);
-        OMP(omp parallel for schedule(dynamic) if (B > 1))
+        b->draw(b->self, o, ((uint64_t)2 << 56) + stream, i);
+        if (i + 1 < n) { b->stream(b->self, NULL, 1, NULL, NULL); } // a GPU goes on while tokens are looked at
+        const int* drawn = b->drawn(b->self);
         for (int s = 0; s < B; s++) {
-            double u = random_uniform(o->seed, ((uint64_t)2 << 56) + ((uint64_t)s << 32) + stream, i);
-            next[s] = tokens[(size_t)s * n + i] = sample(logits + (size_t)s * vocab, vocab, o, u);
+            tokens[(size_t)s * n + i] = drawn[s];
+            if (ends[s] == n && drawn[s] == o->eod) { ends[s] = i; going--; }
         }
-        for (int s = 0; s < B; s++) {
-            if (ends[s] == n && next[s] == o->eod) { ends[s] = i; going--; }
-        }
-        if (i < ends[0]) { token_print(t, vocab, next[0], &left); }
+        if (i < ends[0]) { token_print(t, vocab, drawn[0], &left); }
     }
     for (int s = 1; s < B; s++) {
         printf("\n----------------\n");

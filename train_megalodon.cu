@@ -90,7 +90,7 @@ struct Gpu {
     cudaEvent_t event;
 #ifdef USE_NCCL
     ncclComm_t group, world, gradients;
-    ncclWindow_t window; // gradients and what comes of them from other ranks
+    ncclWindow_t windows[2]; // of exchange_alloc
 #endif
 };
 
@@ -136,18 +136,6 @@ static void gpu_close(Gpu* gpu) {
     cublasLtDestroy(gpu->lt); cudaStreamDestroy(gpu->stream);
 }
 
-// Scratch memory for at least n of E. Grows when a larger need comes up, which is in the first step.
-template <typename E> static E* gpu_scratch(Gpu& gpu, int which, size_t n) {
-    size_t bytes = ceil_div(n * sizeof(E), 256) * 256, *size = &gpu.scratch_size[which];
-    if (bytes > *size) {
-        gpu_sync(&gpu);
-        CUDA(cudaFree(gpu.scratch[which]));
-        gpu.allocated -= *size ? *size + 256 : 0;
-        *size = bytes; gpu.scratch[which] = gpu_alloc(&gpu, bytes);
-    }
-    return (E*)gpu.scratch[which];
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Ranks, each with a GPU of its own: NCCL, started through MPI. Exchanges run in streams of their own.
 
@@ -182,10 +170,10 @@ static void ranks_connect(Gpu* gpu) {
     all_sum(bytes, sizeof(id));
     for (size_t i = 0; i < sizeof(id); i++) { ((unsigned char*)&id)[i] = bytes[i]; }
     NCCL(ncclCommInitRank(&gpu->world, ranks.count, id, ranks.rank));
-    ncclConfig_t config = NCCL_CONFIG_INITIALIZER; // what runs beside matrix products takes few multiprocessors
-    config.maxCTAs = 2;
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER; // what runs beside matrix products takes no multiprocessor from
+    config.CTAPolicy = NCCL_CTA_POLICY_ZERO; config.maxCTAs = 2; // them, or few where copy engines do not reach
     NCCL(ncclCommSplit(gpu->world, ranks.group, ranks.chunk, &gpu->group, &config));
-    config.maxCTAs = 16; config.CTAPolicy = NCCL_CTA_POLICY_ZERO; // or none: copy engines, within a machine
+    config.maxCTAs = 16;
     NCCL(ncclCommSplit(gpu->world, 0, ranks.rank, &gpu->gradients, &config));
     int low, high;
     CUDA(cudaDeviceGetStreamPriorityRange(&low, &high));
@@ -203,20 +191,36 @@ static void stream_after(Gpu& gpu, cudaStream_t stream, cudaStream_t other) {
     CUDA(cudaStreamWaitEvent(stream, gpu.event, 0));
 }
 
-// Zeroed memory for n floats that ranks exchange: copy engines reach into what all of them have registered together.
-static float* exchange_alloc(Gpu* gpu, size_t n) {
-    float* p = NULL; size_t bytes = n * sizeof(float);
-    if (ranks.count == 1 || gpu->dry) { return (float*)gpu_alloc(gpu, bytes); }
-    NCCL(ncclMemAlloc((void**)&p, bytes));
-    NCCL(ncclCommWindowRegister(gpu->gradients, p, bytes, &gpu->window, NCCL_WIN_COLL_SYMMETRIC));
+// Zeroed memory that all ranks take and register together: copy engines exchange what is in it, beside kernels. It is
+// for gradients, between all ranks, or for states, within the group.
+static void* exchange_alloc(Gpu* gpu, size_t bytes, bool states) {
+    void* p = NULL;
+    if (ranks.count == 1 || gpu->dry) { return gpu_alloc(gpu, bytes); }
+    NCCL(ncclMemAlloc(&p, bytes));
+    NCCL(ncclCommWindowRegister(states ? gpu->group : gpu->gradients, p, bytes, &gpu->windows[states],
+                                NCCL_WIN_COLL_SYMMETRIC));
     CUDA(cudaMemsetAsync(p, 0, bytes, gpu->stream));
     gpu->allocated += bytes;
     return p;
 }
-static void exchange_free(Gpu* gpu, float* p) {
+static void exchange_free(Gpu* gpu, void* p, bool states) {
     if (ranks.count == 1 || !p) { cudaFree(p); return; }
-    NCCL(ncclCommWindowDeregister(gpu->gradients, gpu->window));
+    NCCL(ncclCommWindowDeregister(states ? gpu->group : gpu->gradients, gpu->windows[states]));
     NCCL(ncclMemFree(p));
+}
+
+// Scratch memory for at least n of E. Grows when a larger need comes up, which is in the first step.
+template <typename E> static E* gpu_scratch(Gpu& gpu, int which, size_t n) {
+    size_t bytes = ceil_div(n * sizeof(E), 256) * 256, *size = &gpu.scratch_size[which];
+    if (bytes > *size) {
+        gpu_sync(&gpu);
+        if (which == SLICES) { exchange_free(&gpu, gpu.scratch[which], true); }
+        else { CUDA(cudaFree(gpu.scratch[which])); }
+        gpu.allocated -= *size ? *size + 256 : 0;
+        *size = bytes;
+        gpu.scratch[which] = which == SLICES ? exchange_alloc(&gpu, bytes, true) : gpu_alloc(&gpu, bytes);
+    }
+    return (E*)gpu.scratch[which];
 }
 
 // all = the `bytes` bytes of each rank of the group, in their order, for who calls slices_wait first.
@@ -256,7 +260,12 @@ template <typename X, int E> struct Piece {
         const uint32_t* w = (const uint32_t*)part; // bf16 is the upper half of a float
         if constexpr (sizeof(X) == 4) { memcpy(v, part, sizeof(part)); }
         else if constexpr (E == 1) { v[0] = to_float(part[0]); }
-        else { EACH(e, E) { v[e] = __uint_as_float(e & 1 ? w[e / 2] & 0xffff0000u : w[e / 2] << 16); } }
+        else {
+            EACH(i, E / 2) {
+                v[2 * i] = __uint_as_float(w[i] << 16);
+                v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
+            }
+        }
     }
     __device__ void set(const float* v) {
         if constexpr (sizeof(X) == 4) { memcpy(part, v, sizeof(part)); }
@@ -586,11 +595,11 @@ enum { STEPS = 4, WARPS = 8, SEGMENT = STEPS * WARPS };
 // Where a thread of the timestep norm's kernels stands. The second pass goes backwards: what was read last is cached.
 struct NormPlace {
     // g0: the block's first group; steps: of this warp, up to STEPS
-    int warp, sub, team, g0, g, segment, steps, D, F, width;
+    int warp, sub, team, g0, g, segment, steps, F, width;
     size_t row, t0, at, line;                         // at: first element; line: index of (row, g, segment)
     float share;                                      // 1/F
     bool active;
-    __device__ NormPlace(int T, int D, int G, int lanes, int VEC, bool back) : D(D) {
+    __device__ NormPlace(int T, int D, int G, int lanes, int VEC, bool back) {
         int lane = threadIdx.x % 32, teams = 32 / lanes, tiles = (G + teams - 1) / teams,
                 count = (T + SEGMENT - 1) / SEGMENT;
         size_t block = back ? gridDim.x - 1 - blockIdx.x : blockIdx.x, b = block / tiles;
@@ -603,25 +612,6 @@ struct NormPlace {
         line = (row * G + g) * count + segment;
     }
 };
-// Its timesteps of a tensor. With LANES they stay in registers.
-template <typename X, int VEC, int LANES> struct NormRows {
-    Piece<X, VEC> piece[STEPS];
-    const X* from;
-    int steps;
-    __device__ void fetch(const NormPlace& p, int i, int f) {
-        piece[i].clear();
-        if (i < steps && f < p.F) { piece[i].load(from + (size_t)i * p.D + f); }
-    }
-    __device__ NormRows(const NormPlace& p, const X* tensor, int steps) : from(tensor + p.at), steps(steps) {
-        EACH(i, STEPS) { if (LANES) { fetch(p, i, p.sub); } }
-    }
-    __device__ void get(float (&v)[VEC], const NormPlace& p, int i, int f) { // features f.. of timestep i
-        if (!LANES) { fetch(p, i, f); }
-        piece[i].get(v);
-    }
-};
-// A thread's features of a group, one piece at a time: the only one, if it stays in registers.
-#define FEATURES(f) for (int f = p.sub; f < p.F; f = LANES ? p.F : f + p.width)
 
 // Statistics of n timesteps and of k more become those of n + k (Chan). The same for floats inside a segment.
 __device__ inline float quotient(float a, float b) { return __fdividef(a, b); } // to 2 units in the last place
@@ -637,19 +627,34 @@ template <typename X, int VEC, int LANES, bool APPLY>
         __global__ void __launch_bounds__(32 * WARPS) timestepnorm_forward_kernel(X* out, float* mean, float* rstd,
         float4* segments, const X* inp, const float* w, const float* b, int T, int D, int G, int lanes, float eps) {
     __shared__ float3 totals[WARPS][32];
-    NormPlace p(T, D, G, lanes, VEC, APPLY); NormRows<X, VEC, LANES> x(p, inp, p.steps);
+    NormPlace p(T, D, G, lanes, VEC, APPLY); Piece<X, VEC> kept[STEPS];
     float m[STEPS], v[STEPS], a[VEC], n = 0, run_mean = 0, run_var = 0;
+    if (LANES) {
+        EACH(i, STEPS) {
+            kept[i].clear();
+            if (i < p.steps && p.sub < p.F) { kept[i].load(inp + p.at + (size_t)i * D + p.sub); }
+        }
+    }
+    auto get = [&](int i, int f) { // features f.. of timestep i
+        if (LANES) { kept[i].get(a); return; }
+        Piece<X, VEC> piece;
+        piece.clear();
+        if (i < p.steps) { piece.load(inp + p.at + (size_t)i * D + f); }
+        piece.get(a);
+    };
     EACH(i, STEPS) { // mean and variance of each timestep alone
         float s = 0;
-        FEATURES(f) {
-            x.get(a, p, i, f);
+        for (int f = p.sub; f < p.F; f += p.width) {
+            get(i, f);
             EACH(e, VEC) { s += a[e]; }
+            if (LANES) { break; }
         }
         m[i] = warp_sum<LANES>(s, lanes) * p.share;
         s = 0;
-        FEATURES(f) {
-            x.get(a, p, i, f);
+        for (int f = p.sub; f < p.F; f += p.width) {
+            get(i, f);
             EACH(e, VEC) { s += (a[e] - m[i]) * (a[e] - m[i]); }
+            if (LANES) { break; }
         }
         v[i] = warp_sum<LANES>(s, lanes) * p.share;
     }
@@ -683,11 +688,12 @@ template <typename X, int VEC, int LANES, bool APPLY>
         float count = past.x, mu = past.y, var = past.z;
         merge(count, mu, var, i + 1.0f, m[i], v[i]);
         float r = rsqrtf(var + eps);
-        FEATURES(f) {
-            x.get(a, p, i, f);
+        for (int f = p.sub; f < p.F; f += p.width) {
+            get(i, f);
             if (!LANES) { get_weights(f); }
             EACH(e, VEC) { a[e] = (a[e] - mu) * r * scale[e] + shift[e]; }
             store(out + p.at + (size_t)i * D + f, a);
+            if (LANES) { break; }
         }
         if (p.sub == 0) { size_t k = (p.row * T + p.t0 + i) * G + p.g; mean[k] = mu; rstd[k] = r; }
     }
@@ -715,13 +721,19 @@ template <typename S> __global__ void timestepnorm_scan_kernel(float4* segments,
     int lane = threadIdx.x % 32, each = (count + 31) / 32, first = lane * each, last = min(first + each, count);
     if (line >= lines) { return; }
     auto segment = [&](int i) { return segments + line * count + (back ? count - 1 - i : i); };
-    auto get = [&](int i) { float4 v = *segment(i); return S{v.x, v.y, v.z}; };
+    auto walk = [&](auto visit) { // this lane's segments; four are read at a time
+        for (int i = first; i < last; i += 4) {
+            float4 own[4];
+            EACH(k, 4) { if (i + k < last) { own[k] = *segment(i + k); } }
+            EACH(k, 4) { if (i + k < last) { visit(segment(i + k), S{own[k].x, own[k].y, own[k].z}); } }
+        }
+    };
     S sum = {0, 0, back ? segment(0)->z : 0}, past = sum;
     if constexpr (!back) { if (start && !alone) { past = start[line]; } }
     int from = back ? chunk + 1 : 0, to = !all || alone ? 0 : back ? chunks : chunk;
     for (int r = from; r < to; r++) { add(past, all[r * lines + line]); }
     if (lane == 0) { sum = past; }
-    for (int i = first; i < last; i++) { add(sum, get(i)); }
+    walk([&](float4*, S own) { add(sum, own); });
     for (int o = 1; o < 32; o *= 2) {
         S other = shuffle_up(sum, o);
         if (lane >= o) { add(other, sum); sum = other; }
@@ -738,17 +750,18 @@ template <typename S> __global__ void timestepnorm_scan_kernel(float4* segments,
             dstart[line].mean += n0 * (sum.U + 2 * (start[line].mean - sum.c) * sum.V); dstart[line].var += n0 * sum.V;
         }
     }
-    for (int i = first; i < last; i++) {
-        S own = get(i);
+    walk([&](float4* at, S own) {
         auto [a, b, c] = now;
-        *segment(i) = make_float4(a, b, c, 0);
+        *at = make_float4(a, b, c, 0);
         add(now, own);
-    }
+    });
 }
 // Where ranks hold slices (sliced), they first tell each other those of their own. meanwhile: what may be launched then
 template <typename S, typename F> static void timestepnorm_scan(Gpu& gpu, float4* segments, S* end, S* before,
         NormState* dstart, const NormState* start, bool sliced, int count, size_t lines, F meanwhile) {
-    S* all = sliced ? gpu_scratch<S>(gpu, SLICES, lines * (ranks.chunks + 1)) : NULL;
+    // Where there is nothing to be done meanwhile, NCCL's kernel is faster than copy engines: not in memory for those.
+    int which = std::is_same<S, NormState>::value ? SLICE_SUMS : SLICES;
+    S* all = sliced ? gpu_scratch<S>(gpu, which, lines * (ranks.chunks + 1)) : NULL;
     auto scan = [&](S* end, bool alone) {
         LAUNCH(timestepnorm_scan_kernel<S>, ceil_div(lines, 4), 128, segments, end, before, dstart, start, all,
                ranks.chunk, ranks.chunks, alone, count, lines);
@@ -822,23 +835,35 @@ template <typename X, int VEC, int LANES, bool APPLY>
     __shared__ float2 totals[WARPS][32];
     alignas(16) __shared__ float lines[2][APPLY ? 1 : WARPS][32 * VEC];
     NormPlace p(T, D, G, lanes, VEC, APPLY);
-    NormRows<X, VEC, LANES> inp_rows(p, inp, p.steps), dout_rows(p, dout, p.steps);
+    Piece<X, VEC> kept_x[STEPS], kept_dy[STEPS];
     float x[VEC], dy[VEC], mu[STEPS], r[STEPS], u[STEPS], v[STEPS];
     float n0 = start ? start[p.row * G + p.g].count : 0, c = mean[(p.row * T + T - 1) * G + p.g];
     EACH(i, STEPS) {
         size_t k = (p.row * T + p.t0 + i) * G + p.g;
         mu[i] = i < p.steps ? mean[k] : 0; r[i] = i < p.steps ? rstd[k] : 0;
+        if (!LANES) { continue; }
+        kept_x[i].clear(); kept_dy[i].clear();
+        if (i < p.steps && p.sub < p.F) {
+            kept_x[i].load(inp + p.at + (size_t)i * D + p.sub); kept_dy[i].load(dout + p.at + (size_t)i * D + p.sub);
+        }
     }
-    auto get = [&](int i, int f) { inp_rows.get(x, p, i, f); dout_rows.get(dy, p, i, f); };
+    auto get = [&](int i, int f) {
+        if (LANES) { kept_x[i].get(x); kept_dy[i].get(dy); return; }
+        Piece<X, VEC> px, pdy;
+        px.clear(); pdy.clear();
+        if (i < p.steps) { px.load(inp + p.at + (size_t)i * D + f); pdy.load(dout + p.at + (size_t)i * D + f); }
+        px.get(x); pdy.get(dy);
+    };
     float scale[VEC];
     auto get_weights = [&](int f) { EACH(e, VEC) { scale[e] = w[p.g * p.F + f + e] + 1; } };
     if (LANES && p.sub < p.F) { get_weights(p.sub); }
     EACH(i, STEPS) {
         float A = 0, E = 0;
-        FEATURES(f) {
+        for (int f = p.sub; f < p.F; f += p.width) {
             get(i, f);
             if (!LANES) { get_weights(f); }
             EACH(e, VEC) { float d = dy[e] * scale[e]; A += d * (x[e] - mu[i]); E += d; }
+            if (LANES) { break; }
         }
         float share = quotient(1.0f, n0 + (float)(p.t0 + i + 1)), da = -r[i] * warp_sum<LANES>(E, lanes);
         float dv = -0.5f * r[i] * r[i] * r[i] * warp_sum<LANES>(A, lanes);
@@ -858,13 +883,14 @@ template <typename X, int VEC, int LANES, bool APPLY>
         int count = (T + SEGMENT - 1) / SEGMENT;
         float* part = partials + ((size_t)p.row * count + p.segment) * 2 * D;
         for (int f0 = 0; f0 < p.F; f0 += p.width) { // dw and db of one piece of each group
-            float sum[2][VEC] = {}; int f = f0 + p.sub;
+            float dw[VEC] = {0}, db[VEC] = {0}; int f = f0 + p.sub;
             EACH(i, STEPS) {
                 if (f >= p.F) { break; }
                 get(i, f);
-                EACH(e, VEC) { sum[0][e] += dy[e] * (x[e] - mu[i]) * r[i]; sum[1][e] += dy[e]; }
+                EACH(e, VEC) { dw[e] += dy[e] * (x[e] - mu[i]) * r[i]; db[e] += dy[e]; }
             }
-            EACH(k, 2) { store(&lines[k][p.warp][threadIdx.x % 32 * VEC], sum[k]); }
+            store(&lines[0][p.warp][threadIdx.x % 32 * VEC], dw);
+            store(&lines[1][p.warp][threadIdx.x % 32 * VEC], db);
             __syncthreads();
             for (int i = threadIdx.x; i < 2 * 32 * VEC; i += 32 * WARPS) {
                 int which = i / (32 * VEC), j = i % (32 * VEC), g = p.g0 + j / p.width, k = f0 + j % p.width;
@@ -877,21 +903,29 @@ template <typename X, int VEC, int LANES, bool APPLY>
         }
         return;
     }
-    // read before anything is written
-    NormRows<X, VEC, LANES> added[2] = {{p, add1, add1 ? p.steps : 0}, {p, add2, add2 ? p.steps : 0}};
+    Piece<X, VEC> added[STEPS][2]; // read before anything is written
     float a[VEC];
+    auto get_added = [&](int i, int f) {
+        EACH(k, 2) {
+            const X* add = k ? add2 : add1;
+            added[i][k].clear();
+            if (add && i < p.steps) { added[i][k].load(add + p.at + (size_t)i * D + f); }
+        }
+    };
+    EACH(i, STEPS) { if (LANES && p.sub < p.F) { get_added(i, p.sub); } }
     EACH(i, STEPS) {
         if (i >= p.steps) { break; }
         float U = (u[i] + later.x) * p.share, V = 2 * (v[i] + later.y) * p.share;
-        FEATURES(f) {
+        for (int f = p.sub; f < p.F; f += p.width) {
+            if (!LANES) { get_added(i, f); get_weights(f); }
             get(i, f);
-            if (!LANES) { get_weights(f); }
             EACH(e, VEC) { dy[e] = dy[e] * scale[e] * r[i] + U + (x[e] - c) * V; }
             EACH(k, 2) {
-                added[k].get(a, p, i, f);
+                added[i][k].get(a);
                 EACH(e, VEC) { dy[e] += a[e]; }
             }
             store(dinp + p.at + (size_t)i * D + f, dy);
+            if (LANES) { break; }
         }
     }
 }
@@ -1387,35 +1421,35 @@ template <typename X> static void cema_backward(Gpu& gpu, X* dinp, const CemaPar
 }
 
 // Where ranks hold slices of T timesteps: first what a slice alone makes of zero, for the others to know. A thread runs
-// SLICE_MODES oscillators of a feature over a segment of time, the last segment being the first here. sums (segments,B,
-// D,N): h at a segment's end. Or back in time, from the first segment on, a at its first timestep.
-enum { SLICE_MODES = 8 };
+// SLICE_MODES oscillators of a feature over segments of time, the last segment being the first here. sums (segments,B,
+// D,N): h at a segment's end. Or back in time, from the first segment on, a at its first timestep. What fades to 2^-80
+// of itself on the way to the end is left out: most modes forget in some hundred timesteps.
+enum { SLICE_MODES = 8, SLICE_BLOCKS = 16 };
+__device__ inline float square(float2 q) { return q.x * q.x + q.y * q.y; }
 template <typename X> __global__ void cema_slice_kernel(float2* sums, const X* inp, const CemaCoef* coef, bool back,
-        int length, int T, int D, int N, int K) {
-    int d = blockIdx.x * 32 + threadIdx.x, k0 = threadIdx.y * SLICE_MODES, near = blockIdx.z * length;
-    int n = min(length, T - near); float2 q[SLICE_MODES], s[SLICE_MODES] = {};
+        int count, int length, int T, int D, int N, int K) {
+    int d = blockIdx.x * 32 + threadIdx.x, k0 = threadIdx.y * SLICE_MODES;
+    float2 q[SLICE_MODES]; float p[SLICE_MODES], longest = 0;
     if (d >= D) { return; }
-    float longest = 0;
     EACH(k, SLICE_MODES) {
-        q[k] = coef[(size_t)d * K + k0 + k].q;
-        longest = fmaxf(longest, q[k].x * q[k].x + q[k].y * q[k].y);
-        q[k].y = back ? -q[k].y : q[k].y;
+        CemaCoef m = coef[(size_t)d * K + k0 + k];
+        longest = fmaxf(longest, square(m.q));
+        q[k] = {m.q.x, back ? -m.q.y : m.q.y}; p[k] = back ? 1 : m.p;
     }
-    // What fades to 2^-80 of itself before the slice ends is left out: most modes forget in some hundred timesteps.
-    if (log2f(longest) * near < -160) { n = 0; }
     const X* x = inp + (size_t)blockIdx.y * T * D + d;
-    for (int far = near + n - 1; far >= near; far -= AHEAD) {
-        float v[AHEAD];
-        EACH(i, AHEAD) { v[i] = far - i >= near ? to_float(x[(size_t)(back ? far - i : T - 1 - far + i) * D]) : 0; }
-        EACH(i, AHEAD) {
-            if (far - i < near) { break; }
-            EACH(k, SLICE_MODES) { s[k] = mul_add(q[k], s[k], float2{v[i], 0}); }
+    for (int segment = blockIdx.z; segment < count; segment += gridDim.z) {
+        int near = segment * length, n = min(length, T - near); float2 s[SLICE_MODES] = {};
+        if (log2f(longest) * near < -2 * 80) { return; }
+        for (int far = near + n - 1; far >= near; far -= AHEAD) {
+            float v[AHEAD];
+            EACH(i, AHEAD) { v[i] = far - i >= near ? to_float(x[(size_t)(back ? far - i : T - 1 - far + i) * D]) : 0; }
+            EACH(i, AHEAD) {
+                if (far - i < near) { break; }
+                EACH(k, SLICE_MODES) { s[k] = mul_add(q[k], s[k], float2{v[i], 0}); }
+            }
         }
-    }
-    EACH(k, SLICE_MODES) {
-        float p = back ? 1 : coef[(size_t)d * K + k0 + k].p;
-        size_t at = (((size_t)blockIdx.z * gridDim.y + blockIdx.y) * D + d) * N + k0 + k;
-        if (k0 + k < N) { sums[at] = {p * s[k].x, p * s[k].y}; }
+        float2* out = sums + (((size_t)segment * gridDim.y + blockIdx.y) * D + d) * N + k0;
+        EACH(k, SLICE_MODES) { if (k0 + k < N) { out[k] = {p[k] * s[k].x, p[k] * s[k].y}; } }
     }
 }
 // What `count` parts of `length` timesteps make of state (B,D,N), NULL for zero (then the first may be shorter), if of
@@ -1431,32 +1465,26 @@ __global__ void cema_slice_join_kernel(float2* out, const float2* state, const f
         if (n & 1) { power = mul_add(power, q, double2{0, 0}); }
         q = mul_add(q, q, double2{0, 0});
     }
-#pragma unroll 8
-    for (int n = 0; n < count; n++) {
+    float reach = -2 * 75 / log2f(square(rounded)) / length; // in parts, so that none is missing
+    for (int n = reach >= 0 ? max(count - 1 - (int)fminf(reach, count), 0) : 0; n < count; n++) {
         float2 sum = sums[n * step + i];
         s = mul_add(power, s, double2{sum.x, sum.y});
     }
     out[i] = make_float2(s.x, s.y);
 }
-// Begins the exchange, all in its stream, beside the products that follow in gpu.stream; cema_slice_carry ends it.
+// Begins the exchange, beside the products that follow in gpu.stream; cema_slice_carry ends it.
 template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, const CemaParams& w, int B, int T,
         int D, int N) {
-    cudaStream_t stream = gpu.stream;
-    stream_after(gpu, gpu.states, stream);
-    gpu.stream = gpu.states;
     Cema r = cema_prepare(gpu, false, w, B, T, D, N);
-    int tiles = ceil_div(D, 32), warps = tiles * (r.K / SLICE_MODES) * B;
-    int count = ceil_div(32 * gpu.card.multiProcessorCount, warps), length = ceil_div(T, count);
-    length = length < 64 ? 64 : length; count = ceil_div(T, length);
+    int length = T < 64 * 256 ? 64 : ceil_div(T, 256), count = ceil_div(T, length);
     size_t size = (size_t)B * D * N;
     float2* sums = gpu_scratch<float2>(gpu, SLICE_SUMS, size * count);
     float2* all = gpu_scratch<float2>(gpu, SLICES, size * (ranks.chunks + 2));
-    LAUNCH(cema_slice_kernel<X>, dim3(tiles, B, count), dim3(32, r.K / SLICE_MODES), sums, inp, r.coef, back, length, T,
-           D, N, r.K);
+    LAUNCH(cema_slice_kernel<X>, dim3(ceil_div(D, 32), B, min_int(count, SLICE_BLOCKS)), dim3(32, r.K / SLICE_MODES),
+           sums, inp, r.coef, back, count, length, T, D, N, r.K);
     LAUNCH(cema_slice_join_kernel, ceil_div(size, 128), 128, all + size * ranks.chunks, NULL, sums + (count - 1) * size,
            r.coef, back, count, -(int64_t)size, length, size, D, N, r.K);
     slices_gather(gpu, all, all + size * ranks.chunks, sizeof(float2) * size);
-    gpu.stream = stream;
 }
 // state (B,D,N,2): h before this slice, start being that before the first; or a after it. NULL: in scratch memory.
 static float* cema_slice_carry(Gpu& gpu, float* state, const float* start, bool back, int B, int T, int D, int N) {
@@ -2050,10 +2078,16 @@ template <typename X> static void crossentropy(Gpu& gpu, float* losses, X* logit
 // that the gaps between launches. So there are few, and each starts before the last one has ended, with the part of its
 // work that does not depend on it. Positions are read from the device: all tokens are the same launches, one graph.
 
-// Waits for all earlier launches, and lets the next one start.
+// Lets the next launch start.
+__device__ inline void start_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Waits for all earlier ones.
 __device__ inline void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 // n neighbouring elements into the second cache, by `threads` threads. That may be done before inputs are there.
@@ -2096,13 +2130,11 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(PRODUCT_THREA
         if (o < p.O && i + k * STRIDE < I) { weights[k].load(p.weight + (size_t)o * I + i + k * STRIDE); }
     };
     EACH(k, AHEAD) { fetch(k, o, lane * E); }
-    EACH(k, 2) { // the rest of this row and the next one
-        int row = o + k * step, i = k ? 0 : AHEAD * STRIDE;
-        if (row < p.O) { prefetch(p.weight + (size_t)row * I + i, I - i, lane, 32); }
-        if (row < p.O && p.bias) { prefetch(p.bias + row, 1, lane, 32); }
-    }
+    // and not more: inputs that come late would have to wait for it
+    if (o < p.O && p.bias) { prefetch(p.bias + o, 1, lane, 32); }
     if (p.w) { prefetch(p.w, I, threadIdx.x, PRODUCT_THREADS); }
     if (p.b) { prefetch(p.b, I, threadIdx.x, PRODUCT_THREADS); }
+    start_next();
     wait_for_inputs();
     const X* from = p.from ? p.from : p.inp;
     float a[E], b[E], near = p.mean ? to_float(from[0]) : 0, s[2] = {0, 0}, mean = 0, rstd = 1;
@@ -2204,7 +2236,7 @@ template <typename X> __global__ void __launch_bounds__(512) memory_step_kernel(
             m[j] = coef[d * cema_width(N) + k];
             prefetch(h + ((size_t)blockIdx.y * D + d) * N + k, 1, 0, 1);
         }
-        if (f0 == 0) { wait_for_inputs(); }
+        if (f0 == 0) { start_next(); wait_for_inputs(); }
         for (int row = blockIdx.y; row < B; row += gridDim.y) {
             size_t at = (size_t)row * D + d; float2 v[K];
             EACH(j, K) { if (h && k0 + j * lanes < N) { v[j] = h[at * N + k0 + j * lanes]; } }
@@ -2255,6 +2287,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) scores_
     for (int j = first; j < pos && j < first + KEYS * step; j += step) { prefetch(K + (size_t)j * zd, zd, lane, 32); }
     load_row<WIDE>(angle, rotations + (size_t)pos * zd, zd);
     EACH(i, 2) { load_row<WIDE>(ga[i], gamma + i * Z + h * zd, zd); load_row<WIDE>(be[i], beta + i * Z + h * zd, zd); }
+    start_next();
     wait_for_inputs();
     load_row<WIDE>(x, z + (size_t)blockIdx.z * ldz + h * zd, zd);
     if (owner) { value.load(v + pair * vd, vd); }
@@ -2289,9 +2322,9 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) scores_
 }
 // Then gated (B,V) = silu(inp) * values weighted with the softmax of the scores. `lanes` threads have E neighbouring
 // columns each, others other keys.
-template <typename X, bool WIDE> __global__ void __launch_bounds__(256) values_step_kernel(X* gated, int ldg,
+template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) values_step_kernel(X* gated, int ldg,
         const float* scores, const X* V, const int* position, const X* inp, int ldi, int lanes, int c, int vd) {
-    enum { E = WIDE ? 8 : 1, AHEAD = 8 };
+    enum { E = WIDE ? 8 : 1, AHEAD = 16 / sizeof(X) };
     __shared__ float lines[256][E + 1], tops[32];
     int t = threadIdx.x, lane = t % 32, warps = blockDim.x / 32, groups = blockDim.x / lanes, group = t / lanes;
     int pos = *position, first = blockIdx.x * lanes * E, at = first + t % lanes * E, end = at < vd ? pos : -1;
@@ -2310,6 +2343,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256) values_s
     if (lane == 0) { tops[t / 32] = top; }
     __syncthreads();
     top = warp_max(lane < warps ? tops[lane] : -INFINITY);
+    start_next(); // not before: its weights would be read before the scores
     for (int k0 = group; k0 <= pos; k0 += AHEAD * groups) {
         EACH(u, AHEAD) {
             int k = k0 + u * groups;
@@ -2339,14 +2373,15 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(256) values_s
 template <typename X> static void attention_step(Gpu& gpu, X* gated, int ldg, float* scores, X* K, X* V,
         const int* position, const X* z, const X* inp, int ldz, const X* v, const float* gamma, const float* beta,
         const float* rotations, int B, int c, int Z, int V_dim, int H, float eps) {
-    int zd = Z / H, vd = V_dim / H, most = zd > vd ? zd : vd, lanes = B > 1 ? 16 : 2; // of one row, few columns a block
+    int zd = Z / H, vd = V_dim / H, most = zd > vd ? zd : vd;
+    int lanes = B == 1 && V_dim < 4096 ? 4 : B == 1 ? 8 : 16, threads = B == 1 ? 1024 : 256;
     int count = gpu.card.multiProcessorCount * (B > 1 ? 4 : 2) / (B * H); bool is_wide = wide(zd, vd, ldz, ldg);
     launch_early(gpu, is_wide ? scores_step_kernel<X, true> : scores_step_kernel<X, false>,
                  dim3(count > 1 ? count : 1, H, B), row_grid(gpu, 1, most, 1, 1).block.x, sizeof(float) * zd, scores,
                  K, V, position, z, ldz, v, gamma, beta, rotations, c, Z, zd, vd, eps);
     launch_early(gpu, is_wide ? values_step_kernel<X, true> : values_step_kernel<X, false>,
-                 dim3(ceil_div(vd, lanes * (is_wide ? 8 : 1)), H, B), 256, 0, gated, ldg, scores, V, position, inp, ldz,
-                 lanes, c, vd);
+                 dim3(ceil_div(vd, lanes * (is_wide ? 8 : 1)), H, B), threads, 0, gated, ldg, scores, V, position, inp,
+                 ldz, lanes, c, vd);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2472,7 +2507,8 @@ template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Con
             size_t n = model_share(m, u).size * m->shards;
             unit = n > unit ? n : unit;
         }
-        m->grads = exchange_alloc(&gpu, m->size + unit); m->received = m->grads + m->size;
+        m->grads = (float*)exchange_alloc(&gpu, (m->size + unit) * sizeof(float), false);
+        m->received = m->grads + m->size;
         m->adam_m = floats(share); m->adam_v = floats(share);
     }
     m->weights = same ? (X*)m->params : (X*)gpu_alloc(&gpu, m->size * sizeof(X));
@@ -2498,7 +2534,7 @@ template <typename X> static void model_free(Gpu& gpu, ModelOf<X>* m) {
     if (m->masters != m->params) { cudaFree(m->masters); }
     for (int u = 0; m->gathered && u < m->units; u++) { cudaEventDestroy(m->gathered[u]); }
     free(m->gathered); cudaFreeHost(m->sums);
-    exchange_free(&gpu, m->grads);
+    exchange_free(&gpu, m->grads, false);
     cudaFree(m->params); cudaFree(m->adam_m); cudaFree(m->adam_v); cudaFree(m->rotations);
 }
 
@@ -2842,16 +2878,19 @@ template <typename X> static void model_wait(Gpu& gpu, const ModelOf<X>* m, int 
     if (m->gathered) { CUDA(cudaStreamWaitEvent(gpu.stream, m->gathered[u], 0)); }
 }
 
-// tokens (B,T), on the host, to logits (B,T,vocab) on the device; see the CPU's. Returns at once, the GPU goes on
-// working. One token more for a cache is always the same work: from the third one on, a graph's.
+// tokens (B,T), on the host, or NULL for those that model_draw left on the device, to logits (B,T,vocab) there; see the
+// CPU's. Returns at once, the GPU goes on working. One token more for a cache is always the same work: from the third
+// one on, a graph's.
 template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* tokens,
         const StateOf<X>* start, StateOf<X>* end) {
     OF_LAYER(m, s, 0);
-    CUDA(cudaEventSynchronize(s->copied));
     bool step = T == 1 && end && end->k && start == end; // one token more of each stream
-    memcpy(s->host, tokens, rows * sizeof(int));
-    if (step) { s->host[rows] = end->pos; }
-    pass_upload(gpu, s, s->tokens, rows + step);
+    if (tokens) {
+        CUDA(cudaEventSynchronize(s->copied));
+        memcpy(s->host, tokens, rows * sizeof(int));
+        if (step) { s->host[rows] = end->pos; }
+        pass_upload(gpu, s, s->tokens, rows + step);
+    }
     for (int u = 0; u < (step ? m->units : min_int(m->units, 2)); u++) { model_wait(gpu, m, u); }
     auto work = [&] {
         embedding_forward(gpu, a.embed, s->tokens, p.embed, embedding_scale(c), rows, D, drop.embed);
@@ -2889,12 +2928,87 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
     if (end) { end->pos = ((start ? start->pos : 0) + T) % c->chunk_size; }
 }
 
-// Each block's part of the sum of n floats, or of the squares of n float4, in double.
-template <typename V> __global__ void sum_kernel(double* sums, const V* inp, size_t n) {
+// Draws the next token of each stream from the last logits (B,vocab), as the CPU's sample does: for the next
+// model_forward, and to `drawn`. A block draws one token, each of its 32 warps has a part of the vocabulary.
+template <typename X> __global__ void __launch_bounds__(1024) sample_kernel(int* tokens, int* drawn, const X* logits,
+        int vocab, int pos, double temperature, int top_k, float top_p, uint64_t seed, uint64_t key, int index) {
+    enum { TRIED = 7 };
+    __shared__ float parts[32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, size = (vocab + 1023) / 1024 * 32, turn = 0;
+    int begin = warp * size, end = min(begin + size, vocab), at = 0, last = 0;
+    logits += (size_t)blockIdx.x * vocab;
+    float top = -INFINITY, least = 0, part = 0, before = 0, sum = 0, scale = fmin(1 / temperature, 1e30);
+    for (int v = begin + lane; v < end; v += 32) { top = fmaxf(top, to_float(logits[v])); }
+    top = warp_max(top);
+    if (lane == 0) { parts[warp] = top; }
+    __syncthreads();
+    top = warp_max(parts[lane]);
+    auto p = [&](int v) {
+        float x = v < end ? expf((to_float(logits[v]) - top) * scale) : 0;
+        return x >= least ? x : 0;
+    };
+    for (int cut = 0; cut < 2; cut++) { // the least p to keep, by top_k and by top_p: three of its bits at a time
+        if (cut ? top_p >= 1 : !top_k) { continue; }
+        float sum[1] = {0}; uint32_t bits = 0;
+        for (int v = begin + lane; v < end; v += 32) { sum[0] += p(v); }
+        row_sum(sum, turn);
+        for (int shift = 27; shift >= 0; shift -= 3) {
+            float kept[TRIED] = {0}; int k = 0;
+            for (int v = begin + lane; v < end; v += 32) {
+                float x = p(v);
+                EACH(j, TRIED) { kept[j] += __float_as_uint(x) < bits + ((j + 1u) << shift) ? 0 : cut ? x : 1; }
+            }
+            row_sum(kept, turn);
+            EACH(j, TRIED) { k += kept[j] >= (cut ? top_p * sum[0] : top_k); }
+            bits += (uint32_t)k << shift;
+        }
+        least = fminf(__uint_as_float(bits), 1); // the likeliest stays
+    }
+    for (int v = begin + lane; v < end; v += 32) { part += p(v); }
+    part = warp_sum(part);
+    __syncthreads(); // all have read the tops
+    if (lane == 0) { parts[warp] = part; }
+    __syncthreads();
+    float u = temperature > 0 ? random_uniform(seed, key + ((uint64_t)blockIdx.x << 32), index) : 0; // or the first
+    u *= warp_sum(parts[lane]);
+    for (int w = 0; w < 32; w++) { // the last part that begins at u or before
+        if (parts[w] > 0 && sum <= u) { at = w; before = sum; }
+        sum += parts[w];
+    }
+    if (warp != at) { return; }
+    for (int v = begin + lane; v - lane < end; v += 32) {
+        float x = p(v), upto = x;
+        for (int o = 1; o < 32; o *= 2) {
+            float y = __shfl_up_sync(~0u, upto, o);
+            upto += lane >= o ? y : 0;
+        }
+        unsigned some = __ballot_sync(~0u, x > 0), there = __ballot_sync(~0u, x > 0 && u < before + upto);
+        if (some) { last = v - lane + (there ? __ffs(there) - 1 : 31 - __clz(some)); }
+        if (there) { break; }
+        before += __shfl_sync(~0u, upto, 31);
+    }
+    if (lane == 0) { tokens[blockIdx.x] = drawn[blockIdx.x] = last; }
+    if (lane == 0 && blockIdx.x == 0) { tokens[gridDim.x] = pos; }
+}
+template <typename X> static void model_draw(Gpu& gpu, const PassOf<X>* s, const Options* o, int* drawn, int pos,
+        uint64_t key, int index) {
+    int vocab = o->model.vocab_size;
+    const X* logits = acts_layer<X>(s->places, s->acts, 0).logits;
+    LAUNCH(sample_kernel<X>, s->B, 1024, s->tokens, drawn, logits, vocab, pos, o->temperature, o->top_k, o->top_p,
+           o->seed, key, index);
+}
+
+__device__ inline float add(float x, float y) { return x + y; }
+__device__ inline float4 add(float4 v, float4 w) { return {v.x + w.x, v.y + w.y, v.z + w.z, v.w + w.w}; }
+// Each block's part of the sum of n floats, or of the squares of n float4, in double. With out these are sums, in
+// order, of `count` parts.
+template <typename V> __global__ void sum_kernel(double* sums, const V* inp, size_t n, V* out, int count) {
     __shared__ double part[256];
     double s = 0;
     for (size_t i = blockIdx.x * (size_t)256 + threadIdx.x; i < n; i += (size_t)gridDim.x * 256) {
         V v = inp[i];
+        for (int r = 1; r < count; r++) { v = add(v, inp[r * n + i]); }
+        if (out) { out[i] = v; }
         if constexpr (sizeof(V) == 4) { s += v; }
         else { s += (double)v.x * v.x + (double)v.y * v.y + ((double)v.z * v.z + (double)v.w * v.w); }
     }
@@ -2915,31 +3029,21 @@ template <typename X> static void model_losses(Gpu& gpu, const ModelOf<X>* m, Pa
     memcpy(s->host + (s->targets - s->tokens), targets, rows * sizeof(int));
     pass_upload(gpu, s, s->targets, rows);
     crossentropy(gpu, a.losses, a.logits, s->targets, dloss, dloss != 0, rows, m->config.vocab_size);
-    LAUNCH(sum_kernel<float>, 1, 256, sum, a.losses, rows);
+    LAUNCH(sum_kernel<float>, 1, 256, sum, a.losses, rows, NULL, 1);
 }
 
-__global__ void sum_shares_kernel(float4* out, const float4* shares, int count, size_t n) {
-    for (size_t i = blockIdx.x * (size_t)256 + threadIdx.x; i < n; i += (size_t)gridDim.x * 256) {
-        float4 sum = shares[i];
-        for (int r = 1; r < count; r++) {
-            float4 v = shares[r * n + i];
-            sum.x += v.x; sum.y += v.y; sum.z += v.z; sum.w += v.w;
-        }
-        out[i] = sum;
-    }
-}
-// Ends what unit_reduce has begun last: this rank's share of the unit becomes the sum of all ranks' gradients of it.
+// Ends what unit_reduce has begun last: this rank's share of the unit becomes the sum of all ranks' gradients of it;
+// the sums of squares are left for model_grad_norm.
 template <typename X> static void unit_reduced(Gpu& gpu, const ModelOf<X>* m) {
     if (!gpu.reducing) { return; }
-    Share s = model_share(m, gpu.reducing - 1);
+    int u = gpu.reducing - 1; Share s = model_share(m, u);
     gpu.reducing = 0;
     stream_after(gpu, gpu.stream, gpu.blocks);
-    sum_shares_kernel<<<NORM_BLOCKS, 256, 0, gpu.stream>>>((float4*)(m->grads + s.at), (const float4*)m->received,
-            m->shards, s.size / 4);
-    LAUNCHED();
+    LAUNCH(sum_kernel<float4>, NORM_BLOCKS, 256, m->sums + u * NORM_BLOCKS, (const float4*)m->received, s.size / 4,
+           (float4*)(m->grads + s.at), m->shards);
 }
-// Begins to add up a unit's gradients over all ranks, in the order of the ranks: beside what follows in gpu.stream, each
-// share goes to its rank. NCCL's own reduce-scatter would take multiprocessors from the matrix products.
+// Begins to add up a unit's gradients over all ranks, in their order: each share goes to its rank, beside what follows
+// in gpu.stream. NCCL's own reduce-scatter would take multiprocessors from the matrix products.
 template <typename X> static void unit_reduce(Gpu& gpu, const ModelOf<X>* m, int u) {
     Share s = model_share(m, u);
     if (!s.size) { return; }
@@ -2994,15 +3098,16 @@ template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, 
     }
 }
 
-// Global L2 norm of the gradient, which the backward pass has added up over the ranks; waits for the GPU.
+// Global L2 norm of the gradient, which unit_reduced has added up over the ranks; waits for the GPU.
 template <typename X> static double model_grad_norm(Gpu& gpu, const ModelOf<X>* m) {
-    int blocks = m->units > 1 ? NORM_BLOCKS / 2 : NORM_BLOCKS; double sum = 0;
-    for (int u = 0; u < m->units; u++) {
-        Share s = model_share(m, u);
-        LAUNCH(sum_kernel<float4>, blocks, 256, m->sums + u * blocks, (const float4*)(m->grads + s.at), s.size / 4);
+    double sum = 0;
+    if (m->shards == 1) {
+        LAUNCH(sum_kernel<float4>, NORM_BLOCKS, 256, m->sums, (const float4*)m->grads, m->size / 4, NULL, 1);
     }
     gpu_sync(&gpu);
-    for (int i = 0; i < m->units * blocks; i++) { sum += m->sums[i]; }
+    for (int u = 0; u < m->units; u++) {
+        for (int i = 0; model_share(m, u).size && i < NORM_BLOCKS; i++) { sum += m->sums[u * NORM_BLOCKS + i]; }
+    }
     all_sum(&sum, 1);
     return sqrt(sum);
 }
@@ -3056,8 +3161,8 @@ template <typename X> struct GpuBackend {
     double* sums;           // of the losses of each micro-step; pinned
     double dloss;
     int micro, accum;       // micro-steps since the last update, and of a step
-    X* raw;                 // logits as they come from the device; pinned
-    float* logits;          // on the host
+    int* drawn;             // tokens; pinned
+    cudaEvent_t draw_done;
 };
 template <typename X> static GpuBackend<X>* of(void* self) { return (GpuBackend<X>*)self; }
 
@@ -3119,10 +3224,9 @@ template <typename X> static void gpu_open(void* self, const Options* o, bool tr
     GpuBackend<X>* r = of<X>(self);
     if (training) { ranks_connect(&r->gpu); memory_check<X>(r->gpu, o); }
     backend_alloc(r, o, training, what_to_keep<X>(r->gpu, o));
-    size_t logits = (size_t)r->stream.B * o->model.vocab_size;
     CUDA(cudaMallocHost((void**)&r->sums, o->accum * sizeof(double)));
-    CUDA(cudaMallocHost((void**)&r->raw, logits * sizeof(X)));
-    r->logits = (float*)xcalloc(logits, sizeof(float));
+    CUDA(cudaMallocHost((void**)&r->drawn, r->stream.B * sizeof(int)));
+    CUDA(cudaEventCreateWithFlags(&r->draw_done, cudaEventDisableTiming));
 }
 
 template <typename X> static void gpu_close(void* self) {
@@ -3131,7 +3235,7 @@ template <typename X> static void gpu_close(void* self) {
     if (r->pass.B) { pass_free(r->gpu, &r->pass); }
     pass_free(r->gpu, &r->stream); state_free(r->gpu, &r->state);
     for (int i = 0; r->carried && i <= r->accum; i++) { state_free(r->gpu, &r->carried[i]); }
-    free(r->carried); cudaFreeHost(r->sums); cudaFreeHost(r->raw); free(r->logits);
+    free(r->carried); cudaFreeHost(r->sums); cudaFreeHost(r->drawn); cudaEventDestroy(r->draw_done);
     gpu_close(&r->gpu);
 }
 
@@ -3188,15 +3292,14 @@ template <typename X> static void gpu_stream(void* self, const int* tokens, int 
     CUDA(cudaMemcpy(losses, from, T * sizeof(float), cudaMemcpyDeviceToHost));
 }
 
-template <typename X> static const float* gpu_logits(void* self) {
+template <typename X> static void gpu_draw(void* self, const Options* o, uint64_t key, int index) {
     GpuBackend<X>* r = of<X>(self);
-    size_t vocab = r->m.config.vocab_size, bytes = vocab * sizeof(X);
-    const PassOf<X>* s = &r->stream;
-    const X* from = acts_layer<X>(s->places, s->acts, 0).logits + (s->T - 1) * vocab;
-    CUDA(cudaMemcpy2DAsync(r->raw, bytes, from, s->T * bytes, bytes, s->B, cudaMemcpyDeviceToHost, r->gpu.stream));
-    gpu_sync(&r->gpu);
-    for (size_t i = 0; i < s->B * vocab; i++) { r->logits[i] = to_float(r->raw[i]); }
-    return r->logits;
+    model_draw(r->gpu, &r->stream, o, r->drawn, r->state.pos, key, index);
+    CUDA(cudaEventRecord(r->draw_done, r->gpu.stream));
+}
+template <typename X> static const int* gpu_drawn(void* self) {
+    CUDA(cudaEventSynchronize(of<X>(self)->draw_done));
+    return of<X>(self)->drawn;
 }
 
 template <typename X> static void gpu_reset(void* self) {
@@ -3222,7 +3325,7 @@ template <typename X> static void gpu_run(const Options* o, SafeTensors* st) {
     snprintf(name, sizeof(name), "%s, %s", r->gpu.card.name, fast ? "bf16" : "fp32");
     Backend b = {r, name, fast ? peak_flops(&r->gpu.card) : 0, o->model.chunk_size, gpu_memory_needed<X>, gpu_open<X>,
                  gpu_close<X>, gpu_copy<X>, gpu_micro_step<X>, gpu_finish_step<X>, gpu_update<X>, gpu_stream<X>,
-                 gpu_logits<X>, gpu_reset<X>};
+                 gpu_draw<X>, gpu_drawn<X>, gpu_reset<X>};
     run(&b, o, st); free(r);
 }
 

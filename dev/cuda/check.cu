@@ -13,6 +13,7 @@ models of awkward shapes; and times it. How to look into the GPU's memory is tes
 #undef main
 #include <algorithm>
 #include <cuda_profiler_api.h>
+#include <vector>
 
 static bool profile;
 
@@ -400,6 +401,43 @@ template <typename X> static void check_cema(Gpu& gpu, int B, int T, int D, int 
     for (float* p : {x, dy, start}) { free(p); }
 }
 
+// Tokens drawn from the same logits, in several ways of cutting what is unlikely.
+template <typename X> static void check_sample(Gpu& gpu, int B, int vocab) {
+    struct { double temperature, top_p; int top_k; } ways[] = {{0, 1, 0}, {1, 1, 0}, {3, 1, 0}, {1e-300, 1, 0},
+            {2, 1, 40}, {2, 0.9, 0}, {3, 0.5, 100}, {1, 1e-9, 0}, {1, 1, 1}, {1, 1, 1 << 20}};
+    int failed = num_failed, checked = num_checked, *next = (int*)gpu_alloc(&gpu, (B + 1) * sizeof(int));
+    std::vector<float> logits((size_t)B * vocab);
+    std::vector<X> rounded(logits.size());
+    X* there = (X*)gpu_alloc(&gpu, logits.size() * sizeof(X));
+    std::vector<int> tokens(B + 1);
+    for (size_t i = 0; i < logits.size(); i++) {
+        rounded[i] = from_host<X>(random_normal(1, 0, i, 1e9));
+        logits[i] = to_float(rounded[i]);
+    }
+    CUDA(cudaMemcpy(there, rounded.data(), logits.size() * sizeof(X), cudaMemcpyHostToDevice));
+    for (auto way : ways) {
+        Options o = default_options;
+        o.temperature = way.temperature; o.top_p = way.top_p; o.top_k = way.top_k;
+        std::vector<float> got(B + 1), expected(B + 1);
+        for (int index = 0; index < 20; index++) {
+            sample_kernel<X><<<B, 1024, 0, gpu.stream>>>(next, next, there, vocab, 7, o.temperature, o.top_k, o.top_p,
+                    o.seed, 5, index);
+            LAUNCHED();
+            gpu_sync(&gpu);
+            CUDA(cudaMemcpy(tokens.data(), next, tokens.size() * sizeof(int), cudaMemcpyDeviceToHost));
+            for (int b = 0; b < B; b++) {
+                double u = random_uniform(o.seed, 5 + ((uint64_t)b << 32), index);
+                expected[b] = sample(logits.data() + (size_t)b * vocab, vocab, &o, u); got[b] = tokens[b];
+            }
+            expected[B] = 7; got[B] = tokens[B]; // the position
+            compare("drawn tokens, and the position", got.data(), expected.data(), B + 1, 0, 0, false);
+        }
+    }
+    printf("sample, %s, (B,vocab) = (%d,%d): %d checked, %d failed\n", sizeof(X) == 4 ? "fp32" : "bf16", B, vocab,
+           num_checked - checked, num_failed - failed);
+    cudaFree(next); cudaFree(there);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Times
 
@@ -732,6 +770,9 @@ int main(int argc, char** argv) {
         check_model<float>(gpu, "wider", wider, 1, 2048, false, drops ? some_masks : no_masks);
         check_model<bf16>(gpu, "wider", wider, 1, 2048, false, drops ? some_masks : no_masks);
     }
+    check_sample<float>(gpu, 2, 32000);
+    check_sample<bf16>(gpu, 3, 4999);
+    check_sample<bf16>(gpu, 1, 37);
     printf("%d checked, %d failed\n", num_checked, num_failed);
     gpu_close(&gpu);
     return num_failed != 0;

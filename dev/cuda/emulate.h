@@ -53,6 +53,7 @@ static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
 struct __nv_bfloat16 { uint16_t bits; };
 struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
 static inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
+static inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
 static inline float __bfloat162float(__nv_bfloat16 b) { return __uint_as_float((unsigned)b.bits << 16); }
 static inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short u) { return {u}; }
 static inline __nv_bfloat16 __float2bfloat16_rn(float f) {
@@ -164,6 +165,14 @@ template <typename V> static V shuffle(V v, int from) {
 template <typename V> static V __shfl_sync(unsigned, V v, int from) { return shuffle(v, from & 31); }
 template <typename V> static V __shfl_xor_sync(unsigned, V v, int mask) { return shuffle(v, fiber % 32 ^ mask); }
 template <typename V> static V __shfl_up_sync(unsigned, V v, int n) { return shuffle(v, fiber % 32 - n); }
+static unsigned __ballot_sync(unsigned, bool yes) {
+    uint32_t mine = yes, (*all)[8] = warp_show(&mine, 1);
+    unsigned bits = 0;
+    for (int i = 0; i < 32; i++) { bits |= all[i][0] << i; }
+    return bits;
+}
+static int __ffs(unsigned bits) { return __builtin_ffs(bits); }
+static int __clz(unsigned bits) { return bits ? __builtin_clz(bits) : 32; }
 
 static float bf16_half(uint32_t word, int upper) { return __uint_as_float(upper ? word & 0xffff0000u : word << 16); }
 // mma.sync.m16n8k16, ldmatrix.x4.trans: PTX ISA, matrix fragments
