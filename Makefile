@@ -28,9 +28,9 @@ MPI := $(call probe,#include <mpi.h>|int main(void) { return MPI_Init(0, 0); },t
 OPENBLAS = $(call probe,void cblas_sgemm(void); int main(void) { cblas_sgemm(); },$(CC) -w -x c - -lopenblas,-DOPENBLAS -lopenblas)
 CUDA = $(call probe,#include <cublasLt.h>,(cat; echo "int main() { return cublasLtGetVersion() == 0; }") | $(NVCC) -x cu - -lcublasLt,yes)
 
-# Several GPUs need NCCL, and MPI to start it. NCCL_HOME: where it is, if nvcc does not find it by itself.
+# Several GPUs need NCCL 2.28 or newer, and MPI to start it. NCCL_HOME: where it is, if nvcc does not find it by itself.
 NCCL_FLAGS = $(if $(NCCL_HOME),-I$(NCCL_HOME)/include -L$(NCCL_HOME)/lib) -lnccl
-NCCL = $(if $(MPI),$(call probe,#include <nccl.h>,(cat; echo "int main() { int v; return ncclGetVersion(&v); }") | $(NVCC) -x cu - $(NCCL_FLAGS),\
+NCCL = $(if $(MPI),$(call probe,#include <nccl.h>,(cat; echo "int main() { return ncclAlltoAll(0, 0, 0, ncclFloat, 0, 0); }") | $(NVCC) -x cu - $(NCCL_FLAGS),\
          -DUSE_NCCL $(NCCL_FLAGS)))
 
 # For the GPUs that are here, or else for compute capability 8.0 and 9.0.
@@ -42,7 +42,7 @@ all: train_megalodon test_megalodon
 	@echo "OpenMP: $(if $(OPENMP),yes,not found, one thread)"
 	@echo "MPI: $(if $(MPI),yes,not found, one process)"
 	@if [ -n "$(CUDA)" ]; then echo "CUDA: yes, for compute capability $(CUDA_ARCH)"; \
-	     echo "NCCL: $(if $(NCCL),yes,not found, one GPU)"; $(MAKE) cuda; else echo "CUDA: not found"; fi
+	     echo "NCCL: $(if $(NCCL),yes,2.28 or newer not found, one GPU)"; $(MAKE) cuda; else echo "CUDA: not found"; fi
 
 cuda: train_megalodon_cuda test_megalodon_cuda
 
