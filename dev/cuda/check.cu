@@ -420,9 +420,8 @@ template <typename X> static void check_sample(Gpu& gpu, int B, int vocab) {
         o.temperature = way.temperature; o.top_p = way.top_p; o.top_k = way.top_k;
         std::vector<float> got(B + 1), expected(B + 1);
         for (int index = 0; index < 20; index++) {
-            sample_kernel<X><<<B, 1024, 0, gpu.stream>>>(next, next, there, vocab, 7, o.temperature, o.top_k, o.top_p,
-                    o.seed, 5, index);
-            LAUNCHED();
+            LAUNCH(sample_kernel<X>, B, 1024, next, next, there, vocab, 7, o.temperature, o.top_k, o.top_p, o.seed, 5,
+                   index);
             gpu_sync(&gpu);
             CUDA(cudaMemcpy(tokens.data(), next, tokens.size() * sizeof(int), cudaMemcpyDeviceToHost));
             for (int b = 0; b < B; b++) {
