@@ -1751,19 +1751,22 @@ int larger_first(const void* a, const void* b) {
     return (x < y) - (x > y);
 }
 // Draws from softmax(logits / temperature), cut to the top_k likeliest tokens and then to the likeliest that hold top_p
-// together, those as likely as the last one included; u is uniform in [0,1).
+// together, those as likely as the last one included; u is uniform in [0,1). NaN is never drawn.
 int sample(const float* logits, int vocab, const Options* o, double u) {
     enum { PART = 256 }; // of the vocabulary: sums of parts find the token
     int n = 0, i = 0, k = 0, id, parts = (vocab + PART - 1) / PART;
-    float top = logits[0], scale = fmin(1 / o->temperature, 1e30);
+    float top = -INFINITY, scale = fmin(1 / o->temperature, 1e30);
     OMP(omp simd reduction(max : top))
-    for (int v = 1; v < vocab; v++) { top = logits[v] > top ? logits[v] : top; }
-    for (; o->temperature == 0 && logits[i] < top; i++) { }
+    for (int v = 0; v < vocab; v++) { top = logits[v] > top ? logits[v] : top; }
+    for (; o->temperature == 0 && i < vocab - 1 && logits[i] != top; i++) { }
     if (o->temperature == 0) { return i; }
     float *p = (float*)xcalloc(vocab, sizeof(float)), *sorted = (float*)xcalloc(vocab, sizeof(float));
     double *sums = (double*)xcalloc(parts, sizeof(double)), sum = 0, kept = 0;
     OMP(omp simd reduction(+ : sum))
-    for (int v = 0; v < vocab; v++) { p[v] = exp_fast((logits[v] - top) * scale); sum += p[v]; }
+    for (int v = 0; v < vocab; v++) {
+        float x = exp_fast((logits[v] - top) * scale);
+        p[v] = x >= 0 ? x : 0; sum += p[v];
+    }
     if (o->top_k || o->top_p < 1) {
         double least = o->top_k ? 0 : (1 - o->top_p) * sum / vocab; // what is below, all together, is more than enough
         for (int v = 0; v < vocab; v++) { if (p[v] >= least) { sorted[n++] = p[v]; } }
@@ -1936,9 +1939,10 @@ void generate(const Backend* b, const Options* o, const Tokenizer* t, int n, uin
         b->stream(b->self, next, 1, NULL, NULL);
     }
     double started = seconds();
-    for (int i = 0; i < n && going; i++) {
+    int i = 0;
+    for (; i < n && going; i++) {
         b->draw(b->self, o, ((uint64_t)2 << 56) + stream, i);
-        if (i + 1 < n) { b->stream(b->self, NULL, 1, NULL, NULL); } // a GPU goes on while tokens are looked at
+        if (i + 1 < n) { b->stream(b->self, NULL, 1, NULL, NULL); } // a GPU goes on while they are looked at
         const int* drawn = b->drawn(b->self);
         for (int s = 0; s < B; s++) {
             tokens[(size_t)s * n + i] = drawn[s];
@@ -1951,8 +1955,8 @@ void generate(const Backend* b, const Options* o, const Tokenizer* t, int n, uin
         for (int i = 0; i < ends[s]; i++) { token_print(t, vocab, tokens[(size_t)s * n + i], &left); }
     }
     fflush(stdout);
-    double speed = (double)B * n / (seconds() - started);
-    if (o->generate) { fprintf(stderr, "\n%d x %d tokens, %.1f tok/s\n", B, n, speed); }
+    double speed = (double)B * i / (seconds() - started);
+    if (o->generate) { fprintf(stderr, "\n%d x %d tokens, %.1f tok/s\n", B, i, speed); }
     free(past.ids); free(tokens); free(next); free(ends);
 }
 

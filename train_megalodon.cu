@@ -25,7 +25,7 @@ Conventions, where they differ from the CPU's:
 */
 #define ON_GPU_TOO __host__ __device__
 #define GPU_OPTIONS(X) X(TEXT, precision, "bf16", 0, 0, "of weights and activations: bf16 or fp32")
-#ifndef TESTING // by who includes this file
+#ifndef TESTING // test_megalodon.c and check.cu include this file without its main
 #define TESTING
 #define GPU_MAIN
 #endif
@@ -52,11 +52,10 @@ template <typename E> static void check_call(E e, const char* (*text)(E), const 
 }
 #define CUDA(call) check_call(call, cudaGetErrorString, "CUDA", #call, __LINE__)
 #define CUBLAS(call) check_call(call, cublasLtGetStatusString, "cuBLAS", #call, __LINE__)
-#define LAUNCHED() check_call(cudaGetLastError(), cudaGetErrorString, "CUDA", __func__, __LINE__)
 #define LAUNCH(kernel, grid, block, ...) do { \
         auto chosen = kernel; \
         chosen<<<grid, block, 0, gpu.stream>>>(__VA_ARGS__); \
-        LAUNCHED(); \
+        check_call(cudaGetLastError(), cudaGetErrorString, "CUDA", #kernel, __LINE__); \
     } while (0)
 // In its wide form or in the one that takes any size, see the conventions above; and with dropout or without.
 #define LAUNCH_WIDE(kernel, is_wide, ...) LAUNCH((is_wide ? kernel<X, true> : kernel<X, false>), __VA_ARGS__)
@@ -113,18 +112,19 @@ static void gpu_open(Gpu* gpu) {
     gpu->plans = new GemmPlans;
 }
 
+static void out_of_memory(const Gpu* gpu, size_t bytes) {
+    size_t free = 0, total = 0;
+    cudaGetLastError(); cudaMemGetInfo(&free, &total);
+    die("out of GPU memory: %.1f MB asked for, %.1f MB of %.1f MB are free, this program holds %.1f MB", bytes / 1e6,
+        free / 1e6, total / 1e6, gpu->allocated / 1e6);
+}
+static size_t padded(size_t bytes) { return (bytes + 255) / 256 * 256 + 256; }
 // Memory on the device, zeroed.
 static void* gpu_alloc(Gpu* gpu, size_t bytes) {
     void* p = NULL;
-    bytes = (bytes + 255) / 256 * 256 + 256;
-    if (gpu->dry) { gpu->allocated += bytes; return NULL; }
-    if (cudaMalloc(&p, bytes) != cudaSuccess) {
-        size_t free = 0, total = 0;
-        cudaGetLastError(); cudaMemGetInfo(&free, &total);
-        die("out of GPU memory: %.1f MB asked for, %.1f MB of %.1f MB are free, this program holds %.1f MB",
-            bytes / 1e6, free / 1e6, total / 1e6, gpu->allocated / 1e6);
-    }
-    CUDA(cudaMemsetAsync(p, 0, bytes, gpu->stream));
+    bytes = padded(bytes);
+    if (!gpu->dry && cudaMalloc(&p, bytes) != cudaSuccess) { out_of_memory(gpu, bytes); }
+    if (p) { CUDA(cudaMemsetAsync(p, 0, bytes, gpu->stream)); }
     gpu->allocated += bytes;
     return p;
 }
@@ -170,8 +170,10 @@ static void ranks_connect(Gpu* gpu) {
     all_sum(bytes, sizeof(id));
     for (size_t i = 0; i < sizeof(id); i++) { ((unsigned char*)&id)[i] = bytes[i]; }
     NCCL(ncclCommInitRank(&gpu->world, ranks.count, id, ranks.rank));
-    ncclConfig_t config = NCCL_CONFIG_INITIALIZER; // what runs beside matrix products takes no multiprocessor from
-    config.CTAPolicy = NCCL_CTA_POLICY_ZERO; config.maxCTAs = 2; // them, or few where copy engines do not reach
+    // What runs beside matrix products takes no multiprocessor from them, or few where copy engines do not reach: 2 for
+    // states, 16 for gradients.
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.CTAPolicy = NCCL_CTA_POLICY_ZERO; config.maxCTAs = 2;
     NCCL(ncclCommSplit(gpu->world, ranks.group, ranks.chunk, &gpu->group, &config));
     config.maxCTAs = 16;
     NCCL(ncclCommSplit(gpu->world, 0, ranks.rank, &gpu->gradients, &config));
@@ -196,7 +198,10 @@ static void stream_after(Gpu& gpu, cudaStream_t stream, cudaStream_t other) {
 static void* exchange_alloc(Gpu* gpu, size_t bytes, bool states) {
     void* p = NULL;
     if (ranks.count == 1 || gpu->dry) { return gpu_alloc(gpu, bytes); }
-    NCCL(ncclMemAlloc(&p, bytes));
+    bytes = padded(bytes);
+#ifdef USE_NCCL
+    if (ncclMemAlloc(&p, bytes) != ncclSuccess) { out_of_memory(gpu, bytes); }
+#endif
     NCCL(ncclCommWindowRegister(states ? gpu->group : gpu->gradients, p, bytes, &gpu->windows[states],
                                 NCCL_WIN_COLL_SYMMETRIC));
     CUDA(cudaMemsetAsync(p, 0, bytes, gpu->stream));
@@ -1424,7 +1429,10 @@ template <typename X> static void cema_backward(Gpu& gpu, X* dinp, const CemaPar
 // SLICE_MODES oscillators of a feature over segments of time, the last segment being the first here. sums (segments,B,
 // D,N): h at a segment's end. Or back in time, from the first segment on, a at its first timestep. What fades to 2^-80
 // of itself on the way to the end is left out: most modes forget in some hundred timesteps.
-enum { SLICE_MODES = 8, SLICE_BLOCKS = 16 };
+enum { SLICE_MODES = 8, SLICE_BLOCKS = 16, SLICE_LENGTH = 64, SLICE_SEGMENTS = 256 }; // at least; at most
+static int slice_length(int T) {
+    return T > SLICE_LENGTH * SLICE_SEGMENTS ? (int)ceil_div(T, SLICE_SEGMENTS) : SLICE_LENGTH;
+}
 __device__ inline float square(float2 q) { return q.x * q.x + q.y * q.y; }
 template <typename X> __global__ void cema_slice_kernel(float2* sums, const X* inp, const CemaCoef* coef, bool back,
         int count, int length, int T, int D, int N, int K) {
@@ -1465,7 +1473,8 @@ __global__ void cema_slice_join_kernel(float2* out, const float2* state, const f
         if (n & 1) { power = mul_add(power, q, double2{0, 0}); }
         q = mul_add(q, q, double2{0, 0});
     }
-    float reach = -2 * 75 / log2f(square(rounded)) / length; // in parts, so that none is missing
+    // How many parts back count: to 2^-75, which is nearer than 2^-80, so all that is read has been written.
+    float reach = -2 * 75 / log2f(square(rounded)) / length;
     for (int n = reach >= 0 ? max(count - 1 - (int)fminf(reach, count), 0) : 0; n < count; n++) {
         float2 sum = sums[n * step + i];
         s = mul_add(power, s, double2{sum.x, sum.y});
@@ -1476,7 +1485,7 @@ __global__ void cema_slice_join_kernel(float2* out, const float2* state, const f
 template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, const CemaParams& w, int B, int T,
         int D, int N) {
     Cema r = cema_prepare(gpu, false, w, B, T, D, N);
-    int length = T < 64 * 256 ? 64 : ceil_div(T, 256), count = ceil_div(T, length);
+    int length = slice_length(T), count = ceil_div(T, length);
     size_t size = (size_t)B * D * N;
     float2* sums = gpu_scratch<float2>(gpu, SLICE_SUMS, size * count);
     float2* all = gpu_scratch<float2>(gpu, SLICES, size * (ranks.chunks + 2));
@@ -2911,9 +2920,8 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
     };
     for (int l = 0; step && !end->coef_made && l < L; l++) {
         int K = cema_width(N);
-        cema_coefficients_kernel<<<ceil_div(D * K, 128), 128, 0, gpu.stream>>>(state_layer(end, c, l).coef, NULL,
-                cema_params(params_layer<Params>(m->places, m->params, l)), D, N, K);
-        LAUNCHED();
+        LAUNCH(cema_coefficients_kernel, ceil_div(D * K, 128), 128, state_layer(end, c, l).coef, NULL,
+               cema_params(params_layer<Params>(m->places, m->params, l)), D, N, K);
     }
     if (step) { end->coef_made = true; }
     if (step && end->steps++ == 1) { // the first time, plans were made and memory taken
@@ -3189,6 +3197,10 @@ template <typename X> static size_t memory_needed(const Gpu& gpu, const Options*
     count.gpu.dry = true;
     count.gpu.allocated = WORKSPACE + (scores > least ? scores : least) + o->batch * T * D / 4
                           + (D + V) * gpu.card.multiProcessorCount * 160;
+    if (ranks.chunks > 1) { // SLICE_SUMS and SLICES
+        count.gpu.allocated += sizeof(float2) * o->batch * D * o->model.cema_ndim
+                               * (ceil_div(T, slice_length(T)) + ranks.chunks + 2);
+    }
     backend_alloc(&count, o, true, keep);
     free(count.carried);
     return count.gpu.allocated;

@@ -414,6 +414,7 @@ template <typename X> static void check_sample(Gpu& gpu, int B, int vocab) {
         rounded[i] = from_host<X>(random_normal(1, 0, i, 1e9));
         logits[i] = to_float(rounded[i]);
     }
+    rounded[5] = from_host<X>(logits[5] = NAN);
     CUDA(cudaMemcpy(there, rounded.data(), logits.size() * sizeof(X), cudaMemcpyHostToDevice));
     for (auto way : ways) {
         Options o = default_options;
