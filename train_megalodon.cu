@@ -1429,7 +1429,8 @@ template <typename X> static void cema_backward(Gpu& gpu, X* dinp, const CemaPar
 // SLICE_MODES oscillators of a feature over segments of time, the last segment being the first here. sums (segments,B,
 // D,N): h at a segment's end. Or back in time, from the first segment on, a at its first timestep. What fades to 2^-80
 // of itself on the way to the end is left out: most modes forget in some hundred timesteps.
-enum { SLICE_MODES = 8, SLICE_BLOCKS = 16, SLICE_LENGTH = 64, SLICE_SEGMENTS = 256 }; // at least; at most
+enum { SLICE_MODES = 8, SLICE_BLOCKS = 16 };
+enum { SLICE_LENGTH = 64, SLICE_SEGMENTS = 256 }; // timesteps of a segment, at least; segments of a slice, at most
 static int slice_length(int T) {
     return T > SLICE_LENGTH * SLICE_SEGMENTS ? (int)ceil_div(T, SLICE_SEGMENTS) : SLICE_LENGTH;
 }
