@@ -259,7 +259,7 @@ void shards_exchange(float* x, size_t n, int what) {
     X(TEXT, load,              "", 0, 0,          "start from the weights of this safetensors file") \
     X(TEXT, resume,            "", 0, 0,          "go on from the newest checkpoint in this folder, with its flags") \
     X(INT,  generate,           0, 1, INT_MAX,    "print so many tokens") \
-    X(INT,  samples,            1, 1, 1 << 16,    "continuations to print, made together") \
+    X(INT,  samples,            1, 1, 65535,      "continuations to print, made together") \
     X(TEXT, prompt,            "", 0, 0,          "text to go on from; empty: a newline, with --eod a new document") \
     X(REAL, temperature,      1.0, 0, 1e6,        "0 takes the likeliest token") \
     X(INT,  top_k,              0, 0, INT_MAX,    "sample from the k likeliest tokens; 0 for all") \
