@@ -1750,8 +1750,8 @@ int larger_first(const void* a, const void* b) {
     float x = *(const float*)a, y = *(const float*)b;
     return (x < y) - (x > y);
 }
-// Draws from softmax(logits / temperature), cut to the top_k likeliest tokens and then to the likeliest that hold top_p
-// together, those as likely as the last one included; u is uniform in [0,1). NaN is never drawn.
+// Draws a token from softmax(logits / temperature), logits (vocab), cut to the top_k likeliest ones and then to the
+// likeliest that hold top_p together, those as likely as the last included; u is uniform in [0,1). NaN is never drawn.
 int sample(const float* logits, int vocab, const Options* o, double u) {
     enum { PART = 256 }; // of the vocabulary: sums of parts find the token
     int n = 0, i = 0, k = 0, id, parts = (vocab + PART - 1) / PART;

@@ -2078,9 +2078,10 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) crossen
     }
 }
 template <typename X> static void crossentropy(Gpu& gpu, float* losses, X* logits, const int* targets, float dloss,
-        bool gradient, size_t rows, int vocab) {
+        size_t rows, int vocab) {
     int threads = min_size(1024, ceil_div(ceil_div(vocab, 8), 32) * 32);
-    LAUNCH_WIDE(crossentropy_kernel, wide(vocab), rows, threads, losses, logits, targets, dloss, gradient, vocab);
+    LAUNCH_WIDE(crossentropy_kernel, wide(vocab), rows, threads, losses, logits, targets, dloss, dloss != 0,
+                vocab);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2260,7 +2261,7 @@ template <typename X> __global__ void __launch_bounds__(512) memory_step_kernel(
                 v[j] = mul_add(m[j].q, v[j], float2{m[j].p * x, 0});
                 h[at * N + k] = v[j]; y += __fdividef(m[j].c.x * v[j].x - m[j].c.y * v[j].y, m[j].p);
             }
-            for (int o = lanes / 2; o; o /= 2) { y += __shfl_xor_sync(~0u, y, o); }
+            y = warp_sum<0>(y, lanes);
             if (k0 == 0 && f < F) {
                 normed[at] = stored;
                 if (h) { out[at] = from_float<X>(y + direct * x); }
@@ -2384,6 +2385,7 @@ template <typename X> static void attention_step(Gpu& gpu, X* gated, int ldg, fl
         const int* position, const X* z, const X* inp, int ldz, const X* v, const float* gamma, const float* beta,
         const float* rotations, int B, int c, int Z, int V_dim, int H, float eps) {
     int zd = Z / H, vd = V_dim / H, most = zd > vd ? zd : vd;
+    // Of one row, some 64 large blocks that read 64 or 128 bytes of a value: fewer are slower, narrower ones too.
     int lanes = B == 1 && V_dim < 4096 ? 4 : B == 1 ? 8 : 16, threads = B == 1 ? 1024 : 256;
     int count = gpu.card.multiProcessorCount * (B > 1 ? 4 : 2) / (B * H); bool is_wide = wide(zd, vd, ldz, ldg);
     launch_early(gpu, is_wide ? scores_step_kernel<X, true> : scores_step_kernel<X, false>,
@@ -2937,11 +2939,12 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
     if (end) { end->pos = ((start ? start->pos : 0) + T) % c->chunk_size; }
 }
 
-// Draws the next token of each stream from the last logits (B,vocab), as the CPU's sample does: for the next
-// model_forward, and to `drawn`. A block draws one token, each of its 32 warps has a part of the vocabulary.
+// Draws the next token of each stream from the last logits (B,vocab), as the CPU's sample does: to drawn (B) and, with
+// their position, to tokens (B+1) for the next model_forward. A block draws one token, each of its 32 warps has a part
+// of the vocabulary.
 template <typename X> __global__ void __launch_bounds__(1024) sample_kernel(int* tokens, int* drawn, const X* logits,
         int vocab, int pos, double temperature, int top_k, float top_p, uint64_t seed, uint64_t key, int index) {
-    enum { TRIED = 7 };
+    enum { TRIED = 7 }; // values of three bits but zero
     __shared__ float parts[32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, size = (vocab + 1023) / 1024 * 32, turn = 0;
     int begin = warp * size, end = min(begin + size, vocab), at = 0, last = 0;
@@ -2958,9 +2961,9 @@ template <typename X> __global__ void __launch_bounds__(1024) sample_kernel(int*
     };
     for (int cut = 0; cut < 2; cut++) { // the least p to keep, by top_k and by top_p: three of its bits at a time
         if (cut ? top_p >= 1 : !top_k) { continue; }
-        float sum[1] = {0}; uint32_t bits = 0;
-        for (int v = begin + lane; v < end; v += 32) { sum[0] += p(v); }
-        row_sum(sum, turn);
+        float all[1] = {0}; uint32_t bits = 0;
+        for (int v = begin + lane; v < end; v += 32) { all[0] += p(v); }
+        row_sum(all, turn);
         for (int shift = 27; shift >= 0; shift -= 3) {
             float kept[TRIED] = {0}; int k = 0;
             for (int v = begin + lane; v < end; v += 32) {
@@ -2968,7 +2971,7 @@ template <typename X> __global__ void __launch_bounds__(1024) sample_kernel(int*
                 EACH(j, TRIED) { kept[j] += __float_as_uint(x) < bits + ((j + 1u) << shift) ? 0 : cut ? x : 1; }
             }
             row_sum(kept, turn);
-            EACH(j, TRIED) { k += kept[j] >= (cut ? top_p * sum[0] : top_k); }
+            EACH(j, TRIED) { k += kept[j] >= (cut ? top_p * all[0] : top_k); }
             bits += (uint32_t)k << shift;
         }
         least = fminf(__uint_as_float(bits), 1); // the likeliest stays
@@ -3037,7 +3040,7 @@ template <typename X> static void model_losses(Gpu& gpu, const ModelOf<X>* m, Pa
     CUDA(cudaEventSynchronize(s->copied));
     memcpy(s->host + (s->targets - s->tokens), targets, rows * sizeof(int));
     pass_upload(gpu, s, s->targets, rows);
-    crossentropy(gpu, a.losses, a.logits, s->targets, dloss, dloss != 0, rows, m->config.vocab_size);
+    crossentropy(gpu, a.losses, a.logits, s->targets, dloss, rows, m->config.vocab_size);
     LAUNCH(sum_kernel<float>, 1, 256, sum, a.losses, rows, NULL, 1);
 }
 
@@ -3115,7 +3118,8 @@ template <typename X> static double model_grad_norm(Gpu& gpu, const ModelOf<X>* 
     }
     gpu_sync(&gpu);
     for (int u = 0; u < m->units; u++) {
-        for (int i = 0; model_share(m, u).size && i < NORM_BLOCKS; i++) { sum += m->sums[u * NORM_BLOCKS + i]; }
+        if (!model_share(m, u).size) { continue; }
+        for (int i = 0; i < NORM_BLOCKS; i++) { sum += m->sums[u * NORM_BLOCKS + i]; }
     }
     all_sum(&sum, 1);
     return sqrt(sum);
