@@ -69,8 +69,8 @@ struct GemmPlan { cublasLtMatmulDescOpaque_t desc; cublasLtMatrixLayoutOpaque_t 
 typedef std::map<std::array<int64_t, 20>, GemmPlan> GemmPlans; // by all that the choice of an algorithm depends on
 enum { NUM_PLANS = 4096, WORKSPACE = 64 << 20 };
 // Scratch memory: partial sums by block, which reduce_columns adds up; what segments of time hand on; coefficients of
-// CEMA; scores of attention and their gradients; what ranks with slices of a sequence exchange, and CEMA's sums for it.
-enum { PARTIALS, CARRIES, COEFFICIENTS, SCORES, SLICES, SLICE_SUMS, NUM_SCRATCH };
+// CEMA; scores of attention and their gradients; what ranks with slices of a sequence exchange, by copy engines or not.
+enum { PARTIALS, CARRIES, COEFFICIENTS, SCORES, SLICES, SLICE_NORMS, NUM_SCRATCH };
 
 struct Gpu {
     cudaStream_t stream;
@@ -88,8 +88,8 @@ struct Gpu {
     cudaStream_t states, blocks; // of what ranks exchange: slices' states; gradients and weights
     cudaEvent_t event;
 #ifdef USE_NCCL
-    ncclComm_t group, world, gradients;
-    ncclWindow_t windows[2]; // of exchange_alloc
+    ncclComm_t group, world;
+    std::map<void*, ncclWindow_t>* windows; // of exchange_alloc
 #endif
 };
 
@@ -169,14 +169,14 @@ static void ranks_connect(Gpu* gpu) {
     for (size_t i = 0; i < sizeof(id); i++) { bytes[i] = ranks.rank ? 0 : ((unsigned char*)&id)[i]; }
     all_sum(bytes, sizeof(id));
     for (size_t i = 0; i < sizeof(id); i++) { ((unsigned char*)&id)[i] = bytes[i]; }
-    NCCL(ncclCommInitRank(&gpu->world, ranks.count, id, ranks.rank));
-    // What runs beside matrix products takes no multiprocessor from them, or few where copy engines do not reach: 2 for
-    // states, 16 for gradients.
+    gpu->windows = new std::map<void*, ncclWindow_t>;
+    // What runs beside matrix products takes no multiprocessor from them, or few where copy engines do not reach: 16
+    // for gradients and weights, 2 for states.
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-    config.CTAPolicy = NCCL_CTA_POLICY_ZERO; config.maxCTAs = 2;
+    config.CTAPolicy = NCCL_CTA_POLICY_ZERO; config.maxCTAs = 16;
+    NCCL(ncclCommInitRankConfig(&gpu->world, ranks.count, id, ranks.rank, &config));
+    config.maxCTAs = 2;
     NCCL(ncclCommSplit(gpu->world, ranks.group, ranks.chunk, &gpu->group, &config));
-    config.maxCTAs = 16;
-    NCCL(ncclCommSplit(gpu->world, 0, ranks.rank, &gpu->gradients, &config));
     int low, high;
     CUDA(cudaDeviceGetStreamPriorityRange(&low, &high));
     CUDA(cudaStreamCreateWithPriority(&gpu->states, cudaStreamNonBlocking, high));
@@ -193,8 +193,8 @@ static void stream_after(Gpu& gpu, cudaStream_t stream, cudaStream_t other) {
     CUDA(cudaStreamWaitEvent(stream, gpu.event, 0));
 }
 
-// Zeroed memory that all ranks take and register together: copy engines exchange what is in it, beside kernels. It is
-// for gradients, between all ranks, or for states, within the group.
+// Zeroed memory that all ranks take and register together: copy engines exchange what is in it, beside kernels.
+// It is for states, within the group, or for gradients or weights, between all ranks.
 static void* exchange_alloc(Gpu* gpu, size_t bytes, bool states) {
     void* p = NULL;
     if (ranks.count == 1 || gpu->dry) { return gpu_alloc(gpu, bytes); }
@@ -202,7 +202,7 @@ static void* exchange_alloc(Gpu* gpu, size_t bytes, bool states) {
 #ifdef USE_NCCL
     if (ncclMemAlloc(&p, bytes) != ncclSuccess) { out_of_memory(gpu, bytes); }
 #endif
-    NCCL(ncclCommWindowRegister(states ? gpu->group : gpu->gradients, p, bytes, &gpu->windows[states],
+    NCCL(ncclCommWindowRegister(states ? gpu->group : gpu->world, p, bytes, &(*gpu->windows)[p],
                                 NCCL_WIN_COLL_SYMMETRIC));
     CUDA(cudaMemsetAsync(p, 0, bytes, gpu->stream));
     gpu->allocated += bytes;
@@ -210,7 +210,7 @@ static void* exchange_alloc(Gpu* gpu, size_t bytes, bool states) {
 }
 static void exchange_free(Gpu* gpu, void* p, bool states) {
     if (ranks.count == 1 || !p) { cudaFree(p); return; }
-    NCCL(ncclCommWindowDeregister(states ? gpu->group : gpu->gradients, gpu->windows[states]));
+    NCCL(ncclCommWindowDeregister(states ? gpu->group : gpu->world, (*gpu->windows)[p]));
     NCCL(ncclMemFree(p));
 }
 
@@ -765,7 +765,7 @@ template <typename S> __global__ void timestepnorm_scan_kernel(float4* segments,
 template <typename S, typename F> static void timestepnorm_scan(Gpu& gpu, float4* segments, S* end, S* before,
         NormState* dstart, const NormState* start, bool sliced, int count, size_t lines, F meanwhile) {
     // Where there is nothing to be done meanwhile, NCCL's kernel is faster than copy engines: not in memory for those.
-    int which = std::is_same<S, NormState>::value ? SLICE_SUMS : SLICES;
+    int which = std::is_same<S, NormState>::value ? SLICE_NORMS : SLICES;
     S* all = sliced ? gpu_scratch<S>(gpu, which, lines * (ranks.chunks + 1)) : NULL;
     auto scan = [&](S* end, bool alone) {
         LAUNCH(timestepnorm_scan_kernel<S>, ceil_div(lines, 4), 128, segments, end, before, dstart, start, all,
@@ -1380,7 +1380,8 @@ __global__ void cema_gradients_kernel(CemaParams grads, float* dstart, const flo
 // How a launch goes about it.
 struct Cema { int K; bool blocks; CemaCoef* coef; float2* powers; dim3 grid; }; // blocks: on tensor cores
 ON_GPU_TOO static int cema_width(int N) { return CEMA_LANES * (N <= CEMA_LANES ? 1 : MANY); }
-static Cema cema_prepare(Gpu& gpu, bool is_bf16, const CemaParams& w, int B, int T, int D, int N) {
+// made: by cema_slice, which comes before where there are slices, the coefficients have been.
+static Cema cema_prepare(Gpu& gpu, bool is_bf16, const CemaParams& w, int B, int T, int D, int N, bool made) {
     Cema r;
     bool whole = ranks.chunks == 1 || T % UNIT == 0; // what slices hand on enters and leaves between units
     r.K = cema_width(N);
@@ -1388,7 +1389,7 @@ static Cema cema_prepare(Gpu& gpu, bool is_bf16, const CemaParams& w, int B, int
     size_t size = (size_t)D * r.K;
     r.coef = (CemaCoef*)gpu_scratch<char>(gpu, COEFFICIENTS, size * (sizeof(CemaCoef) + POWERS * sizeof(float2)));
     r.powers = r.blocks ? (float2*)(r.coef + size) : NULL; r.grid = dim3(ceil_div(D, CHANNELS), B);
-    LAUNCH(cema_coefficients_kernel, ceil_div(size, 128), 128, r.coef, r.powers, w, D, N, r.K);
+    if (!made) { LAUNCH(cema_coefficients_kernel, ceil_div(size, 128), 128, r.coef, r.powers, w, D, N, r.K); }
     return r;
 }
 
@@ -1396,8 +1397,8 @@ static Cema cema_prepare(Gpu& gpu, bool is_bf16, const CemaParams& w, int B, int
 static size_t cema_carries_size(Gpu*, int B, int T, int D, int) { return ceil_div(T, UNIT) * B * D * CEMA_LANES * 2; }
 
 template <typename X> static void cema_forward(Gpu& gpu, X* out, float* end, float* carries, const float* start,
-        const X* inp, const CemaParams& w, int B, int T, int D, int N) {
-    Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, w, B, T, D, N);
+        const X* inp, const CemaParams& w, int B, int T, int D, int N, bool made = false) {
+    Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, w, B, T, D, N, made);
     if (r.blocks) {
         LAUNCH(cema_forward_blocks_kernel, r.grid, 32 * CHANNELS, (bf16*)out, end, (float2*)carries, start,
                (const bf16*)inp, r.coef, r.powers, w.omega, T, D, N);
@@ -1409,8 +1410,8 @@ template <typename X> static void cema_forward(Gpu& gpu, X* out, float* end, flo
 
 template <typename X> static void cema_backward(Gpu& gpu, X* dinp, const CemaParams& grads, float* dstart,
         const X* dout, const float* carries, const float* start, const float* after, const X* inp, const CemaParams& w,
-        int B, int T, int D, int N) {
-    Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, w, B, T, D, N);
+        int B, int T, int D, int N, bool made = false) {
+    Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, w, B, T, D, N, made);
     size_t states = (size_t)B * D * r.K;
     float4* sums = (float4*)gpu_scratch<float>(gpu, CARRIES, states * 6 + (size_t)B * D);
     float2* first = (float2*)(sums + states); float* domega = (float*)(first + states);
@@ -1425,76 +1426,73 @@ template <typename X> static void cema_backward(Gpu& gpu, X* dinp, const CemaPar
            ranks.chunk ? NULL : start, r.coef, w, gpu.accumulate, B, D, N, r.K);
 }
 
-// Where ranks hold slices of T timesteps: first what a slice alone makes of zero, for the others to know. A thread runs
-// SLICE_MODES oscillators of a feature over segments of time, the last segment being the first here. sums (segments,B,
-// D,N): h at a segment's end. Or back in time, from the first segment on, a at its first timestep. What fades to 2^-80
-// of itself on the way to the end is left out: most modes forget in some hundred timesteps.
-enum { SLICE_MODES = 8, SLICE_BLOCKS = 16 };
-enum { SLICE_LENGTH = 64, SLICE_SEGMENTS = 256 }; // timesteps of a segment, at least; segments of a slice, at most
-static int slice_length(int T) {
-    return T > SLICE_LENGTH * SLICE_SEGMENTS ? (int)ceil_div(T, SLICE_SEGMENTS) : SLICE_LENGTH;
-}
+// Where ranks hold slices of T timesteps: first what a slice alone makes of zero, for the others to know; out (B,D,N): h
+// at its end or, back in time, a at its first timestep. A block runs SLICE_MODES oscillators of 32 features, a segment of
+// time a warp, the nearest to that end first. What fades to 2^-80 of itself on the way there is left out: most modes
+// forget in some hundred timesteps.
+enum { SLICE_MODES = 8, SLICE_WARPS = 16, SLICE_LENGTH = 32 };
 __device__ inline float square(float2 q) { return q.x * q.x + q.y * q.y; }
-template <typename X> __global__ void cema_slice_kernel(float2* sums, const X* inp, const CemaCoef* coef, bool back,
-        int count, int length, int T, int D, int N, int K) {
-    int d = blockIdx.x * 32 + threadIdx.x, k0 = threadIdx.y * SLICE_MODES;
-    float2 q[SLICE_MODES]; float p[SLICE_MODES], longest = 0;
-    if (d >= D) { return; }
-    EACH(k, SLICE_MODES) {
-        CemaCoef m = coef[(size_t)d * K + k0 + k];
-        longest = fmaxf(longest, square(m.q));
-        q[k] = {m.q.x, back ? -m.q.y : m.q.y}; p[k] = back ? 1 : m.p;
-    }
+template <typename X> __global__ void __launch_bounds__(32 * SLICE_WARPS) cema_slice_kernel(float2* out, const X* inp,
+        const CemaCoef* coef, bool back, int T, int D, int N, int K) {
+    __shared__ float2 parts[SLICE_WARPS][SLICE_MODES][32];
+    int lane = threadIdx.x, warp = threadIdx.y, d = blockIdx.x * 32 + lane, k0 = blockIdx.z * SLICE_MODES;
     const X* x = inp + (size_t)blockIdx.y * T * D + d;
-    for (int segment = blockIdx.z; segment < count; segment += gridDim.z) {
-        int near = segment * length, n = min(length, T - near); float2 s[SLICE_MODES] = {};
-        if (log2f(longest) * near < -2 * 80) { return; }
-        for (int far = near + n - 1; far >= near; far -= AHEAD) {
-            float v[AHEAD];
-            EACH(i, AHEAD) { v[i] = far - i >= near ? to_float(x[(size_t)(back ? far - i : T - 1 - far + i) * D]) : 0; }
-            EACH(i, AHEAD) {
-                if (far - i < near) { break; }
-                EACH(k, SLICE_MODES) { s[k] = mul_add(q[k], s[k], float2{v[i], 0}); }
-            }
-        }
-        float2* out = sums + (((size_t)segment * gridDim.y + blockIdx.y) * D + d) * N + k0;
-        EACH(k, SLICE_MODES) { if (k0 + k < N) { out[k] = {p[k] * s[k].x, p[k] * s[k].y}; } }
+    coef += (size_t)min(d, D - 1) * K + k0;
+    float2 q[SLICE_MODES]; float longest = 0;
+    EACH(k, SLICE_MODES) {
+        q[k] = coef[k].q; longest = fmaxf(longest, square(q[k]));
+        if (back) { q[k].y = -q[k].y; }
     }
+    longest = log2f(warp_max(longest)); // the same in all warps
+    float2 own = warp < SLICE_MODES ? coef[warp].q : float2{0, 0};
+    double2 step = {own.x, back ? -own.y : own.y}, power = {1, 0}, sum = {0, 0};
+    for (int n = 1; n < SLICE_LENGTH; n *= 2) { step = mul_add(step, step, double2{0, 0}); }
+    for (int near = 0; near < T && !(longest * near < -2 * 80); near += SLICE_WARPS * SLICE_LENGTH) {
+        int far = near + (warp + 1) * SLICE_LENGTH - 1; float v[SLICE_LENGTH]; float2 s[SLICE_MODES] = {};
+        EACH(i, SLICE_LENGTH) {
+            int from = far - i; // that end
+            v[i] = from < T && d < D ? to_float(x[(size_t)(back ? from : T - 1 - from) * D]) : 0;
+        }
+        EACH(i, SLICE_LENGTH) { EACH(k, SLICE_MODES) { s[k] = mul_add(q[k], s[k], float2{v[i], 0}); } }
+        EACH(k, SLICE_MODES) { parts[warp][k][lane] = s[k]; }
+        __syncthreads();
+        for (int w = 0; warp < SLICE_MODES && w < SLICE_WARPS; w++) {
+            float2 part = parts[w][warp][lane];
+            sum = mul_add(power, double2{part.x, part.y}, sum); power = mul_add(power, step, double2{0, 0});
+        }
+        __syncthreads();
+    }
+    if (warp >= SLICE_MODES || d >= D || k0 + warp >= N) { return; }
+    float p = back ? 1 : coef[warp].p;
+    out[((size_t)blockIdx.y * D + d) * N + k0 + warp] = make_float2(p * sum.x, p * sum.y);
 }
-// What `count` parts of `length` timesteps make of state (B,D,N), NULL for zero (then the first may be shorter), if of
-// zero they make what lies at sums, sums + step, ... So segments become a slice, and the slices before this one (after
-// it) what enters this one; see the CPU's cema_carry.
-__global__ void cema_slice_join_kernel(float2* out, const float2* state, const float2* sums, const CemaCoef* coef,
-        bool back, int count, int64_t step, int length, size_t size, int D, int N, int K) {
+// state (B,D,N) = what `count` slices make of start (NULL: zero), if of zero they make what lies at ends, ends + step,
+// ...: those before this one, or those after it; see the CPU's cema_carry.
+__global__ void cema_slice_carry_kernel(float2* state, const float2* start, const float2* ends, const CemaCoef* coef,
+        bool back, int count, int64_t step, int T, size_t size, int D, int N, int K) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= size) { return; }
-    float2 rounded = coef[i / N % D * K + i % N].q, s0 = state ? state[i] : float2{0, 0};
+    float2 rounded = coef[i / N % D * K + i % N].q, s0 = start ? start[i] : float2{0, 0};
     double2 q = {rounded.x, back ? -rounded.y : rounded.y}, power = {1, 0}, s = {s0.x, s0.y};
-    for (int n = length; n; n /= 2) { // q^length by squaring in double: through logarithms it would lose its phase
+    for (int n = T; n; n /= 2) { // q^T by squaring in double: through logarithms it would lose its phase
         if (n & 1) { power = mul_add(power, q, double2{0, 0}); }
         q = mul_add(q, q, double2{0, 0});
     }
-    // How many parts back count: to 2^-75, which is nearer than 2^-80, so all that is read has been written.
-    float reach = -2 * 75 / log2f(square(rounded)) / length;
-    for (int n = reach >= 0 ? max(count - 1 - (int)fminf(reach, count), 0) : 0; n < count; n++) {
-        float2 sum = sums[n * step + i];
-        s = mul_add(power, s, double2{sum.x, sum.y});
+    for (int n = 0; n < count; n++) {
+        float2 end = ends[n * step + i];
+        s = mul_add(power, s, double2{end.x, end.y});
     }
-    out[i] = make_float2(s.x, s.y);
+    state[i] = make_float2(s.x, s.y);
 }
 // Begins the exchange, beside the products that follow in gpu.stream; cema_slice_carry ends it.
 template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, const CemaParams& w, int B, int T,
         int D, int N) {
-    Cema r = cema_prepare(gpu, false, w, B, T, D, N);
-    int length = slice_length(T), count = ceil_div(T, length);
+    Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, w, B, T, D, N, false);
     size_t size = (size_t)B * D * N;
-    float2* sums = gpu_scratch<float2>(gpu, SLICE_SUMS, size * count);
-    float2* all = gpu_scratch<float2>(gpu, SLICES, size * (ranks.chunks + 2));
-    LAUNCH(cema_slice_kernel<X>, dim3(ceil_div(D, 32), B, min_int(count, SLICE_BLOCKS)), dim3(32, r.K / SLICE_MODES),
-           sums, inp, r.coef, back, count, length, T, D, N, r.K);
-    LAUNCH(cema_slice_join_kernel, ceil_div(size, 128), 128, all + size * ranks.chunks, NULL, sums + (count - 1) * size,
-           r.coef, back, count, -(int64_t)size, length, size, D, N, r.K);
-    slices_gather(gpu, all, all + size * ranks.chunks, sizeof(float2) * size);
+    float2 *all = gpu_scratch<float2>(gpu, SLICES, size * (ranks.chunks + 2)), *mine = all + size * ranks.chunks;
+    LAUNCH(cema_slice_kernel<X>, dim3(ceil_div(D, 32), B, r.K / SLICE_MODES), dim3(32, SLICE_WARPS), mine, inp, r.coef,
+           back, T, D, N, r.K);
+    slices_gather(gpu, all, mine, sizeof(float2) * size);
 }
 // state (B,D,N,2): h before this slice, start being that before the first; or a after it. NULL: in scratch memory.
 static float* cema_slice_carry(Gpu& gpu, float* state, const float* start, bool back, int B, int T, int D, int N) {
@@ -1502,7 +1500,7 @@ static float* cema_slice_carry(Gpu& gpu, float* state, const float* start, bool 
     if (!state) { state = (float*)(all + size * (ranks.chunks + 1)); }
     slices_wait(gpu);
     int first = back ? ranks.chunks - 1 : 0, count = back ? first - ranks.chunk : ranks.chunk;
-    LAUNCH(cema_slice_join_kernel, ceil_div(size, 128), 128, (float2*)state, (const float2*)start, all + first * size,
+    LAUNCH(cema_slice_carry_kernel, ceil_div(size, 128), 128, (float2*)state, (const float2*)start, all + first * size,
            (const CemaCoef*)gpu.scratch[COEFFICIENTS], back, count, (back ? -1 : 1) * (int64_t)size, T, size, D, N,
            cema_width(N));
     return state;
@@ -2523,8 +2521,9 @@ template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Con
         m->received = m->grads + m->size;
         m->adam_m = floats(share); m->adam_v = floats(share);
     }
-    m->weights = same ? (X*)m->params : (X*)gpu_alloc(&gpu, m->size * sizeof(X));
-    size_t bytes = sizeof(float) * c->chunk_size * (c->z_dim / c->num_heads);
+    size_t bytes = m->size * sizeof(X);
+    m->weights = (X*)(same ? m->params : sharded ? exchange_alloc(&gpu, bytes, false) : gpu_alloc(&gpu, bytes));
+    bytes = sizeof(float) * c->chunk_size * (c->z_dim / c->num_heads);
     m->rotations = (float*)gpu_alloc(&gpu, bytes);
     if (gpu.dry) { return; }
     CUDA(cudaMallocHost((void**)&m->sums, m->units * NORM_BLOCKS * sizeof(double)));
@@ -2542,7 +2541,8 @@ template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Con
 
 template <typename X> static void model_free(Gpu& gpu, ModelOf<X>* m) {
     gpu_sync(&gpu);
-    if ((void*)m->weights != m->params) { cudaFree(m->weights); }
+    if (m->shards > 1) { exchange_free(&gpu, m->weights, false); }
+    else if ((void*)m->weights != m->params) { cudaFree(m->weights); }
     if (m->masters != m->params) { cudaFree(m->masters); }
     for (int u = 0; m->gathered && u < m->units; u++) { cudaEventDestroy(m->gathered[u]); }
     free(m->gathered); cudaFreeHost(m->sums);
@@ -2778,7 +2778,7 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
     value_forward(gpu, v, a.wv, B, T, keys, at_k, V, H);
     if (before.h) { in.h = cema_slice_carry(gpu, before.h, in.h, false, B, T, D, N); }
     cema_forward(gpu, a.cema, next.h, s->carries + l * s->carries_step, in.h, a.timenorm, cema_params(w),
-                 B, T, D, N);
+                 B, T, D, N, before.h);
     norm_forward<X>(gpu, a.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema, w.rmsnorm_w, NULL, rows, D, eps, drop.rmsnorm);
 
     // Short memory: attention inside the chunk, to the cache where there is one. One product makes z and the gate's r.
@@ -2870,7 +2870,7 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
     value_backward(gpu, d.wv, g.wv_b, d.v, a.wv, B, T, V, H);
     const float* after = s->before.h ? cema_slice_carry(gpu, NULL, NULL, true, B, T, D, N) : NULL;
     cema_backward(gpu, d.timenorm, cema_params(g), din.h, d.cema, s->carries + l * s->carries_step, in.h, after,
-                  a.timenorm, cema_params(w), B, T, D, N);
+                  a.timenorm, cema_params(w), B, T, D, N, after);
     matmul_backward(gpu, d.timenorm, D, d.wv, V, p.wv, rows, D, V, true);
 
     // x has three readers: the second hop, the first hop and the timestep norm. (dx may be d.out itself.)
@@ -3062,7 +3062,7 @@ template <typename X> static void unit_reduce(Gpu& gpu, const ModelOf<X>* m, int
     unit_reduced(gpu, m);
     gpu.reducing = u + 1;
     stream_after(gpu, gpu.blocks, gpu.stream);
-    NCCL(ncclAlltoAll(m->grads + s.begin, m->received, s.size, ncclFloat, gpu.gradients, gpu.blocks));
+    NCCL(ncclAlltoAll(m->grads + s.begin, m->received, s.size, ncclFloat, gpu.world, gpu.blocks));
 }
 
 // Adds to the gradients, or with gpu.accumulate off assigns them, from dlogits, which model_loss has left in logits.
@@ -3202,9 +3202,8 @@ template <typename X> static size_t memory_needed(const Gpu& gpu, const Options*
     count.gpu.dry = true;
     count.gpu.allocated = WORKSPACE + (scores > least ? scores : least) + o->batch * T * D / 4
                           + (D + V) * gpu.card.multiProcessorCount * 160;
-    if (ranks.chunks > 1) { // SLICE_SUMS and SLICES
-        count.gpu.allocated += sizeof(float2) * o->batch * D * o->model.cema_ndim
-                               * (ceil_div(T, slice_length(T)) + ranks.chunks + 2);
+    if (ranks.chunks > 1) { // SLICES
+        count.gpu.allocated += sizeof(float2) * o->batch * D * o->model.cema_ndim * (ranks.chunks + 2);
     }
     backend_alloc(&count, o, true, keep);
     free(count.carried);

@@ -20,6 +20,7 @@ caches and memory order are not modelled.
 #include <ucontext.h>
 #include <deque>
 #include <functional>
+#include <set>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -495,7 +496,7 @@ typedef void* ncclWindow_t;
 #define NCCL_CONFIG_INITIALIZER {0}
 static const char* ncclGetErrorString(ncclResult_t) { return ""; }
 static ncclResult_t ncclGetUniqueId(ncclUniqueId* id) { memset(id, 7, sizeof(*id)); return ncclSuccess; }
-static ncclResult_t ncclCommInitRank(ncclComm_t* c, int, ncclUniqueId id, int) {
+static ncclResult_t ncclCommInitRankConfig(ncclComm_t* c, int, ncclUniqueId id, int, ncclConfig_t*) {
     if (id.bytes[127] != 7) { fail("an id that rank 0 has not made"); }
     MPI_Comm_dup(MPI_COMM_WORLD, c);
     return ncclSuccess;
@@ -527,8 +528,16 @@ static ncclResult_t ncclAlltoAll(const void* from, void* to, size_t n, int, nccl
 }
 static ncclResult_t ncclMemAlloc(void** p, size_t bytes) { cudaMalloc(p, bytes); return ncclSuccess; }
 static ncclResult_t ncclMemFree(void* p) { cudaFree(p); return ncclSuccess; }
-static ncclResult_t ncclCommWindowRegister(ncclComm_t, void*, size_t, ncclWindow_t*, int) { return ncclSuccess; }
-static ncclResult_t ncclCommWindowDeregister(ncclComm_t, ncclWindow_t) { return ncclSuccess; }
+static std::set<ncclWindow_t> windows;
+static ncclResult_t ncclCommWindowRegister(ncclComm_t, void* p, size_t, ncclWindow_t* window, int) {
+    *window = p;
+    windows.insert(p);
+    return ncclSuccess;
+}
+static ncclResult_t ncclCommWindowDeregister(ncclComm_t, ncclWindow_t window) {
+    if (!windows.erase(window)) { fail("no such window"); }
+    return ncclSuccess;
+}
 // While a rank waits for the others, its card goes on with what they may be waiting for.
 #define MPI_Allgather(...) (streams_run(true), MPI_Allgather(__VA_ARGS__))
 #define MPI_Allreduce(...) (streams_run(true), MPI_Allreduce(__VA_ARGS__))
