@@ -373,8 +373,7 @@ template <typename X> double run_pass(Run<X>* r, const int* x, const int* y, flo
     return loss;
 }
 template <typename X> double run_update(Run<X>* r, const Options* o, double lr, int step) {
-    for (int u = 0; ranks.count > 1 && u < r->m.units; u++) { unit_reduce(gpu, &r->m, u); }
-    if (ranks.count > 1) { unit_reduced(gpu, &r->m); }
+    for (int u = r->m.units - 1; ranks.count > 1 && u >= 0; u--) { unit_reduce(gpu, &r->m, u); }
     double norm = model_grad_norm(gpu, &r->m);
     model_update(gpu, &r->m, o, lr, step, clip_scale(norm, o->clip));
     if (ranks.count == 1) { model_copy(&r->m, r->m.params, r->host.m.params, true); return norm; }

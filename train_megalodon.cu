@@ -84,7 +84,6 @@ struct Gpu {
     size_t allocated;      // bytes
     bool dry;              // only count them
     bool reduce;           // the backward pass adds up gradients over the ranks as it goes
-    int reducing;          // 1 + the unit that unit_reduce has begun
     cudaStream_t states, blocks; // of what ranks exchange: slices' states; gradients and weights
     cudaEvent_t event;
 #ifdef USE_NCCL
@@ -228,9 +227,13 @@ template <typename E> static E* gpu_scratch(Gpu& gpu, int which, size_t n) {
     return (E*)gpu.scratch[which];
 }
 
-// all = the `bytes` bytes of each rank of the group, in their order, for who calls slices_wait first.
-static void slices_gather(Gpu& gpu, void* all, const void* mine, size_t bytes) {
+// all = the `bytes` bytes of each rank of the group, in their order, for who calls slices_wait first. make launches what
+// writes mine.
+template <typename F> static void slices_gather(Gpu& gpu, void* all, const void* mine, size_t bytes, F make) {
     stream_after(gpu, gpu.states, gpu.stream);
+    std::swap(gpu.stream, gpu.states);
+    make();
+    std::swap(gpu.stream, gpu.states);
     NCCL(ncclAllGather(mine, all, bytes, ncclUint8, gpu.group, gpu.states));
 }
 static void slices_wait(Gpu& gpu) { stream_after(gpu, gpu.stream, gpu.states); }
@@ -773,8 +776,7 @@ template <typename S, typename F> static void timestepnorm_scan(Gpu& gpu, float4
     };
     if (sliced) {
         S* mine = all + lines * ranks.chunks;
-        scan(mine, true);
-        slices_gather(gpu, all, mine, sizeof(S) * lines);
+        slices_gather(gpu, all, mine, sizeof(S) * lines, [&] { scan(mine, true); });
     }
     meanwhile();
     if (sliced) { slices_wait(gpu); }
@@ -1487,12 +1489,13 @@ __global__ void cema_slice_carry_kernel(float2* state, const float2* start, cons
 // Begins the exchange, beside the products that follow in gpu.stream; cema_slice_carry ends it.
 template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, const CemaParams& w, int B, int T,
         int D, int N) {
-    Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, w, B, T, D, N, false);
     size_t size = (size_t)B * D * N;
     float2 *all = gpu_scratch<float2>(gpu, SLICES, size * (ranks.chunks + 2)), *mine = all + size * ranks.chunks;
-    LAUNCH(cema_slice_kernel<X>, dim3(ceil_div(D, 32), B, r.K / SLICE_MODES), dim3(32, SLICE_WARPS), mine, inp, r.coef,
-           back, T, D, N, r.K);
-    slices_gather(gpu, all, mine, sizeof(float2) * size);
+    slices_gather(gpu, all, mine, sizeof(float2) * size, [&] {
+        Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, w, B, T, D, N, false);
+        LAUNCH(cema_slice_kernel<X>, dim3(ceil_div(D, 32), B, r.K / SLICE_MODES), dim3(32, SLICE_WARPS), mine, inp,
+               r.coef, back, T, D, N, r.K);
+    });
 }
 // state (B,D,N,2): h before this slice, start being that before the first; or a after it. NULL: in scratch memory.
 static float* cema_slice_carry(Gpu& gpu, float* state, const float* start, bool back, int B, int T, int D, int N) {
@@ -2446,11 +2449,11 @@ template <typename X> struct ModelOf {
     float* params;                 // in fp32; if sharded, the first unit only
     float *masters, *adam_m, *adam_v; // this rank's shares; masters not sharded are params
     float* grads;
-    float* received;               // if sharded, of a unit: its shares from all ranks
+    float* received[2];            // if sharded, of a unit, in turn: its shares from all ranks
     X* weights;                    // params rounded to X; for X = float not sharded the same memory
     float* rotations;              // (c,Z/H/2,2)
     double* sums;                  // partial sums of the gradient's norm; pinned
-    cudaEvent_t* gathered;         // if sharded, by unit: the weights of all ranks have come
+    cudaEvent_t* came;             // if sharded, by unit: its gradients, or later its weights, from all ranks
 };
 
 // A unit in a block, and this rank's share: where in the block, where among its shares.
@@ -2517,8 +2520,8 @@ template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Con
             size_t n = model_share(m, u).size * m->shards;
             unit = n > unit ? n : unit;
         }
-        m->grads = (float*)exchange_alloc(&gpu, (m->size + unit) * sizeof(float), false);
-        m->received = m->grads + m->size;
+        m->grads = (float*)exchange_alloc(&gpu, (m->size + 2 * unit) * sizeof(float), false);
+        m->received[0] = m->grads + m->size; m->received[1] = m->received[0] + unit;
         m->adam_m = floats(share); m->adam_v = floats(share);
     }
     size_t bytes = m->size * sizeof(X);
@@ -2527,9 +2530,9 @@ template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Con
     m->rotations = (float*)gpu_alloc(&gpu, bytes);
     if (gpu.dry) { return; }
     CUDA(cudaMallocHost((void**)&m->sums, m->units * NORM_BLOCKS * sizeof(double)));
-    if (sharded) { m->gathered = (cudaEvent_t*)xcalloc(m->units, sizeof(cudaEvent_t)); }
+    if (sharded) { m->came = (cudaEvent_t*)xcalloc(m->units, sizeof(cudaEvent_t)); }
     for (int u = 0; sharded && u < m->units; u++) {
-        CUDA(cudaEventCreateWithFlags(&m->gathered[u], cudaEventDisableTiming));
+        CUDA(cudaEventCreateWithFlags(&m->came[u], cudaEventDisableTiming));
     }
     Model host; Config small = *c;
     small.num_layers = small.vocab_size = small.model_dim = small.norm_num_groups = small.ffn_hidden_dim = 2;
@@ -2544,8 +2547,8 @@ template <typename X> static void model_free(Gpu& gpu, ModelOf<X>* m) {
     if (m->shards > 1) { exchange_free(&gpu, m->weights, false); }
     else if ((void*)m->weights != m->params) { cudaFree(m->weights); }
     if (m->masters != m->params) { cudaFree(m->masters); }
-    for (int u = 0; m->gathered && u < m->units; u++) { cudaEventDestroy(m->gathered[u]); }
-    free(m->gathered); cudaFreeHost(m->sums);
+    for (int u = 0; m->came && u < m->units; u++) { cudaEventDestroy(m->came[u]); }
+    free(m->came); cudaFreeHost(m->sums);
     exchange_free(&gpu, m->grads, false);
     cudaFree(m->params); cudaFree(m->adam_m); cudaFree(m->adam_v); cudaFree(m->rotations);
 }
@@ -2885,9 +2888,9 @@ template <typename X> static void pass_upload(Gpu& gpu, const PassOf<X>* s, int*
     CUDA(cudaEventRecord(s->copied, gpu.stream));
 }
 
-// Before the weights of a unit are read.
+// Before what has come of a unit is read.
 template <typename X> static void model_wait(Gpu& gpu, const ModelOf<X>* m, int u) {
-    if (m->gathered) { CUDA(cudaStreamWaitEvent(gpu.stream, m->gathered[u], 0)); }
+    if (m->came) { CUDA(cudaStreamWaitEvent(gpu.stream, m->came[u], 0)); }
 }
 
 // tokens (B,T), on the host, or NULL for those that model_draw left on the device, to logits (B,T,vocab) there; see the
@@ -3044,25 +3047,27 @@ template <typename X> static void model_losses(Gpu& gpu, const ModelOf<X>* m, Pa
     LAUNCH(sum_kernel<float>, 1, 256, sum, a.losses, rows, NULL, 1);
 }
 
-// Ends what unit_reduce has begun last: this rank's share of the unit becomes the sum of all ranks' gradients of it;
-// the sums of squares are left for model_grad_norm.
-template <typename X> static void unit_reduced(Gpu& gpu, const ModelOf<X>* m) {
-    if (!gpu.reducing) { return; }
-    int u = gpu.reducing - 1; Share s = model_share(m, u);
-    gpu.reducing = 0;
-    stream_after(gpu, gpu.stream, gpu.blocks);
-    LAUNCH(sum_kernel<float4>, NORM_BLOCKS, 256, m->sums + u * NORM_BLOCKS, (const float4*)m->received, s.size / 4,
-           (float4*)(m->grads + s.at), m->shards);
-}
-// Begins to add up a unit's gradients over all ranks, in their order: each share goes to its rank, beside what follows
-// in gpu.stream. NCCL's own reduce-scatter would take multiprocessors from the matrix products.
-template <typename X> static void unit_reduce(Gpu& gpu, const ModelOf<X>* m, int u) {
+// Ends what unit_reduce has begun for a unit: this rank's share of it becomes the sum of all ranks' gradients; the sums
+// of squares are left for model_grad_norm.
+template <typename X> static void unit_reduced(Gpu& gpu, const ModelOf<X>* m, int u) {
     Share s = model_share(m, u);
     if (!s.size) { return; }
-    unit_reduced(gpu, m);
-    gpu.reducing = u + 1;
-    stream_after(gpu, gpu.blocks, gpu.stream);
-    NCCL(ncclAlltoAll(m->grads + s.begin, m->received, s.size, ncclFloat, gpu.world, gpu.blocks));
+    model_wait(gpu, m, u);
+    LAUNCH(sum_kernel<float4>, NORM_BLOCKS, 256, m->sums + u * NORM_BLOCKS, (const float4*)m->received[u & 1],
+           s.size / 4, (float4*)(m->grads + s.at), m->shards);
+}
+// Begins to add up a unit's gradients over all ranks, in their order: each share goes to its rank, beside what follows
+// in gpu.stream. NCCL's own reduce-scatter would take multiprocessors from the matrix products. Units come in falling
+// order: ends the one before, or with the first all.
+template <typename X> static void unit_reduce(Gpu& gpu, const ModelOf<X>* m, int u) {
+    Share s = model_share(m, u);
+    if (s.size) {
+        stream_after(gpu, gpu.blocks, gpu.stream);
+        NCCL(ncclAlltoAll(m->grads + s.begin, m->received[u & 1], s.size, ncclFloat, gpu.world, gpu.blocks));
+        CUDA(cudaEventRecord(m->came[u], gpu.blocks));
+    }
+    if (u + 1 < m->units) { unit_reduced(gpu, m, u + 1); }
+    if (u == 0) { unit_reduced(gpu, m, 0); }
 }
 
 // Adds to the gradients, or with gpu.accumulate off assigns them, from dlogits, which model_loss has left in logits.
@@ -3104,10 +3109,7 @@ template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, 
     }
     embedding_backward(gpu, g.embed, d.embed, s->tokens, s->order, s->begin, s->runs, embedding_scale(c), D,
                        drop.embed);
-    if (gpu.reduce) {
-        for (int u = 0; u < 2; u++) { unit_reduce(gpu, m, u); }
-        unit_reduced(gpu, m);
-    }
+    for (int u = 1; gpu.reduce && u >= 0; u--) { unit_reduce(gpu, m, u); }
 }
 
 // Global L2 norm of the gradient, which unit_reduced has added up over the ranks; waits for the GPU.
@@ -3155,7 +3157,7 @@ template <typename X> static void model_update(Gpu& gpu, ModelOf<X>* m, const Op
             if (m->shards == 1) { return; }
             stream_after(gpu, gpu.blocks, gpu.stream);
             NCCL(ncclAllGather(to + s.at, to + s.begin, s.size * sizeof(*to), ncclUint8, gpu.world, gpu.blocks));
-            CUDA(cudaEventRecord(m->gathered[u], gpu.blocks));
+            CUDA(cudaEventRecord(m->came[u], gpu.blocks));
         };
         if (!s.size) { continue; }
         if (floats) { launch(m->params); } else { launch(m->weights); }
