@@ -227,14 +227,16 @@ template <typename E> static E* gpu_scratch(Gpu& gpu, int which, size_t n) {
     return (E*)gpu.scratch[which];
 }
 
-// all = the `bytes` bytes of each rank of the group, in their order, for who calls slices_wait first. make launches what
-// writes mine.
-template <typename F> static void slices_gather(Gpu& gpu, void* all, const void* mine, size_t bytes, F make) {
+// all = the `bytes` bytes of each rank of the group, in their order.
+static void slices_gather(Gpu& gpu, void* all, const void* mine, size_t bytes) {
+    NCCL(ncclAllGather(mine, all, bytes, ncclUint8, gpu.group, gpu.stream));
+}
+// What work launches runs beside all that follows, until slices_wait.
+template <typename F> static void slices_beside(Gpu& gpu, F work) {
     stream_after(gpu, gpu.states, gpu.stream);
     std::swap(gpu.stream, gpu.states);
-    make();
+    work();
     std::swap(gpu.stream, gpu.states);
-    NCCL(ncclAllGather(mine, all, bytes, ncclUint8, gpu.group, gpu.states));
 }
 static void slices_wait(Gpu& gpu) { stream_after(gpu, gpu.stream, gpu.states); }
 
@@ -764,22 +766,25 @@ template <typename S> __global__ void timestepnorm_scan_kernel(float4* segments,
         add(now, own);
     });
 }
-// Where ranks hold slices (sliced), they first tell each other those of their own. meanwhile: what may be launched then
+// Where ranks hold slices (sliced), they first tell each other those of their own: in the backward pass beside what
+// meanwhile launches. In the forward pass there is nothing such, and NCCL's kernel in this stream, from memory that is
+// not for copy engines, is the fastest.
 template <typename S, typename F> static void timestepnorm_scan(Gpu& gpu, float4* segments, S* end, S* before,
         NormState* dstart, const NormState* start, bool sliced, int count, size_t lines, F meanwhile) {
-    // Where there is nothing to be done meanwhile, NCCL's kernel is faster than copy engines: not in memory for those.
-    int which = std::is_same<S, NormState>::value ? SLICE_NORMS : SLICES;
-    S* all = sliced ? gpu_scratch<S>(gpu, which, lines * (ranks.chunks + 1)) : NULL;
+    bool back = !std::is_same<S, NormState>::value;
+    S* all = sliced ? gpu_scratch<S>(gpu, back ? SLICES : SLICE_NORMS, lines * (ranks.chunks + 1)) : NULL;
     auto scan = [&](S* end, bool alone) {
         LAUNCH(timestepnorm_scan_kernel<S>, ceil_div(lines, 4), 128, segments, end, before, dstart, start, all,
                ranks.chunk, ranks.chunks, alone, count, lines);
     };
-    if (sliced) {
+    auto exchange = [&] {
         S* mine = all + lines * ranks.chunks;
-        slices_gather(gpu, all, mine, sizeof(S) * lines, [&] { scan(mine, true); });
-    }
+        scan(mine, true);
+        slices_gather(gpu, all, mine, sizeof(S) * lines);
+    };
+    if (sliced && back) { slices_beside(gpu, exchange); } else if (sliced) { exchange(); }
     meanwhile();
-    if (sliced) { slices_wait(gpu); }
+    if (sliced && back) { slices_wait(gpu); }
     scan(end, false);
 }
 
@@ -1491,10 +1496,11 @@ template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, 
         int D, int N) {
     size_t size = (size_t)B * D * N;
     float2 *all = gpu_scratch<float2>(gpu, SLICES, size * (ranks.chunks + 2)), *mine = all + size * ranks.chunks;
-    slices_gather(gpu, all, mine, sizeof(float2) * size, [&] {
+    slices_beside(gpu, [&] {
         Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, w, B, T, D, N, false);
         LAUNCH(cema_slice_kernel<X>, dim3(ceil_div(D, 32), B, r.K / SLICE_MODES), dim3(32, SLICE_WARPS), mine, inp,
                r.coef, back, T, D, N, r.K);
+        slices_gather(gpu, all, mine, sizeof(float2) * size);
     });
 }
 // state (B,D,N,2): h before this slice, start being that before the first; or a after it. NULL: in scratch memory.
@@ -2608,9 +2614,8 @@ template <typename X> struct StateOf {
     NormState* norm; // (L+1,B,G)
     X *k, *v;        // (L,B,H,c,Z/H), (L,B,H,c,V/H); NULL if calls end where chunks do
     float* scores;   // of one layer: (B,H,c)
-    CemaCoef* coef;  // (L,D,N rounded up), made of the weights by the first step of one token after a reset
-    bool coef_made;
-    int steps;       // of one token
+    CemaCoef* coef;  // (L,D,N rounded up), made of the weights by the first step of one token
+    int steps;       // of one token, since the last reset
     cudaGraphExec_t graph; // such a step
 };
 
@@ -2718,7 +2723,7 @@ template <typename X> static X* block_input(const ActPlace* places, char* block,
 
 template <typename X> static void state_reset(Gpu& gpu, StateOf<X>* s) {
     CUDA(cudaMemsetAsync(s->h, 0, s->bytes, gpu.stream));
-    s->pos = 0; s->coef_made = false;
+    s->pos = s->steps = 0;
 }
 // See the CPU's. A row has a piece of each layer's slot.
 __global__ void norm_round_kernel(double* norm, size_t n) {
@@ -2924,13 +2929,12 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
         }
         product_forward<X>(gpu, rows, 0, {a.logits, a.final, D, D, vocab, c->share_emb ? p.embed : p.output});
     };
-    for (int l = 0; step && !end->coef_made && l < L; l++) {
+    for (int l = 0; step && !end->steps && l < L; l++) {
         int K = cema_width(N);
         LAUNCH(cema_coefficients_kernel, ceil_div(D * K, 128), 128, state_layer(end, c, l).coef, NULL,
                cema_params(params_layer<Params>(m->places, m->params, l)), D, N, K);
     }
-    if (step) { end->coef_made = true; }
-    if (step && end->steps++ == 1) { // the first time, plans were made and memory taken
+    if (step && end->steps++ && !end->graph) { // the first time, plans were made and memory taken
         cudaGraph_t graph;
         CUDA(cudaStreamBeginCapture(gpu.stream, cudaStreamCaptureModeThreadLocal));
         work();
