@@ -1387,7 +1387,7 @@ __global__ void cema_gradients_kernel(CemaParams grads, float* dstart, const flo
 // How a launch goes about it.
 struct Cema { int K; bool blocks; CemaCoef* coef; float2* powers; dim3 grid; }; // blocks: on tensor cores
 ON_GPU_TOO static int cema_width(int N) { return CEMA_LANES * (N <= CEMA_LANES ? 1 : MANY); }
-// made: by cema_slice, which comes before where there are slices, the coefficients have been.
+// made: the coefficients are there, of cema_slice, which comes first where there are slices.
 static Cema cema_prepare(Gpu& gpu, bool is_bf16, const CemaParams& w, int B, int T, int D, int N, bool made) {
     Cema r;
     bool whole = ranks.chunks == 1 || T % UNIT == 0; // what slices hand on enters and leaves between units
@@ -2957,33 +2957,36 @@ template <typename X> __global__ void __launch_bounds__(1024) sample_kernel(int*
     int begin = warp * size, end = min(begin + size, vocab), at = 0, last = 0;
     logits += (size_t)blockIdx.x * vocab;
     float top = -INFINITY, least = 0, part = 0, before = 0, sum = 0, scale = fmin(1 / temperature, 1e30);
-    for (int v = begin + lane; v < end; v += 32) { top = fmaxf(top, to_float(logits[v])); }
+    auto each = [&](auto f) { // of this lane's logits
+        for (int v = begin + lane; v < end; v += 8 * 32) { EACH(i, 8) { f(v + 32 * i); } }
+    };
+    each([&](int v) { top = fmaxf(top, v < end ? to_float(logits[v]) : -INFINITY); });
     top = warp_max(top);
     if (lane == 0) { parts[warp] = top; }
     __syncthreads();
     top = warp_max(parts[lane]);
     auto p = [&](int v) {
-        float x = v < end ? expf((to_float(logits[v]) - top) * scale) : 0;
+        float x = v < end ? exp_of<X>((to_float(logits[v]) - top) * scale) : 0;
         return x >= least ? x : 0;
     };
     for (int cut = 0; cut < 2; cut++) { // the least p to keep, by top_k and by top_p: three of its bits at a time
         if (cut ? top_p >= 1 : !top_k) { continue; }
         float all[1] = {0}; uint32_t bits = 0;
-        for (int v = begin + lane; v < end; v += 32) { all[0] += p(v); }
+        each([&](int v) { all[0] += p(v); });
         row_sum(all, turn);
         for (int shift = 27; shift >= 0; shift -= 3) {
             float kept[TRIED] = {0}; int k = 0;
-            for (int v = begin + lane; v < end; v += 32) {
+            each([&](int v) {
                 float x = p(v);
                 EACH(j, TRIED) { kept[j] += __float_as_uint(x) < bits + ((j + 1u) << shift) ? 0 : cut ? x : 1; }
-            }
+            });
             row_sum(kept, turn);
             EACH(j, TRIED) { k += kept[j] >= (cut ? top_p * all[0] : top_k); }
             bits += (uint32_t)k << shift;
         }
         least = fminf(__uint_as_float(bits), 1); // the likeliest stays
     }
-    for (int v = begin + lane; v < end; v += 32) { part += p(v); }
+    each([&](int v) { part += p(v); });
     part = warp_sum(part);
     __syncthreads(); // all have read the tops
     if (lane == 0) { parts[warp] = part; }
@@ -2995,12 +2998,21 @@ template <typename X> __global__ void __launch_bounds__(1024) sample_kernel(int*
         sum += parts[w];
     }
     if (warp != at) { return; }
-    for (int v = begin + lane; v - lane < end; v += 32) {
-        float x = p(v), upto = x;
+    auto running = [&](float x) {
         for (int o = 1; o < 32; o *= 2) {
-            float y = __shfl_up_sync(~0u, upto, o);
-            upto += lane >= o ? y : 0;
+            float y = __shfl_up_sync(~0u, x, o);
+            x += lane >= o ? y : 0;
         }
+        return x;
+    };
+    // In it the last 1/32 that begins at u or before.
+    float own = 0;
+    for (int v = begin + lane * size / 32; v < begin + (lane + 1) * size / 32; v++) { own += p(v); }
+    float start = before + running(own) - own;
+    at = 31 - __clz(__ballot_sync(~0u, own > 0 && start <= u) | 1);
+    before = __shfl_sync(~0u, start, at); begin += at * size / 32; end = min(begin + size / 32, end);
+    for (int v = begin + lane; v - lane < end; v += 32) {
+        float x = p(v), upto = running(x);
         unsigned some = __ballot_sync(~0u, x > 0), there = __ballot_sync(~0u, x > 0 && u < before + upto);
         if (some) { last = v - lane + (there ? __ffs(there) - 1 : 31 - __clz(some)); }
         if (there) { break; }
