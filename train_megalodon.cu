@@ -2998,21 +2998,12 @@ template <typename X> __global__ void __launch_bounds__(1024) sample_kernel(int*
         sum += parts[w];
     }
     if (warp != at) { return; }
-    auto running = [&](float x) {
-        for (int o = 1; o < 32; o *= 2) {
-            float y = __shfl_up_sync(~0u, x, o);
-            x += lane >= o ? y : 0;
-        }
-        return x;
-    };
-    // In it the last 1/32 that begins at u or before.
-    float own = 0;
-    for (int v = begin + lane * size / 32; v < begin + (lane + 1) * size / 32; v++) { own += p(v); }
-    float start = before + running(own) - own;
-    at = 31 - __clz(__ballot_sync(~0u, own > 0 && start <= u) | 1);
-    before = __shfl_sync(~0u, start, at); begin += at * size / 32; end = min(begin + size / 32, end);
     for (int v = begin + lane; v - lane < end; v += 32) {
-        float x = p(v), upto = running(x);
+        float x = p(v), upto = x;
+        for (int o = 1; o < 32; o *= 2) {
+            float y = __shfl_up_sync(~0u, upto, o);
+            upto += lane >= o ? y : 0;
+        }
         unsigned some = __ballot_sync(~0u, x > 0), there = __ballot_sync(~0u, x > 0 && u < before + upto);
         if (some) { last = v - lane + (there ? __ffs(there) - 1 : 31 - __clz(some)); }
         if (there) { break; }
