@@ -136,7 +136,7 @@ static void gpu_close(Gpu* gpu) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Ranks, each with a GPU of its own: NCCL, started through MPI. Exchanges run in streams of their own.
+// Ranks, each with a GPU of its own: NCCL, started through MPI. Most exchanges run in streams of their own.
 
 #ifdef USE_NCCL
 static void check_nccl(ncclResult_t e, const char* what, int line) {
@@ -1433,10 +1433,10 @@ template <typename X> static void cema_backward(Gpu& gpu, X* dinp, const CemaPar
            ranks.chunk ? NULL : start, r.coef, w, gpu.accumulate, B, D, N, r.K);
 }
 
-// Where ranks hold slices of T timesteps: first what a slice alone makes of zero, for the others to know; out (B,D,N): h
-// at its end or, back in time, a at its first timestep. A block runs SLICE_MODES oscillators of 32 features, a segment of
-// time a warp, the nearest to that end first. What fades to 2^-80 of itself on the way there is left out: most modes
-// forget in some hundred timesteps.
+// Where ranks hold slices of T timesteps: first what a slice alone makes of zero, for the others to know. out (B,D,N)
+// is h at its end or, back in time, a at its first timestep. A block runs SLICE_MODES oscillators of 32 features; each
+// warp has a segment of time, the nearest to that end first. What fades to 2^-80 of itself on the way there is left
+// out: most modes forget in some hundred timesteps.
 enum { SLICE_MODES = 8, SLICE_WARPS = 16, SLICE_LENGTH = 32 };
 __device__ inline float square(float2 q) { return q.x * q.x + q.y * q.y; }
 template <typename X> __global__ void __launch_bounds__(32 * SLICE_WARPS) cema_slice_kernel(float2* out, const X* inp,
@@ -1457,7 +1457,7 @@ template <typename X> __global__ void __launch_bounds__(32 * SLICE_WARPS) cema_s
     for (int near = 0; near < T && !(longest * near < -2 * 80); near += SLICE_WARPS * SLICE_LENGTH) {
         int far = near + (warp + 1) * SLICE_LENGTH - 1; float v[SLICE_LENGTH]; float2 s[SLICE_MODES] = {};
         EACH(i, SLICE_LENGTH) {
-            int from = far - i; // that end
+            int from = far - i; // timesteps from that end
             v[i] = from < T && d < D ? to_float(x[(size_t)(back ? from : T - 1 - from) * D]) : 0;
         }
         EACH(i, SLICE_LENGTH) { EACH(k, SLICE_MODES) { s[k] = mul_add(q[k], s[k], float2{v[i], 0}); } }
@@ -1498,8 +1498,8 @@ template <typename X> static void cema_slice(Gpu& gpu, const X* inp, bool back, 
     float2 *all = gpu_scratch<float2>(gpu, SLICES, size * (ranks.chunks + 2)), *mine = all + size * ranks.chunks;
     slices_beside(gpu, [&] {
         Cema r = cema_prepare(gpu, std::is_same<X, bf16>::value, w, B, T, D, N, false);
-        LAUNCH(cema_slice_kernel<X>, dim3(ceil_div(D, 32), B, r.K / SLICE_MODES), dim3(32, SLICE_WARPS), mine, inp,
-               r.coef, back, T, D, N, r.K);
+        LAUNCH(cema_slice_kernel<X>, dim3(ceil_div(D, 32), B, ceil_div(N, SLICE_MODES)), dim3(32, SLICE_WARPS), mine,
+               inp, r.coef, back, T, D, N, r.K);
         slices_gather(gpu, all, mine, sizeof(float2) * size);
     });
 }
@@ -2549,6 +2549,7 @@ template <typename X> static void model_alloc(Gpu& gpu, ModelOf<X>* m, const Con
 }
 
 template <typename X> static void model_free(Gpu& gpu, ModelOf<X>* m) {
+    if (m->came) { stream_after(gpu, gpu.stream, gpu.blocks); } // weights may be on their way
     gpu_sync(&gpu);
     if (m->shards > 1) { exchange_free(&gpu, m->weights, false); }
     else if ((void*)m->weights != m->params) { cudaFree(m->weights); }
@@ -3065,7 +3066,7 @@ template <typename X> static void unit_reduced(Gpu& gpu, const ModelOf<X>* m, in
 }
 // Begins to add up a unit's gradients over all ranks, in their order: each share goes to its rank, beside what follows
 // in gpu.stream. NCCL's own reduce-scatter would take multiprocessors from the matrix products. Units come in falling
-// order: ends the one before, or with the first all.
+// order: each call ends the unit of the call before, that for unit 0 its own too.
 template <typename X> static void unit_reduce(Gpu& gpu, const ModelOf<X>* m, int u) {
     Share s = model_share(m, u);
     if (s.size) {
