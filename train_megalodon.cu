@@ -2787,7 +2787,7 @@ template <typename X> static void block_forward(Gpu& gpu, const ModelOf<X>* m, c
     value_forward(gpu, v, a.wv, B, T, keys, at_k, V, H);
     if (before.h) { in.h = cema_slice_carry(gpu, before.h, in.h, false, B, T, D, N); }
     cema_forward(gpu, a.cema, next.h, s->carries + l * s->carries_step, in.h, a.timenorm, cema_params(w),
-                 B, T, D, N, before.h);
+                 B, T, D, N, before.h != NULL);
     norm_forward<X>(gpu, a.rmsnorm, MU, NULL, a.rmsnorm_rstd, a.cema, w.rmsnorm_w, NULL, rows, D, eps, drop.rmsnorm);
 
     // Short memory: attention inside the chunk, to the cache where there is one. One product makes z and the gate's r.
@@ -2879,7 +2879,7 @@ template <typename X> static void block_backward(Gpu& gpu, const ModelOf<X>* m, 
     value_backward(gpu, d.wv, g.wv_b, d.v, a.wv, B, T, V, H);
     const float* after = s->before.h ? cema_slice_carry(gpu, NULL, NULL, true, B, T, D, N) : NULL;
     cema_backward(gpu, d.timenorm, cema_params(g), din.h, d.cema, s->carries + l * s->carries_step, in.h, after,
-                  a.timenorm, cema_params(w), B, T, D, N, after);
+                  a.timenorm, cema_params(w), B, T, D, N, after != NULL);
     matmul_backward(gpu, d.timenorm, D, d.wv, V, p.wv, rows, D, V, true);
 
     // x has three readers: the second hop, the first hop and the timestep norm. (dx may be d.out itself.)

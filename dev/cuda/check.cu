@@ -746,7 +746,7 @@ int main(int argc, char** argv) {
         check_cema<bf16>(gpu, 2, 4096, 24, 16, past);
         check_cema<bf16>(gpu, 3, 33, 15, 16, past);
         check_cema<float>(gpu, 2, 333, 21, 33, past);
-        check_cema<bf16>(gpu, 1, 3840, 24, 16, past, 3);
+        check_cema<bf16>(gpu, 1, 3840, 24, 16, past, 3); // more than cema_slice_kernel's warps take at once
         check_cema<bf16>(gpu, 1, 300, 24, 16, past, 3); // slices end inside units: the other form
         check_cema<float>(gpu, 1, 4 * 1131, 21, 33, past, 4);
         check_model<bf16>(gpu, "even", even, 2, 300, past);
