@@ -66,7 +66,7 @@ __attribute__((noreturn, format(printf, 1, 2))) void die(const char* format, ...
     va_list args;
     va_start(args, format);
     fflush(NULL);
-    if (ranks.rank) { signal(SIGTERM, SIG_DFL); sleep(1); }
+    if (ranks.rank) { signal(SIGTERM, SIG_DFL); sleep(3); }
     fputs("error: ", stderr);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
