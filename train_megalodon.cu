@@ -374,15 +374,8 @@ template <int N> __device__ inline void row_sum(float (&v)[N], int& turn) {
     int warps = blockDim.x / 32, first = threadIdx.y * warps, warp = first + threadIdx.x / 32;
     EACH(i, N) { if (threadIdx.x % 32 == 0) { sums[turn][warp][i] = v[i]; } }
     __syncthreads();
-    EACH(i, N) {
-        if ((warps & (warps - 1)) == 0) { // a power of two, the usual case
-            v[i] = sums[turn][first + threadIdx.x % warps][i];
-            for (int o = warps / 2; o; o /= 2) { v[i] += __shfl_xor_sync(~0u, v[i], o); }
-        } else {
-            v[i] = 0;
-            for (int w = 0; w < warps; w++) { v[i] += sums[turn][first + w][i]; }
-        }
-    }
+    int lanes = 2 << (31 - __clz(warps - 1)), lane = threadIdx.x % lanes; // the next power of two
+    EACH(i, N) { v[i] = warp_sum<0>(lane < warps ? sums[turn][first + lane][i] : 0, lanes); }
     turn ^= 1;
 }
 
@@ -2113,6 +2106,36 @@ template <typename X> __device__ inline void prefetch(const X* p, int n, int thr
     enum { LINE = 128 / sizeof(X) };
     for (int i = thread * LINE; i < n; i += threads * LINE) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p + i)); }
 }
+// A warp copies n neighbouring elements to shared memory; copy_wait returns when they are there. For wide forms from
+// sm_90 on, the multiprocessor's copy engine does it beside what follows: these copies take no registers, and loads do
+// not queue up behind them. came: a barrier of theirs, after copy_init; parity: of the number of copies before.
+__device__ inline unsigned shared_at(const void* p) { return __cvta_generic_to_shared(p); }
+__device__ inline void copy_init(uint64_t* came) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared.b64 [%0], 1; fence.proxy.async.shared::cta;" ::"r"(shared_at(came)) : "memory");
+#endif
+}
+template <int E, typename X> __device__ inline void copy_begin(X* to, const X* from, int n, uint64_t* came) {
+    int lane = threadIdx.x % 32;
+#if __CUDA_ARCH__ >= 900
+    if (E > 1 && lane == 0) {
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%3], %2;"
+                     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                     ::"r"(shared_at(to)), "l"(from), "r"(n * (int)sizeof(X)), "r"(shared_at(came)) : "memory");
+    }
+    if (E > 1) { return; }
+#endif
+    for (int i = lane * E; i < n; i += 32 * E) { *(Piece<X, E>*)(to + i) = *(const Piece<X, E>*)(from + i); }
+}
+template <int E> __device__ inline void copy_wait(uint64_t* came, int parity) {
+#if __CUDA_ARCH__ >= 900
+    for (int there = E == 1; !there;) {
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.s32 %0, 1, 0, p;}"
+                     : "=r"(there) : "r"(shared_at(came)), "r"(parity) : "memory");
+    }
+#endif
+    __syncwarp();
+}
 template <typename... P, typename... A> static void launch_early(Gpu& gpu, void (*kernel)(P...), dim3 grid, dim3 block,
         size_t shared, A... args) {
     cudaLaunchAttribute early;
@@ -2131,75 +2154,92 @@ template <typename X> struct Product {
     const float *w, *b;
     float *mean, *rstd;
 };
-// One row of a product, or with blocks left over, of two: a warp for each output.
+// One row of a product, or with blocks left over, of two: a warp for each output. Weights come through shared memory,
+// where each warp has SLOTS pieces of its rows; EARLY of them before inputs are there: more would hold these up.
 template <typename X> struct Products { Product<X> of[2]; int blocks; float eps; };
-enum { PRODUCT_WARPS = 12, PRODUCT_THREADS = 32 * PRODUCT_WARPS, PRODUCT_BLOCKS = 2 }; // of a block; a multiprocessor's
+enum { PRODUCT_WARPS = 12, PRODUCT_THREADS = 32 * PRODUCT_WARPS, PRODUCT_BLOCKS = 2, // of a block; a multiprocessor's
+       SLOTS = 3, EARLY = 2, SLOT_BYTES = 2048 };
 template <typename X, bool WIDE> __global__ void __launch_bounds__(PRODUCT_THREADS, PRODUCT_BLOCKS) product_kernel(
         const __grid_constant__ Products<X> products) {
-    enum { E = WIDE ? 8 : 1, AHEAD = 8, STRIDE = 32 * E };
+    enum { E = WIDE ? 8 : 1, STRIDE = 32 * E, UNROLL = SLOT_BYTES / (256 * sizeof(X)), SLOT = UNROLL * STRIDE };
     extern __shared__ uint4 memory[];
-    X* x = (X*)memory; bool second = blockIdx.x >= products.blocks;
+    __shared__ uint64_t all_came[PRODUCT_WARPS][SLOTS];
+    bool second = blockIdx.x >= products.blocks;
     const Product<X>& p = products.of[second];
-    int lane = threadIdx.x % 32, turn = 0, I = p.I, block = blockIdx.x - (second ? products.blocks : 0);
-    int o = block * PRODUCT_WARPS + threadIdx.x / 32;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = threadIdx.x * E, turn = 0, I = p.I, O = p.O;
+    int block = blockIdx.x - (second ? products.blocks : 0), o = block * PRODUCT_WARPS + warp;
     int step = PRODUCT_WARPS * (second ? gridDim.x - products.blocks : products.blocks);
-    Piece<X, E> weights[AHEAD];
-    auto fetch = [&](int k, int o, int i) {
-        if (o < p.O && i + k * STRIDE < I) { weights[k].load(p.weight + (size_t)o * I + i + k * STRIDE); }
+    X *slots = (X*)memory + warp * SLOTS * SLOT, *x = (X*)memory + PRODUCT_WARPS * SLOTS * SLOT;
+    uint64_t* came = all_came[warp];
+    int next_o = o, next_i = 0, slot = 0, parity = 0;
+    auto fetch = [&](int slot) {
+        const X* from = p.weight + (size_t)next_o * I + next_i;
+        if (next_o < O) { copy_begin<E>(slots + slot * SLOT, from, min(SLOT, I - next_i), &came[slot]); }
+        next_i += SLOT;
+        if (next_i >= I) { next_i = 0; next_o += step; }
     };
-    EACH(k, AHEAD) { fetch(k, o, lane * E); }
-    // and not more: inputs that come late would have to wait for it
-    if (o < p.O && p.bias) { prefetch(p.bias + o, 1, lane, 32); }
-    if (p.w) { prefetch(p.w, I, threadIdx.x, PRODUCT_THREADS); }
-    if (p.b) { prefetch(p.b, I, threadIdx.x, PRODUCT_THREADS); }
+    if (lane < SLOTS) { copy_init(&came[lane]); }
+    __syncwarp();
+    EACH(k, EARLY) { fetch(k); }
+    if (o < O && p.bias) { prefetch(p.bias + o, 1, lane, 32); }
+    Piece<float, E> w, shift; Piece<X, E> given, mul;
+    auto fetch_norm = [&](int i) {
+        if (p.w && i < I) { w.load(p.w + i); }
+        if (p.b && i < I) { shift.load(p.b + i); }
+    };
+    shift.clear();
+    fetch_norm(first);
     start_next();
     wait_for_inputs();
     const X* from = p.from ? p.from : p.inp;
+    auto fetch_inputs = [&](int i) {
+        if (i < I) { given.load(from + i); }
+        if (i < I && p.mul) { mul.load(p.mul + i); }
+    };
+    fetch_inputs(first);
+    EACH(k, SLOTS - EARLY) { fetch(EARLY + k); }
     float a[E], b[E], near = p.mean ? to_float(from[0]) : 0, s[2] = {0, 0}, mean = 0, rstd = 1;
     if (p.w) {
-        for (int i = threadIdx.x * E; i < I; i += PRODUCT_THREADS * E) {
+        for (int i = first; i < I; i += PRODUCT_THREADS * E) {
             load(a, from + i);
             EACH(e, E) { s[0] += a[e] - near; s[1] += (a[e] - near) * (a[e] - near); }
         }
         row_sum(s, turn);
         float off = p.mean ? s[0] / I : 0;
         mean = near + off; rstd = rsqrtf(fmaxf(s[1] / I - off * off, 0) + products.eps);
-        if (p.mean) { *p.mean = mean; }
-        *p.rstd = rstd; // the same by all blocks
+        if (block == 0 && p.mean) { *p.mean = mean; }
+        if (block == 0) { *p.rstd = rstd; }
     }
-    for (int i = threadIdx.x * E; i < I; i += PRODUCT_THREADS * E) {
-        load(a, from + i);
+    for (int i = first; i < I; i += PRODUCT_THREADS * E) {
+        given.get(a);
         if (p.w) {
-            Piece<float, E> w, shift;
-            shift.clear();
-            w.load(p.w + i);
-            if (p.b) { shift.load(p.b + i); }
             w.get(b);
             EACH(e, E) { a[e] = (a[e] - mean) * rstd * (b[e] + 1); }
             shift.get(b);
             EACH(e, E) { a[e] += b[e]; }
         } else if (p.from) {
-            if (p.mul) { load(b, p.mul + i); }
+            if (p.mul) { mul.get(b); }
             EACH(e, E) { a[e] *= sigmoid_of<X>(a[e]) * (p.mul ? b[e] : 1); }
         }
+        fetch_inputs(i + PRODUCT_THREADS * E); fetch_norm(i + PRODUCT_THREADS * E);
         store(x + i, a);
         if (p.from && block == 0) { store(p.inp + i, a); }
     }
     __syncthreads();
-    for (; o < p.O; o += step) {
+    for (; o < O; o += step) {
         X zero = from_float<X>(0), bias = p.bias ? p.bias[o] : zero, add = p.add ? p.add[o] : zero;
         float sum[2] = {0, 0};
-        for (int i = lane * E; i < I + lane * E; i += AHEAD * STRIDE) {
-            bool more = i + AHEAD * STRIDE < I + lane * E;
-            int next = more ? o : o + step, from = more ? i + AHEAD * STRIDE : lane * E;
-            EACH(k, AHEAD) {
-                if (i + k * STRIDE < I) {
-                    load(b, x + i + k * STRIDE);
-                    weights[k].get(a);
-                    EACH(e, E) { sum[e & 1] = fmaf(a[e], b[e], sum[e & 1]); }
-                }
-                fetch(k, next, from);
+        for (int i = 0; i < I; i += SLOT) {
+            copy_wait<E>(&came[slot], parity);
+            EACH(k, UNROLL) {
+                int j = k * STRIDE + lane * E;
+                if (i + j >= I) { continue; }
+                load(a, slots + slot * SLOT + j); load(b, x + i + j);
+                EACH(e, E) { sum[e & 1] = fmaf(a[e], b[e], sum[e & 1]); }
             }
+            __syncwarp(); // all have read it
+            fetch(slot);
+            slot = (slot + 1) % SLOTS; parity ^= slot == 0;
         }
         float y = warp_sum(sum[0] + sum[1]);
         if (lane == 0) { p.out[o] = from_float<X>(y + to_float(bias) + to_float(add)); }
@@ -2210,14 +2250,15 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(PRODUCT_THREA
 template <typename X> static void product_forward(Gpu& gpu, size_t rows, float eps, const Product<X>& first,
         const Product<X>& second = {}) {
     Products<X> all = {{first, second}, 0, eps};
-    size_t shared = ceil_div(sizeof(X) * (first.I > second.I ? first.I : second.I), 16) * 16;
-    if (rows == 1 && shared <= 48 << 10) {
+    size_t shared = PRODUCT_WARPS * SLOTS * SLOT_BYTES + sizeof(X) * (first.I > second.I ? first.I : second.I);
+    if (rows == 1 && shared + 2048 <= gpu.card.sharedMemPerBlockOptin) { // 2048: for what else is there
         // no more blocks than the card takes at a time, and the same number of rows for all warps
         int most = PRODUCT_WARPS * PRODUCT_BLOCKS * gpu.card.multiProcessorCount;
         int rows_of_block = PRODUCT_WARPS * ceil_div(first.O + second.O, most);
         all.blocks = ceil_div(first.O, rows_of_block);
-        launch_early(gpu, wide(first.I, second.I) ? product_kernel<X, true> : product_kernel<X, false>,
-                     all.blocks + ceil_div(second.O, rows_of_block), PRODUCT_THREADS, shared, all);
+        auto kernel = wide(first.I, second.I) ? product_kernel<X, true> : product_kernel<X, false>;
+        CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+        launch_early(gpu, kernel, all.blocks + ceil_div(second.O, rows_of_block), PRODUCT_THREADS, shared, all);
         return;
     }
     for (int i = 0; i < (second.O ? 2 : 1); i++) {
@@ -2235,9 +2276,10 @@ template <typename X> __global__ void __launch_bounds__(512) memory_step_kernel(
         int G, int N, float eps) {
     enum { K = CEMA_MAX_NDIM / 32 };
     int F = D / G, g = blockIdx.x, lane = threadIdx.x % 32, lanes = N <= 16 ? 16 : 32, k0 = threadIdx.x % lanes;
+    NormState old; float2 v[K];
     auto statistics = [&](int row) { // up to this timestep; each warp for itself
         const X* x = inp + (size_t)row * D + g * F; float mean = 0, var = 0;
-        NormState s = norm[row * G + g];
+        NormState s = old;
         for (int f = lane; f < F; f += 32) { mean += to_float(x[f]); }
         mean = warp_sum(mean) / F;
         for (int f = lane; f < F; f += 32) { var += (to_float(x[f]) - mean) * (to_float(x[f]) - mean); }
@@ -2252,12 +2294,16 @@ template <typename X> __global__ void __launch_bounds__(512) memory_step_kernel(
             int k = k0 + j * lanes;
             if (!h || k >= N) { continue; }
             m[j] = coef[d * cema_width(N) + k];
-            prefetch(h + ((size_t)blockIdx.y * D + d) * N + k, 1, 0, 1);
         }
+        auto fetch = [&](int row) { // what earlier tokens have left
+            old = norm[row * G + g];
+            EACH(j, K) { if (h && k0 + j * lanes < N) { v[j] = h[((size_t)row * D + d) * N + k0 + j * lanes]; } }
+        };
+        fetch(blockIdx.y);
         if (f0 == 0) { start_next(); wait_for_inputs(); }
         for (int row = blockIdx.y; row < B; row += gridDim.y) {
-            size_t at = (size_t)row * D + d; float2 v[K];
-            EACH(j, K) { if (h && k0 + j * lanes < N) { v[j] = h[at * N + k0 + j * lanes]; } }
+            size_t at = (size_t)row * D + d;
+            if (row != blockIdx.y) { fetch(row); }
             X given = inp[at];
             NormState s = statistics(row);
             X stored = from_float<X>((to_float(given) - (float)s.mean) * rsqrtf((float)s.var + eps) * scale + shift);
@@ -2342,8 +2388,8 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) scores_
 // columns each, others other keys.
 template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) values_step_kernel(X* gated, int ldg,
         const float* scores, const X* V, const int* position, const X* inp, int ldi, int lanes, int c, int vd) {
-    enum { E = WIDE ? 8 : 1, AHEAD = 16 / sizeof(X) };
-    __shared__ float lines[256][E + 1], tops[32];
+    enum { E = WIDE ? 8 : 1, AHEAD = 16 / sizeof(X), KEYS = 4096 };
+    __shared__ float lines[256][E], weights[KEYS], parts[32];
     int t = threadIdx.x, lane = t % 32, warps = blockDim.x / 32, groups = blockDim.x / lanes, group = t / lanes;
     int pos = *position, first = blockIdx.x * lanes * E, at = first + t % lanes * E, end = at < vd ? pos : -1;
     size_t pair = (size_t)blockIdx.z * gridDim.y + blockIdx.y;
@@ -2358,35 +2404,39 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) values_
     X gate = t < lanes * E && first + t < vd ? inp[t] : from_float<X>(0);
     for (int k = t; k <= pos; k += blockDim.x) { top = fmaxf(top, scores[k]); }
     top = warp_max(top);
-    if (lane == 0) { tops[t / 32] = top; }
+    if (lane == 0) { parts[t / 32] = top; }
     __syncthreads();
-    top = warp_max(lane < warps ? tops[lane] : -INFINITY);
+    top = warp_max(lane < warps ? parts[lane] : -INFINITY);
     start_next(); // not before: its weights would be read before the scores
-    for (int k0 = group; k0 <= pos; k0 += AHEAD * groups) {
-        EACH(u, AHEAD) {
-            int k = k0 + u * groups;
-            if (k <= end && (k0 > group || k == pos)) { piece[u].load(V + (size_t)k * vd); }
+    for (int from = 0; from <= pos; from += KEYS) {
+        __syncthreads(); // all have read the parts, or the weights before
+        for (int k = from + t; k <= pos && k < from + KEYS; k += blockDim.x) {
+            sum += weights[k - from] = exp_of<X>(scores[k] - top);
         }
-        EACH(u, AHEAD) {
-            float p = k0 + u * groups <= pos ? exp_of<X>(scores[k0 + u * groups] - top) : 0;
-            sum += p;
-            piece[u].get(v);
-            EACH(e, E) { acc[e] = fmaf(p, v[e], acc[e]); }
+        __syncthreads();
+        for (int k0 = from + group; k0 <= pos && k0 < from + KEYS; k0 += AHEAD * groups) {
+            EACH(u, AHEAD) {
+                int k = k0 + u * groups;
+                if (k <= end && (k0 > group || k == pos)) { piece[u].load(V + (size_t)k * vd); }
+            }
+            EACH(u, AHEAD) {
+                float p = k0 + u * groups <= pos ? weights[k0 + u * groups - from] : 0;
+                piece[u].get(v);
+                EACH(e, E) { acc[e] = fmaf(p, v[e], acc[e]); }
+            }
         }
     }
-    for (int o = lanes; o < 32; o *= 2) {
-        sum += __shfl_xor_sync(~0u, sum, o);
-        EACH(e, E) { acc[e] += __shfl_xor_sync(~0u, acc[e], o); }
-    }
-    if (lane < lanes) {
-        EACH(e, E) { lines[t / 32 * lanes + lane][e] = acc[e]; }
-        lines[t / 32 * lanes + lane][E] = sum;
-    }
+    sum = warp_sum(sum);
+    if (lane == 0) { parts[t / 32] = sum; }
+    for (int o = lanes; o < 32; o *= 2) { EACH(e, E) { acc[e] += __shfl_xor_sync(~0u, acc[e], o); } }
+    if (lane < lanes) { EACH(e, E) { lines[t / 32 * lanes + lane][e] = acc[e]; } }
     __syncthreads();
+    sum = warp_sum(lane < warps ? parts[lane] : 0);
     if (t >= lanes * E || first + t >= vd) { return; }
-    float out = 0, all = 0, x = to_float(gate);
-    for (int k = t / E; k < warps * lanes; k += lanes) { out += lines[k][t % E]; all += lines[k][E]; }
-    gated[(size_t)blockIdx.z * ldg + blockIdx.y * vd + first + t] = from_float<X>(x * sigmoid_of<X>(x) * out / all);
+    float out = 0, x = to_float(gate);
+#pragma unroll 8
+    for (int k = t / E; k < warps * lanes; k += lanes) { out += lines[k][t % E]; }
+    gated[(size_t)blockIdx.z * ldg + blockIdx.y * vd + first + t] = from_float<X>(x * sigmoid_of<X>(x) * out / sum);
 }
 template <typename X> static void attention_step(Gpu& gpu, X* gated, int ldg, float* scores, X* K, X* V,
         const int* position, const X* z, const X* inp, int ldz, const X* v, const float* gamma, const float* beta,

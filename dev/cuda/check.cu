@@ -438,6 +438,90 @@ template <typename X> static void check_sample(Gpu& gpu, int B, int vocab) {
     cudaFree(next); cudaFree(there);
 }
 
+// What generation does for one token: two products at once, the first of a layer norm of its input, the second of
+// silu(from) * mul; and values weighted with the softmax of `keys` scores.
+template <typename X> static void check_step(Gpu& gpu, int I, int O, int keys) {
+    int failed = num_failed, checked = num_checked, O2 = O / 3 + 1, V = 24, Z = 8;
+    double bound = sizeof(X) == 4 ? 1e-5 : 6e-3;
+    std::vector<void*> taken;
+    auto fill = [&](auto** p, size_t n, double scale) { // on the GPU; returns what is there
+        typedef std::remove_pointer_t<std::remove_pointer_t<decltype(p)>> Y;
+        std::vector<float> v(n); std::vector<Y> raw(n);
+        for (size_t i = 0; i < n; i++) {
+            raw[i] = from_host<Y>(scale * random_normal(31, taken.size(), i, INFINITY));
+            v[i] = to_host(raw[i]);
+        }
+        taken.push_back(*p = (Y*)gpu_alloc(&gpu, n * sizeof(Y)));
+        CUDA(cudaMemcpy(*p, raw.data(), n * sizeof(Y), cudaMemcpyHostToDevice));
+        return v;
+    };
+    auto check = [&](const char* name, const auto* there, const std::vector<float>& expected) {
+        std::vector<std::remove_const_t<std::remove_pointer_t<decltype(there)>>> raw(expected.size());
+        std::vector<float> got(expected.size());
+        CUDA(cudaMemcpy(raw.data(), there, raw.size() * sizeof(raw[0]), cudaMemcpyDeviceToHost));
+        for (size_t i = 0; i < got.size(); i++) { got[i] = to_host(raw[i]); }
+        if (name) { compare(name, got.data(), expected.data(), got.size(), 0, bound, false); }
+        return got;
+    };
+    auto rounded = [](double x) { return to_host(from_host<X>(x)); };
+    auto silu = [](double x) { return x / (1 + exp(-x)); };
+    Product<X> p = {}, q = {}; X *bias, *add, *from, *mul, *weight; float *w, *b;
+    p.I = p.ldi = q.I = q.ldi = I; p.O = O; q.O = O2;
+    auto product = [&](Product<X>& p, std::vector<float>& out, const std::vector<float>& x) {
+        fill(&p.out, p.O, 1); fill(&p.inp, I, 1); fill(&p.mean, 1, 1); fill(&p.rstd, 1, 1);
+        auto hweight = fill(&weight, (size_t)p.O * I, 1), hbias = fill(&bias, p.O, 9), hadd = fill(&add, p.O, 9);
+        p.weight = weight; p.bias = bias; p.add = add;
+        for (int o = 0; o < p.O; o++) {
+            double sum = hbias[o] + hadd[o];
+            for (int i = 0; i < I; i++) { sum += (double)hweight[(size_t)o * I + i] * x[i]; }
+            out.push_back(sum);
+        }
+    };
+    std::vector<float> x(I), y(I), out, out2;
+    auto hfrom = fill(&from, I, 3), hw = fill(&w, I, 0.3), hb = fill(&b, I, 1);
+    double mean = 0, var = 0;
+    p.from = from; p.w = w; p.b = b;
+    for (float v : hfrom) { mean += v / I; }
+    for (float v : hfrom) { var += (v - mean) * (v - mean) / I; }
+    for (int i = 0; i < I; i++) { x[i] = rounded((hfrom[i] - mean) / sqrt(var + 1e-5) * (hw[i] + 1) + hb[i]); }
+    product(p, out, x);
+    hfrom = fill(&from, I, 3);
+    auto hmul = fill(&mul, I, 1);
+    q.from = from; q.mul = mul;
+    for (int i = 0; i < I; i++) { y[i] = rounded(silu(hfrom[i]) * hmul[i]); }
+    product(q, out2, y);
+    q.mean = q.rstd = NULL;
+    product_forward<X>(gpu, 1, 1e-5, p, q);
+    gpu_sync(&gpu);
+    check("first input", p.inp, x); check("first product", p.out, out);
+    check("second input", q.inp, y); check("second product", q.out, out2);
+
+    X *gated, *K, *values, *z, *v; float *scores, *gamma, *beta, *turns; int* position;
+    fill(&gated, V, 1); fill(&scores, keys, 1); fill(&K, (size_t)keys * Z, 3); fill(&values, (size_t)keys * V, 1);
+    fill(&v, V, 1); fill(&gamma, 2 * Z, 1); fill(&beta, 2 * Z, 1); fill(&turns, (size_t)keys * Z, 1);
+    auto inp = fill(&z, Z + V, 1);
+    taken.push_back(position = (int*)gpu_alloc(&gpu, sizeof(int)));
+    int last = keys - 1;
+    CUDA(cudaMemcpy(position, &last, sizeof(int), cudaMemcpyHostToDevice));
+    attention_step<X>(gpu, gated, V, scores, K, values, position, z, z + Z, Z + V, v, gamma, beta, turns, 1, keys, Z, V,
+                      1, 1e-5);
+    gpu_sync(&gpu);
+    auto hscores = check(NULL, scores, std::vector<float>(keys)),
+         hvalues = check(NULL, values, std::vector<float>((size_t)keys * V));
+    std::vector<float> expected(V);
+    double top = *std::max_element(hscores.begin(), hscores.end()), all = 0;
+    for (float s : hscores) { all += exp(s - top); }
+    for (int i = 0; i < V; i++) {
+        double sum = 0;
+        for (int k = 0; k < keys; k++) { sum += exp(hscores[k] - top) / all * hvalues[(size_t)k * V + i]; }
+        expected[i] = silu(inp[Z + i]) * sum;
+    }
+    check("gated values", gated, expected);
+    printf("step, %s, %d to %d and %d, %d keys: %d checked, %d failed\n", sizeof(X) == 4 ? "fp32" : "bf16", I, O, O2,
+           keys, num_checked - checked, num_failed - failed);
+    for (void* t : taken) { cudaFree(t); }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Times
 
@@ -770,6 +854,11 @@ int main(int argc, char** argv) {
         check_model<float>(gpu, "wider", wider, 1, 2048, false, drops ? some_masks : no_masks);
         check_model<bf16>(gpu, "wider", wider, 1, 2048, false, drops ? some_masks : no_masks);
     }
+    check_step<bf16>(gpu, 6152, 700, 5000); // rows longer than all slots, and their last piece is short
+    check_step<float>(gpu, 2568, 700, 9000);
+    check_step<bf16>(gpu, 1024, 20000 / (quick ? 20 : 1), 129); // several rows a warp
+    check_step<bf16>(gpu, 1023, 333, 4097);
+    check_step<float>(gpu, 517, 100, 1);
     check_sample<float>(gpu, 2, 32000);
     check_sample<bf16>(gpu, 3, 4999);
     check_sample<bf16>(gpu, 1, 37);

@@ -20,6 +20,7 @@ caches and memory order are not modelled.
 #include <ucontext.h>
 #include <deque>
 #include <functional>
+#include <map>
 #include <set>
 #include <tuple>
 #include <type_traits>
@@ -31,6 +32,7 @@ caches and memory order are not modelled.
 #define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __CUDA_ARCH__ 900
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Types
@@ -202,6 +204,27 @@ static void emulated_ldmatrix(uint32_t (&a)[4], unsigned from) {
     }
 }
 
+// The copy engine. What it is asked for comes when a thread waits for it, to memory that until then holds NaN. came: an
+// mbarrier for one copy at a time, here the number of its phases that are over.
+static std::map<uint64_t*, std::function<void()>> copies;
+static void emulated_copy_init(uint64_t* came) {
+    if (copies.count(came)) { fail("nobody has waited for a copy"); }
+    *came = 0;
+}
+static void emulated_copy_begin(void* to, const void* from, size_t bytes, uint64_t* came) {
+    if (((size_t)to | (size_t)from | bytes) % 16) { fail("a copy that is not of 16 bytes each"); }
+    if (copies.count(came)) { fail("two copies with one barrier"); }
+    memset(to, 0xff, bytes);
+    copies[came] = [=] { memcpy(to, from, bytes); ++*came; };
+}
+static bool emulated_copy_there(uint64_t* came, int parity) { // is the phase of this parity over?
+    if ((*came & 1) != parity) { return true; }
+    if (!copies.count(came)) { fail("a wait for a copy that nobody has begun"); }
+    copies[came]();
+    copies.erase(came);
+    return true;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Streams, memory, launches
 
@@ -216,7 +239,7 @@ enum { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDefault };
 enum { cudaEventDisableTiming, cudaStreamNonBlocking, cudaStreamCaptureModeThreadLocal };
 struct cudaDeviceProp {
     char name[256]; int major, minor, multiProcessorCount, pciDomainID, pciBusID, pciDeviceID;
-    size_t totalGlobalMem;
+    size_t totalGlobalMem, sharedMemPerBlockOptin;
 };
 enum { CARDS = 64 };
 static Stream* streams[64];
@@ -241,7 +264,7 @@ static cudaError_t cudaGetLastError(void) { return cudaSuccess; }
 static cudaError_t cudaGetDeviceCount(int* n) { *n = CARDS; return cudaSuccess; }
 static cudaError_t cudaSetDevice(int n) { card = n; return cudaSuccess; }
 static cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int n) {
-    *p = {"a CPU in place of a GPU", 9, 0, 3, 0, n, 0, (size_t)8 << 30};
+    *p = {"a CPU in place of a GPU", 9, 0, 3, 0, n, 0, (size_t)8 << 30, sizeof(memory)};
     return cudaSuccess;
 }
 static cudaError_t cudaMemGetInfo(size_t* left, size_t* total) {
@@ -370,7 +393,8 @@ template <typename... P, typename... A> static void emulated_launch(void (*kerne
         }
     });
 }
-enum { cudaLaunchAttributeProgrammaticStreamSerialization };
+enum { cudaLaunchAttributeProgrammaticStreamSerialization, cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <typename K> static cudaError_t cudaFuncSetAttribute(K, int, size_t) { return cudaSuccess; }
 struct cudaLaunchAttribute { int id; struct { int programmaticStreamSerializationAllowed; } val; };
 struct cudaLaunchConfig_t {
     dim3 grid, block; size_t shared; cudaStream_t stream; cudaLaunchAttribute* attributes; unsigned count;
