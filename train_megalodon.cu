@@ -2256,8 +2256,11 @@ template <typename X> static void product_forward(Gpu& gpu, size_t rows, float e
         int most = PRODUCT_WARPS * PRODUCT_BLOCKS * gpu.card.multiProcessorCount;
         int rows_of_block = PRODUCT_WARPS * ceil_div(first.O + second.O, most);
         all.blocks = ceil_div(first.O, rows_of_block);
-        auto kernel = wide(first.I, second.I) ? product_kernel<X, true> : product_kernel<X, false>;
-        CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+        bool is_wide = wide(first.I, second.I); static size_t allowed[2]; // never less than what a graph has
+        auto kernel = is_wide ? product_kernel<X, true> : product_kernel<X, false>;
+        if (shared > allowed[is_wide]) {
+            CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, allowed[is_wide] = shared));
+        }
         launch_early(gpu, kernel, all.blocks + ceil_div(second.O, rows_of_block), PRODUCT_THREADS, shared, all);
         return;
     }
@@ -2295,9 +2298,10 @@ template <typename X> __global__ void __launch_bounds__(512) memory_step_kernel(
             if (!h || k >= N) { continue; }
             m[j] = coef[d * cema_width(N) + k];
         }
-        auto fetch = [&](int row) { // what earlier tokens have left
-            old = norm[row * G + g];
-            EACH(j, K) { if (h && k0 + j * lanes < N) { v[j] = h[((size_t)row * D + d) * N + k0 + j * lanes]; } }
+        auto fetch = [&](int row) { // what the token before has left, not from the first cache: that is cleared later
+            const NormState* s = norm + row * G + g; const float2* from = h + ((size_t)row * D + d) * N + k0;
+            old = {__ldcg(&s->count), __ldcg(&s->mean), __ldcg(&s->var)};
+            EACH(j, K) { if (h && k0 + j * lanes < N) { v[j] = __ldcg(from + j * lanes); } }
         };
         fetch(blockIdx.y);
         if (f0 == 0) { start_next(); wait_for_inputs(); }

@@ -439,9 +439,9 @@ template <typename X> static void check_sample(Gpu& gpu, int B, int vocab) {
 }
 
 // What generation does for one token: two products at once, the first of a layer norm of its input, the second of
-// silu(from) * mul; and values weighted with the softmax of `keys` scores.
-template <typename X> static void check_step(Gpu& gpu, int I, int O, int keys) {
-    int failed = num_failed, checked = num_checked, O2 = O / 3 + 1, V = 24, Z = 8;
+// silu(from) * mul; and, of B streams, values weighted with the softmax of `keys` scores.
+template <typename X> static void check_step(Gpu& gpu, int I, int O, int keys, int B, int V) {
+    int failed = num_failed, checked = num_checked, O2 = O / 3 + 1, Z = 8, pitch = Z + V;
     double bound = sizeof(X) == 4 ? 1e-5 : 6e-3;
     std::vector<void*> taken;
     auto fill = [&](auto** p, size_t n, double scale) { // on the GPU; returns what is there
@@ -494,31 +494,38 @@ template <typename X> static void check_step(Gpu& gpu, int I, int O, int keys) {
     product_forward<X>(gpu, 1, 1e-5, p, q);
     gpu_sync(&gpu);
     check("first input", p.inp, x); check("first product", p.out, out);
+    check("mean", p.mean, {(float)mean}); check("rstd", p.rstd, {(float)(1 / sqrt(var + 1e-5))});
     check("second input", q.inp, y); check("second product", q.out, out2);
 
     X *gated, *K, *values, *z, *v; float *scores, *gamma, *beta, *turns; int* position;
-    fill(&gated, V, 1); fill(&scores, keys, 1); fill(&K, (size_t)keys * Z, 3); fill(&values, (size_t)keys * V, 1);
-    fill(&v, V, 1); fill(&gamma, 2 * Z, 1); fill(&beta, 2 * Z, 1); fill(&turns, (size_t)keys * Z, 1);
-    auto inp = fill(&z, Z + V, 1);
+    fill(&gated, B * V, 1); fill(&scores, B * keys, 1); fill(&K, (size_t)B * keys * Z, 0.3);
+    fill(&values, (size_t)B * keys * V, 1); fill(&v, B * V, 1); fill(&gamma, 2 * Z, 1); fill(&beta, 2 * Z, 1);
+    fill(&turns, (size_t)keys * Z, 1);
+    auto inp = fill(&z, B * pitch, 1);
     taken.push_back(position = (int*)gpu_alloc(&gpu, sizeof(int)));
     int last = keys - 1;
     CUDA(cudaMemcpy(position, &last, sizeof(int), cudaMemcpyHostToDevice));
-    attention_step<X>(gpu, gated, V, scores, K, values, position, z, z + Z, Z + V, v, gamma, beta, turns, 1, keys, Z, V,
+    attention_step<X>(gpu, gated, V, scores, K, values, position, z, z + Z, pitch, v, gamma, beta, turns, B, keys, Z, V,
                       1, 1e-5);
     gpu_sync(&gpu);
-    auto hscores = check(NULL, scores, std::vector<float>(keys)),
-         hvalues = check(NULL, values, std::vector<float>((size_t)keys * V));
-    std::vector<float> expected(V);
-    double top = *std::max_element(hscores.begin(), hscores.end()), all = 0;
-    for (float s : hscores) { all += exp(s - top); }
-    for (int i = 0; i < V; i++) {
-        double sum = 0;
-        for (int k = 0; k < keys; k++) { sum += exp(hscores[k] - top) / all * hvalues[(size_t)k * V + i]; }
-        expected[i] = silu(inp[Z + i]) * sum;
+    auto hscores = check(NULL, scores, std::vector<float>(B * keys)),
+         hvalues = check(NULL, values, std::vector<float>((size_t)B * keys * V));
+    std::vector<float> expected(B * V);
+    for (int b = 0; b < B; b++) {
+        const float* s = hscores.data() + b * keys;
+        double all = 0;
+        for (int k = 0; k < keys; k++) { all += exp(s[k] - s[0]); }
+        for (int i = 0; i < V; i++) {
+            double sum = 0;
+            for (int k = 0; k < keys; k++) {
+                sum += exp(s[k] - s[0]) / all * hvalues[((size_t)b * keys + k) * V + i];
+            }
+            expected[b * V + i] = silu(inp[b * pitch + Z + i]) * sum;
+        }
     }
     check("gated values", gated, expected);
-    printf("step, %s, %d to %d and %d, %d keys: %d checked, %d failed\n", sizeof(X) == 4 ? "fp32" : "bf16", I, O, O2,
-           keys, num_checked - checked, num_failed - failed);
+    printf("step, %s, %d to %d and %d, %d x %d keys of %d: %d checked, %d failed\n", sizeof(X) == 4 ? "fp32" : "bf16",
+           I, O, O2, B, keys, V, num_checked - checked, num_failed - failed);
     for (void* t : taken) { cudaFree(t); }
 }
 
@@ -854,11 +861,11 @@ int main(int argc, char** argv) {
         check_model<float>(gpu, "wider", wider, 1, 2048, false, drops ? some_masks : no_masks);
         check_model<bf16>(gpu, "wider", wider, 1, 2048, false, drops ? some_masks : no_masks);
     }
-    check_step<bf16>(gpu, 6152, 700, 5000); // rows longer than all slots, and their last piece is short
-    check_step<float>(gpu, 2568, 700, 9000);
-    check_step<bf16>(gpu, 1024, 20000 / (quick ? 20 : 1), 129); // several rows a warp
-    check_step<bf16>(gpu, 1023, 333, 4097);
-    check_step<float>(gpu, 517, 100, 1);
+    check_step<bf16>(gpu, 6152, 700, 4500, 1, 24); // rows longer than all slots, and their last piece is short
+    check_step<float>(gpu, 2568, 700, 9000, 2, 24);
+    check_step<bf16>(gpu, 1024, 20000 / (quick ? 20 : 1), 129, 1, 4096); // several rows a warp
+    check_step<bf16>(gpu, 1023, 333, 4100, 3, 21);
+    check_step<float>(gpu, 517, 100, 1, 1, 21);
     check_sample<float>(gpu, 2, 32000);
     check_sample<bf16>(gpu, 3, 4999);
     check_sample<bf16>(gpu, 1, 37);
