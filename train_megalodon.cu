@@ -2101,37 +2101,39 @@ __device__ inline void wait_for_inputs() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// n neighbouring elements into the second cache, by `threads` threads. That may be done before inputs are there.
+// n neighbouring elements into the L2 cache, by `threads` threads. That may be done before inputs are there.
 template <typename X> __device__ inline void prefetch(const X* p, int n, int thread, int threads) {
     enum { LINE = 128 / sizeof(X) };
     for (int i = thread * LINE; i < n; i += threads * LINE) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p + i)); }
 }
-// A warp copies n neighbouring elements to shared memory; copy_wait returns when they are there. For wide forms from
-// sm_90 on, the multiprocessor's copy engine does it beside what follows: these copies take no registers, and loads do
-// not queue up behind them. came: a barrier of theirs, after copy_init; parity: of the number of copies before.
 __device__ inline unsigned shared_at(const void* p) { return __cvta_generic_to_shared(p); }
-__device__ inline void copy_init(uint64_t* came) {
+// A warp copies n neighbouring elements to shared memory; copy_wait returns when they are there. In wide forms (E = 8;
+// addresses and sizes are multiples of 16 bytes), from sm_90 on, these are bulk copies: they go on beside what follows,
+// take no registers, and loads do not queue up behind them. barrier: an mbarrier for one such copy at a time, after
+// copy_init; parity: of the number of its copies before.
+__device__ inline void copy_init(uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.init.shared.b64 [%0], 1; fence.proxy.async.shared::cta;" ::"r"(shared_at(came)) : "memory");
+    asm volatile("mbarrier.init.shared.b64 [%0], 1; fence.proxy.async.shared::cta;"
+                 ::"r"(shared_at(barrier)) : "memory");
 #endif
 }
-template <int E, typename X> __device__ inline void copy_begin(X* to, const X* from, int n, uint64_t* came) {
+template <int E, typename X> __device__ inline void copy_begin(X* to, const X* from, int n, uint64_t* barrier) {
     int lane = threadIdx.x % 32;
 #if __CUDA_ARCH__ >= 900
     if (E > 1 && lane == 0) {
         asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%3], %2;"
                      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                     ::"r"(shared_at(to)), "l"(from), "r"(n * (int)sizeof(X)), "r"(shared_at(came)) : "memory");
+                     ::"r"(shared_at(to)), "l"(from), "r"(n * (int)sizeof(X)), "r"(shared_at(barrier)) : "memory");
     }
     if (E > 1) { return; }
 #endif
     for (int i = lane * E; i < n; i += 32 * E) { *(Piece<X, E>*)(to + i) = *(const Piece<X, E>*)(from + i); }
 }
-template <int E> __device__ inline void copy_wait(uint64_t* came, int parity) {
+template <int E> __device__ inline void copy_wait(uint64_t* barrier, int parity) {
 #if __CUDA_ARCH__ >= 900
     for (int there = E == 1; !there;) {
         asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.s32 %0, 1, 0, p;}"
-                     : "=r"(there) : "r"(shared_at(came)), "r"(parity) : "memory");
+                     : "=r"(there) : "r"(shared_at(barrier)), "r"(parity) : "memory");
     }
 #endif
     __syncwarp();
@@ -2163,22 +2165,22 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(PRODUCT_THREA
         const __grid_constant__ Products<X> products) {
     enum { E = WIDE ? 8 : 1, STRIDE = 32 * E, UNROLL = SLOT_BYTES / (256 * sizeof(X)), SLOT = UNROLL * STRIDE };
     extern __shared__ uint4 memory[];
-    __shared__ uint64_t all_came[PRODUCT_WARPS][SLOTS];
+    __shared__ uint64_t all_barriers[PRODUCT_WARPS][SLOTS];
     bool second = blockIdx.x >= products.blocks;
     const Product<X>& p = products.of[second];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = threadIdx.x * E, turn = 0, I = p.I, O = p.O;
     int block = blockIdx.x - (second ? products.blocks : 0), o = block * PRODUCT_WARPS + warp;
     int step = PRODUCT_WARPS * (second ? gridDim.x - products.blocks : products.blocks);
     X *slots = (X*)memory + warp * SLOTS * SLOT, *x = (X*)memory + PRODUCT_WARPS * SLOTS * SLOT;
-    uint64_t* came = all_came[warp];
+    uint64_t* barriers = all_barriers[warp];
     int next_o = o, next_i = 0, slot = 0, parity = 0;
     auto fetch = [&](int slot) {
         const X* from = p.weight + (size_t)next_o * I + next_i;
-        if (next_o < O) { copy_begin<E>(slots + slot * SLOT, from, min(SLOT, I - next_i), &came[slot]); }
+        if (next_o < O) { copy_begin<E>(slots + slot * SLOT, from, min(SLOT, I - next_i), &barriers[slot]); }
         next_i += SLOT;
         if (next_i >= I) { next_i = 0; next_o += step; }
     };
-    if (lane < SLOTS) { copy_init(&came[lane]); }
+    if (lane < SLOTS) { copy_init(&barriers[lane]); }
     __syncwarp();
     EACH(k, EARLY) { fetch(k); }
     if (o < O && p.bias) { prefetch(p.bias + o, 1, lane, 32); }
@@ -2230,7 +2232,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(PRODUCT_THREA
         X zero = from_float<X>(0), bias = p.bias ? p.bias[o] : zero, add = p.add ? p.add[o] : zero;
         float sum[2] = {0, 0};
         for (int i = 0; i < I; i += SLOT) {
-            copy_wait<E>(&came[slot], parity);
+            copy_wait<E>(&barriers[slot], parity);
             EACH(k, UNROLL) {
                 int j = k * STRIDE + lane * E;
                 if (i + j >= I) { continue; }
@@ -2298,7 +2300,7 @@ template <typename X> __global__ void __launch_bounds__(512) memory_step_kernel(
             if (!h || k >= N) { continue; }
             m[j] = coef[d * cema_width(N) + k];
         }
-        auto fetch = [&](int row) { // what the token before has left, not from the first cache: that is cleared later
+        auto fetch = [&](int row) { // what the token before has left; past the L1 cache, which only the wait clears
             const NormState* s = norm + row * G + g; const float2* from = h + ((size_t)row * D + d) * N + k0;
             old = {__ldcg(&s->count), __ldcg(&s->mean), __ldcg(&s->var)};
             EACH(j, K) { if (h && k0 + j * lanes < N) { v[j] = __ldcg(from + j * lanes); } }
@@ -2393,7 +2395,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) scores_
 template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) values_step_kernel(X* gated, int ldg,
         const float* scores, const X* V, const int* position, const X* inp, int ldi, int lanes, int c, int vd) {
     enum { E = WIDE ? 8 : 1, AHEAD = 16 / sizeof(X), KEYS = 4096 };
-    __shared__ float lines[256][E], weights[KEYS], parts[32];
+    __shared__ float lines[256][E], exps[KEYS], parts[32];
     int t = threadIdx.x, lane = t % 32, warps = blockDim.x / 32, groups = blockDim.x / lanes, group = t / lanes;
     int pos = *position, first = blockIdx.x * lanes * E, at = first + t % lanes * E, end = at < vd ? pos : -1;
     size_t pair = (size_t)blockIdx.z * gridDim.y + blockIdx.y;
@@ -2413,9 +2415,9 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) values_
     top = warp_max(lane < warps ? parts[lane] : -INFINITY);
     start_next(); // not before: its weights would be read before the scores
     for (int from = 0; from <= pos; from += KEYS) {
-        __syncthreads(); // all have read the parts, or the weights before
+        __syncthreads(); // all have read the parts, or the exps before
         for (int k = from + t; k <= pos && k < from + KEYS; k += blockDim.x) {
-            sum += weights[k - from] = exp_of<X>(scores[k] - top);
+            sum += exps[k - from] = exp_of<X>(scores[k] - top);
         }
         __syncthreads();
         for (int k0 = from + group; k0 <= pos && k0 < from + KEYS; k0 += AHEAD * groups) {
@@ -2424,7 +2426,7 @@ template <typename X, bool WIDE> __global__ void __launch_bounds__(1024) values_
                 if (k <= end && (k0 > group || k == pos)) { piece[u].load(V + (size_t)k * vd); }
             }
             EACH(u, AHEAD) {
-                float p = k0 + u * groups <= pos ? weights[k0 + u * groups - from] : 0;
+                float p = k0 + u * groups <= pos ? exps[k0 + u * groups - from] : 0;
                 piece[u].get(v);
                 EACH(e, E) { acc[e] = fmaf(p, v[e], acc[e]); }
             }

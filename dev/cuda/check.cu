@@ -2,7 +2,7 @@
 Compares train_megalodon.cu with train_megalodon.c in one process: every activation, gradient and new weight of small
 models of awkward shapes; and times it. How to look into the GPU's memory is test_megalodon.c's.
 
-    check             models of random shapes, GPU against CPU, in fp32 and bf16; --quick: of one, and CEMA alone
+    check             models of random shapes, GPU against CPU, in fp32 and bf16; --quick: of one, and single layers
     check --bench     tokens/s of models; --kernels: times of the main kernels; --decode: of one token more
 */
 #ifndef GPU
@@ -455,13 +455,15 @@ template <typename X> static void check_step(Gpu& gpu, int I, int O, int keys, i
         CUDA(cudaMemcpy(*p, raw.data(), n * sizeof(Y), cudaMemcpyHostToDevice));
         return v;
     };
+    auto fetch = [](const auto* there, size_t n) {
+        std::vector<std::remove_const_t<std::remove_pointer_t<decltype(there)>>> raw(n);
+        std::vector<float> v(n);
+        CUDA(cudaMemcpy(raw.data(), there, n * sizeof(raw[0]), cudaMemcpyDeviceToHost));
+        for (size_t i = 0; i < n; i++) { v[i] = to_host(raw[i]); }
+        return v;
+    };
     auto check = [&](const char* name, const auto* there, const std::vector<float>& expected) {
-        std::vector<std::remove_const_t<std::remove_pointer_t<decltype(there)>>> raw(expected.size());
-        std::vector<float> got(expected.size());
-        CUDA(cudaMemcpy(raw.data(), there, raw.size() * sizeof(raw[0]), cudaMemcpyDeviceToHost));
-        for (size_t i = 0; i < got.size(); i++) { got[i] = to_host(raw[i]); }
-        if (name) { compare(name, got.data(), expected.data(), got.size(), 0, bound, false); }
-        return got;
+        compare(name, fetch(there, expected.size()).data(), expected.data(), expected.size(), 0, bound, false);
     };
     auto rounded = [](double x) { return to_host(from_host<X>(x)); };
     auto silu = [](double x) { return x / (1 + exp(-x)); };
@@ -508,8 +510,7 @@ template <typename X> static void check_step(Gpu& gpu, int I, int O, int keys, i
     attention_step<X>(gpu, gated, V, scores, K, values, position, z, z + Z, pitch, v, gamma, beta, turns, B, keys, Z, V,
                       1, 1e-5);
     gpu_sync(&gpu);
-    auto hscores = check(NULL, scores, std::vector<float>(B * keys)),
-         hvalues = check(NULL, values, std::vector<float>((size_t)B * keys * V));
+    auto hscores = fetch(scores, B * keys), hvalues = fetch(values, (size_t)B * keys * V);
     std::vector<float> expected(B * V);
     for (int b = 0; b < B; b++) {
         const float* s = hscores.data() + b * keys;

@@ -32,7 +32,9 @@ caches and memory order are not modelled.
 #define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
+#ifndef __CUDA_ARCH__
 #define __CUDA_ARCH__ 900
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Types
@@ -205,21 +207,21 @@ static void emulated_ldmatrix(uint32_t (&a)[4], unsigned from) {
     }
 }
 
-// The copy engine. What it is asked for comes when a thread waits for it, to memory that until then holds NaN. came: an
-// mbarrier for one copy at a time, here the number of its phases that are over.
+// Bulk copies. They arrive when a thread waits for them, in memory that until then holds NaN. barrier: an mbarrier for
+// one copy at a time, here the number of its phases that are over.
 static std::map<uint64_t*, std::function<void()>> copies;
-static void emulated_copy_init(uint64_t* came) { *came = 0; }
-static void emulated_copy_begin(void* to, const void* from, size_t bytes, uint64_t* came) {
+static void emulated_copy_init(uint64_t* barrier) { *barrier = 0; }
+static void emulated_copy_begin(void* to, const void* from, size_t bytes, uint64_t* barrier) {
     if (((size_t)to | (size_t)from | bytes) % 16) { fail("a copy that is not of 16 bytes each"); }
-    if (copies.count(came)) { fail("two copies with one barrier"); }
+    if (copies.count(barrier)) { fail("two copies with one barrier"); }
     memset(to, 0xff, bytes);
-    copies[came] = [=] { memcpy(to, from, bytes); ++*came; };
+    copies[barrier] = [=] { memcpy(to, from, bytes); ++*barrier; };
 }
-static bool emulated_copy_there(uint64_t* came, int parity) { // is the phase of this parity over?
-    if ((*came & 1) != parity) { return true; }
-    if (!copies.count(came)) { fail("a wait for a copy that nobody has begun"); }
-    copies[came]();
-    copies.erase(came);
+static bool emulated_copy_there(uint64_t* barrier, int parity) { // is the phase of this parity over?
+    if ((*barrier & 1) != parity) { return true; }
+    if (!copies.count(barrier)) { fail("a wait for a copy that nobody has begun"); }
+    copies[barrier]();
+    copies.erase(barrier);
     return true;
 }
 
