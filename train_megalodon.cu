@@ -3081,7 +3081,8 @@ __device__ inline float add(float x, float y) { return x + y; }
 __device__ inline float4 add(float4 v, float4 w) { return {v.x + w.x, v.y + w.y, v.z + w.z, v.w + w.w}; }
 // Each block's part of the sum of n floats, or of the squares of n float4, in double. With out these are sums, in
 // order, of `count` parts.
-template <typename V> __global__ void sum_kernel(double* sums, const V* inp, size_t n, V* out, int count) {
+template <typename V> __global__ void __launch_bounds__(256, 8) sum_kernel(double* sums, const V* inp, size_t n, V* out,
+        int count) {
     __shared__ double part[256];
     double s = 0;
     for (size_t i = blockIdx.x * (size_t)256 + threadIdx.x; i < n; i += (size_t)gridDim.x * 256) {
