@@ -9,7 +9,7 @@
 CFLAGS ?= -O3 -march=native
 PYTHON ?= python3
 NVCC ?= nvcc
-THIS_CFLAGS = -std=gnu11 -Wall -Wextra $(CFLAGS)
+THIS_CFLAGS = -std=gnu11 -Wall -Wextra -Wno-pass-failed $(WIDE) $(CFLAGS)
 
 MPICC ?= mpicc
 
@@ -21,6 +21,8 @@ OPENMP := $(call probe,int main(void) { return 0; },$(CC) -x c - -fopenmp,-fopen
 ifeq ($(OPENMP),)
   OPENMP := $(call probe,int main(void) { return 0; },$(CC) -x c - -Xclang -fopenmp -lomp,-Xclang -fopenmp -lomp)
 endif
+# Tuned for Intel's processors, gcc and clang use half of AVX-512's width unless told otherwise: a third of the speed.
+WIDE := $(call probe,int main(void) { return 0; },$(CC) -x c - -mprefer-vector-width=512,-mprefer-vector-width=512)
 # Open MPI's mpicc says its flags in one way, MPICH's in another. MPI= builds without.
 mpi_flags = $(or $(shell $(MPICC) --showme:$(1) 2>/dev/null),$(shell $(MPICC) -$(1)_info 2>/dev/null | cut -d' ' -f2-))
 MPI := $(call mpi_flags,compile) $(call mpi_flags,link)
