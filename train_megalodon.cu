@@ -2253,7 +2253,7 @@ template <typename X> static void product_forward(Gpu& gpu, size_t rows, float e
         const Product<X>& second = {}) {
     Products<X> all = {{first, second}, 0, eps};
     size_t shared = PRODUCT_WARPS * SLOTS * SLOT_BYTES + sizeof(X) * (first.I > second.I ? first.I : second.I);
-    if (rows == 1 && shared + 2048 <= gpu.card.sharedMemPerBlockOptin) { // 2048: for what else is there
+    if (rows == 1 && shared + 2048 <= gpu.card.sharedMemPerBlockOptin) { // 2048: for its static shared memory
         // no more blocks than the card takes at a time, and the same number of rows for all warps
         int most = PRODUCT_WARPS * PRODUCT_BLOCKS * gpu.card.multiProcessorCount;
         int rows_of_block = PRODUCT_WARPS * ceil_div(first.O + second.O, most);
@@ -3080,7 +3080,7 @@ template <typename X> static void model_draw(Gpu& gpu, const PassOf<X>* s, const
 __device__ inline float add(float x, float y) { return x + y; }
 __device__ inline float4 add(float4 v, float4 w) { return {v.x + w.x, v.y + w.y, v.z + w.z, v.w + w.w}; }
 // Each block's part of the sum of n floats, or of the squares of n float4, in double. With out these are sums, in
-// order, of `count` parts.
+// order, of `count` parts. 8 blocks to a multiprocessor: NORM_BLOCKS of them run at a time.
 template <typename V> __global__ void __launch_bounds__(256, 8) sum_kernel(double* sums, const V* inp, size_t n, V* out,
         int count) {
     __shared__ double part[256];

@@ -465,38 +465,34 @@ template <typename X> static void check_step(Gpu& gpu, int I, int O, int keys, i
     auto check = [&](const char* name, const auto* there, const std::vector<float>& expected) {
         compare(name, fetch(there, expected.size()).data(), expected.data(), expected.size(), 0, bound, false);
     };
-    auto rounded = [](double x) { return to_host(from_host<X>(x)); };
-    auto silu = [](double x) { return x / (1 + exp(-x)); };
+    auto rounded = [](std::vector<float>& v) { for (float& x : v) { x = to_host(from_host<X>(x)); } };
     Product<X> p = {}, q = {}; X *bias, *add, *from, *mul, *weight; float *w, *b;
     p.I = p.ldi = q.I = q.ldi = I; p.O = O; q.O = O2;
-    auto product = [&](Product<X>& p, std::vector<float>& out, const std::vector<float>& x) {
+    auto product = [&](Product<X>& p, const std::vector<float>& x) {
         fill(&p.out, p.O, 1); fill(&p.inp, I, 1); fill(&p.mean, 1, 1); fill(&p.rstd, 1, 1);
         auto hweight = fill(&weight, (size_t)p.O * I, 1), hbias = fill(&bias, p.O, 9), hadd = fill(&add, p.O, 9);
         p.weight = weight; p.bias = bias; p.add = add;
-        for (int o = 0; o < p.O; o++) {
-            double sum = hbias[o] + hadd[o];
-            for (int i = 0; i < I; i++) { sum += (double)hweight[(size_t)o * I + i] * x[i]; }
-            out.push_back(sum);
-        }
+        std::vector<float> out(p.O);
+        matmul_forward(out.data(), x.data(), hweight.data(), hbias.data(), hadd.data(), 1, I, p.O);
+        return out;
     };
-    std::vector<float> x(I), y(I), out, out2;
+    std::vector<float> x(I), y(I), mean(1), rstd(1);
     auto hfrom = fill(&from, I, 3), hw = fill(&w, I, 0.3), hb = fill(&b, I, 1);
-    double mean = 0, var = 0;
     p.from = from; p.w = w; p.b = b;
-    for (float v : hfrom) { mean += v / I; }
-    for (float v : hfrom) { var += (v - mean) * (v - mean) / I; }
-    for (int i = 0; i < I; i++) { x[i] = rounded((hfrom[i] - mean) / sqrt(var + 1e-5) * (hw[i] + 1) + hb[i]); }
-    product(p, out, x);
+    norm_forward(x.data(), mean.data(), rstd.data(), hfrom.data(), hw.data(), hb.data(), 1, I, 1e-5);
+    rounded(x);
+    auto out = product(p, x);
     hfrom = fill(&from, I, 3);
     auto hmul = fill(&mul, I, 1);
     q.from = from; q.mul = mul;
-    for (int i = 0; i < I; i++) { y[i] = rounded(silu(hfrom[i]) * hmul[i]); }
-    product(q, out2, y);
+    silu_forward(y.data(), hfrom.data(), hmul.data(), I);
+    rounded(y);
+    auto out2 = product(q, y);
     q.mean = q.rstd = NULL;
     product_forward<X>(gpu, 1, 1e-5, p, q);
     gpu_sync(&gpu);
     check("first input", p.inp, x); check("first product", p.out, out);
-    check("mean", p.mean, {(float)mean}); check("rstd", p.rstd, {(float)(1 / sqrt(var + 1e-5))});
+    check("mean", p.mean, mean); check("rstd", p.rstd, rstd);
     check("second input", q.inp, y); check("second product", q.out, out2);
 
     X *gated, *K, *values, *z, *v; float *scores, *gamma, *beta, *turns; int* position;
@@ -516,12 +512,13 @@ template <typename X> static void check_step(Gpu& gpu, int I, int O, int keys, i
         const float* s = hscores.data() + b * keys;
         double all = 0;
         for (int k = 0; k < keys; k++) { all += exp(s[k] - s[0]); }
+        silu_forward(expected.data() + b * V, inp.data() + b * pitch + Z, NULL, V);
         for (int i = 0; i < V; i++) {
             double sum = 0;
             for (int k = 0; k < keys; k++) {
                 sum += exp(s[k] - s[0]) / all * hvalues[((size_t)b * keys + k) * V + i];
             }
-            expected[b * V + i] = silu(inp[b * pitch + Z + i]) * sum;
+            expected[b * V + i] *= sum;
         }
     }
     check("gated values", gated, expected);
