@@ -14,9 +14,11 @@ THIS_CFLAGS = -std=gnu11 -Wall -Wextra -Wno-pass-failed $(WIDE) $(CFLAGS)
 
 MPICC ?= mpicc
 
-SOURCES = train_megalodon.c data/safetensors.h data/tokens.h
+SOURCES = train_megalodon.c data/base.h data/safetensors.h data/tokens.h
 
-# What there is, found by compiling and linking a probe. CUDA's takes seconds, so only a plain `make` asks for it.
+# What there is, found by compiling and linking a probe. CUDA's takes seconds, so only a plain `make` asks for it. GNU make
+# before 4.3 takes a # inside a function call for a comment, hence HASH.
+HASH := \#
 probe = $(shell echo '$(1)' | $(2) -o /dev/null 2>/dev/null && echo '$(3)')
 OPENMP := $(call probe,int main(void) { return 0; },$(CC) -x c - -fopenmp,-fopenmp)
 ifeq ($(OPENMP),)
@@ -27,13 +29,13 @@ WIDE := $(call probe,int main(void) { return 0; },$(CC) -x c - -mprefer-vector-w
 # Open MPI's mpicc says its flags in one way, MPICH's in another. MPI= builds without.
 mpi_flags = $(or $(shell $(MPICC) --showme:$(1) 2>/dev/null),$(shell $(MPICC) -$(1)_info 2>/dev/null | cut -d' ' -f2-))
 MPI := $(call mpi_flags,compile) $(call mpi_flags,link)
-MPI := $(call probe,#include <mpi.h>|int main(void) { return MPI_Init(0, 0); },tr "|" "\n" | $(CC) -x c - $(MPI),-DUSE_MPI $(MPI))
+MPI := $(call probe,$(HASH)include <mpi.h>|int main(void) { return MPI_Init(0, 0); },tr "|" "\n" | $(CC) -x c - $(MPI),-DUSE_MPI $(MPI))
 OPENBLAS = $(call probe,void cblas_sgemm(void); int main(void) { cblas_sgemm(); },$(CC) -w -x c - -lopenblas,-DOPENBLAS -lopenblas)
-CUDA = $(call probe,#include <cublasLt.h>,(cat; echo "int main() { return cublasLtGetVersion() == 0; }") | $(NVCC) -x cu - -lcublasLt,yes)
+CUDA = $(call probe,$(HASH)include <cublasLt.h>,(cat; echo "int main() { return cublasLtGetVersion() == 0; }") | $(NVCC) -x cu - -lcublasLt,yes)
 
 # Several GPUs need NCCL 2.28 or newer, and MPI to start it. NCCL_HOME: where it is, if nvcc does not find it by itself.
 NCCL_FLAGS = $(if $(NCCL_HOME),-I$(NCCL_HOME)/include -L$(NCCL_HOME)/lib) -lnccl
-NCCL = $(if $(MPI),$(call probe,#include <nccl.h>,(cat; echo "int main() { return ncclAlltoAll(0, 0, 0, ncclFloat, 0, 0); }") | $(NVCC) -x cu - $(NCCL_FLAGS),\
+NCCL = $(if $(MPI),$(call probe,$(HASH)include <nccl.h>,(cat; echo "int main() { return ncclAlltoAll(0, 0, 0, ncclFloat, 0, 0); }") | $(NVCC) -x cu - $(NCCL_FLAGS),\
          -DUSE_NCCL $(NCCL_FLAGS)))
 
 # For the GPUs that are here, or else for compute capability 8.0 and 9.0.
@@ -49,18 +51,25 @@ all: train_megalodon test_megalodon
 
 cuda: train_megalodon_cuda test_megalodon_cuda
 
-train_megalodon test_megalodon: %: %.c $(SOURCES)
+# Programs are built again when what was found, or a flag, is another than the last time.
+built_with = @mkdir -p dev/bin && echo '$(1)' | cmp -s - $@ || echo '$(1)' > $@
+dev/bin/flags: FORCE
+	$(call built_with,$(CC) $(THIS_CFLAGS) $(OPENMP) $(MPI))
+dev/bin/flags_cuda: FORCE
+	$(call built_with,$(NVCC) $(NVCCFLAGS) $(MPI) $(NCCL))
+
+train_megalodon test_megalodon: %: %.c $(SOURCES) dev/bin/flags
 	$(CC) $(THIS_CFLAGS) $< $(OPENMP) $(MPI) -o $@ -lm
 
-train_megalodon_cuda: train_megalodon.cu $(SOURCES)
+train_megalodon_cuda: train_megalodon.cu $(SOURCES) dev/bin/flags_cuda
 	$(NVCC) $(NVCCFLAGS) $(MPI) $(NCCL) $< -o $@
 
-test_megalodon_cuda: test_megalodon.c train_megalodon.cu $(SOURCES)
+test_megalodon_cuda: test_megalodon.c train_megalodon.cu $(SOURCES) dev/bin/flags_cuda
 	$(NVCC) $(NVCCFLAGS) $(MPI) $(NCCL) -DGPU -x cu $< -o $@
 
-dev/bin/test_tokens: dev/test_tokens.c $(SOURCES)
+dev/bin/test_tokens dev/bin/test_safetensors: dev/bin/%: dev/%.c dev/expect.h $(SOURCES)
 	@mkdir -p dev/bin
-	$(CC) $(THIS_CFLAGS) $< $(OPENMP) -o $@ -lm
+	$(CC) $(THIS_CFLAGS) $< -o $@ -lm
 
 dev/bin/bench: dev/bench.c $(SOURCES)
 	@mkdir -p dev/bin
@@ -83,9 +92,10 @@ dev/bin/emulated/%: dev/bin/emulated/sources.done dev/cuda/emulate.h $(SOURCES)
 train: train_megalodon
 	./train_megalodon --sample-every 1000
 
-test: train_megalodon test_megalodon dev/bin/test_tokens
+test: train_megalodon test_megalodon dev/bin/test_tokens dev/bin/test_safetensors
 	./test_megalodon
 	sh dev/test_cli.sh
+	dev/bin/test_safetensors
 	dev/bin/test_tokens
 	sh dev/test_tokens.sh
 	sh dev/test_break.sh data/reference/one_state.safetensors
@@ -112,4 +122,6 @@ bench: dev/bin/bench
 clean:
 	rm -rf train_megalodon test_megalodon train_megalodon_cuda test_megalodon_cuda dev/bin
 
-.PHONY: all cuda train test test-long test-emulated bench clean
+FORCE:
+
+.PHONY: FORCE all cuda train test test-long test-emulated bench clean

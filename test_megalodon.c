@@ -2,16 +2,16 @@
 Compares train_megalodon.c, or built with -DGPU train_megalodon.cu, with tensors dumped from PyTorch.
 
     ./test_megalodon                     the dumps in data/reference, and the masks of dropout
-    ./test_megalodon FILE...             any dumps: safetensors files with weights and what was recorded of a run, named
-                                         as dev/reference.py does; every known name in the file is checked
-    ./test_megalodon --break NAME FILE   must fail: first flips the signs of NAME if it is a param.*, else moves its
+    ./test_megalodon FILE...             any dumps: safetensors files with weights and what was recorded of a run, under
+                                         the names that dev/reference.py uses; every known name in a file is checked
+    ./test_megalodon --break NAME FILE   must fail: first changes the signs of NAME if it is a param.*, else moves its
                                          largest entry by 1%
-    ./test_megalodon --long              timestep norm and CEMA streamed over 10 million timesteps, against float64
-    mpirun -np P ./test_megalodon --chunk-parallel P FILE...    each rank runs and checks a slice of the sequences
-    ./test_megalodon --compare A B [START]                      checkpoints A and B: gradients, if of the first step (by
-                                         their first moments); with START, where both began, the weights
+    ./test_megalodon --compare A B       two checkpoints of a first step: their gradients, by AdamW's first moments
+    ./test_megalodon --compare A B START two checkpoints of runs that both began from START: their weights
+    mpirun -np P ./test_megalodon --chunk-parallel P FILE...
     ./test_megalodon_cuda [--precision bf16|fp32] [FILE]...
 
+--help lists all flags.
 One line per tensor: name, error, bound, where it is largest. Then "overall okay: 1" and exit status 0, or 0 and 1.
 */
 #define TESTING
@@ -42,7 +42,7 @@ void verdict(const char* name, double error, double bound, const char* where) {
 // Ranks compare their slices, of which some may be empty, and all come to the same verdict.
 typedef struct { double worst, largest, dot, norm, norm_expected, got, expected; size_t at; } Comparison;
 void compare(const char* name, const float* got, const double* expected, size_t n, double floor, double bound) {
-    Comparison c = {-1, floor, 0, 0, 0, 0, 0, 0}, *all = (Comparison*)xcalloc(ranks.chunks, sizeof(Comparison));
+    Comparison c = {-1, floor, 0, 0, 0, 0, 0, 0}, *all = (Comparison*)xcalloc(ranks.slices, sizeof(Comparison));
     int rank = 0;
     for (size_t i = 0; i < n; i++) {
         double e = fabs(got[i] - expected[i]);
@@ -56,7 +56,7 @@ void compare(const char* name, const float* got, const double* expected, size_t 
     }
     all_gather(all, &c, sizeof(c));
     c = all[0];
-    for (int r = 1; r < ranks.chunks; r++) {
+    for (int r = 1; r < ranks.slices; r++) {
         if (!(all[r].worst <= c.worst) && !isnan(c.worst)) {
             rank = r; c.worst = all[r].worst; c.at = all[r].at; c.got = all[r].got; c.expected = all[r].expected;
         }
@@ -65,7 +65,7 @@ void compare(const char* name, const float* got, const double* expected, size_t 
     }
     double error = c.worst < 0 ? 0 : c.worst / (c.largest > 0 ? c.largest : 1);
     if (bf16_run && bound == grad_bound && !(error <= bound)) { error = 1 - c.dot / sqrt(c.norm * c.norm_expected); }
-    const char* of_rank = ranks.chunks > 1 ? text_of(" of rank %d's", rank) : "";
+    const char* of_rank = ranks.slices > 1 ? text_of(" of rank %d's", rank) : "";
     verdict(name, error, bound, text_of(" at %zu%s: %.9g, expected %.9g", c.at, of_rank, c.got, c.expected));
     free(all);
 }
@@ -126,10 +126,10 @@ enum { WHOLE, SLICE, FIRST_RANK };
 
 // This rank's part, n values, of a tensor.
 double* dump_part(Dump* d, const char* name, int part, size_t n) {
-    double* x = dump_read(d, name, part == SLICE ? n * ranks.chunks : n);
+    double* x = dump_read(d, name, part == SLICE ? n * ranks.slices : n);
     size_t row = n / d->B;
     for (int b = 0; x && part == SLICE && b < d->B; b++) {
-        memmove(x + b * row, x + ((size_t)b * ranks.chunks + ranks.chunk) * row, row * sizeof(double));
+        memmove(x + b * row, x + ((size_t)b * ranks.slices + ranks.slice) * row, row * sizeof(double));
     }
     return x;
 }
@@ -152,7 +152,7 @@ int* dump_tokens(Dump* d, const char* name, int B, int T, int vocab) { // this r
 void check(Dump* d, const char* name, const float* got, float scale, int part, size_t n, double floor, double bound) {
     double* expected = dump_part(d, name, part, n);
     if (!expected) { return; }
-    if (part == FIRST_RANK && ranks.chunk) { n = 0; }
+    if (part == FIRST_RANK && ranks.slice) { n = 0; }
     float* scaled = (float*)xcalloc(n, sizeof(float));
     for (size_t i = 0; i < n; i++) { scaled[i] = got[i] * scale; }
     compare(name, scaled, expected, n, floor, bound);
@@ -273,11 +273,11 @@ typedef struct { Model m; Pass s; State start, dstart; const State* past; } Host
 
 #ifdef GPU
 static Gpu gpu;
-// Copies tensors of a block of the device and a Model of the CPU.
-template <typename X> void model_copy(const ModelOf<X>* m, float* block, Params host, bool to_host) {
+// Copies tensors between an arena of the device and a Model of the CPU.
+template <typename X> void model_copy(const ModelOf<X>* m, float* arena, Params host, bool to_host) {
     for (int i = 0; i < NUM_PARAMS; i++) {
         for (int l = 0; m->specs[i].size && l < m->specs[i].slots; l++) {
-            tensor_copy(m, block, i, l, ((float**)&host)[i] + l * m->specs[i].size, to_host);
+            tensor_copy(m, arena, i, l, ((float**)&host)[i] + l * m->specs[i].size, to_host);
         }
     }
 }
@@ -331,14 +331,17 @@ template <typename X> double model_loss(Gpu& gpu, const ModelOf<X>* m, PassOf<X>
 
 template <typename X> struct Run { Host host; ModelOf<X> m; PassOf<X> s; StateOf<X> start, dstart, *past; };
 
-template <typename X> void run_open(Run<X>* r, int keep) { // after host's weights and past are set
+// After host's weights and past are set. KEEP_BLOCKS: of a copy of a run that is open, whose model it shares.
+template <typename X> void run_open(Run<X>* r, int keep) {
     const Config* c = &r->host.m.config;
-    model_alloc(gpu, &r->m, c, true);
-    size_t part[2];
-    for (int i = 0; i < NUM_PARAMS; i++) {
-        for (int l = 0; r->m.specs[i].size && l < r->m.specs[i].slots; l++) {
-            float* w = ((float**)&r->host.m.params)[i] + l * r->m.specs[i].size;
-            model_part_copy(gpu, &r->m, WEIGHTS, i, l, w, false, part);
+    size_t range[2];
+    if (keep == KEEP_ALL) {
+        model_alloc(gpu, &r->m, c, true);
+        for (int i = 0; i < NUM_PARAMS; i++) {
+            for (int l = 0; r->m.specs[i].size && l < r->m.specs[i].slots; l++) {
+                float* w = ((float**)&r->host.m.params)[i] + l * r->m.specs[i].size;
+                model_copy_row(gpu, &r->m, WEIGHTS, i, l, w, false, range);
+            }
         }
     }
     pass_alloc(gpu, &r->s, c, r->host.s.B, r->host.s.T, keep, keep == KEEP_ALL ? KEEP_ALL : KEEP_NONE);
@@ -348,7 +351,7 @@ template <typename X> void run_open(Run<X>* r, int keep) { // after host's weigh
     r->past = r->host.past ? &r->start : NULL;
 }
 template <typename X> void run_close(Run<X>* r) {
-    model_free(gpu, &r->m);
+    if (r->s.keep == KEEP_ALL) { model_free(gpu, &r->m); }
     pass_free(gpu, &r->s);
     state_free(gpu, &r->start);
     state_free(gpu, &r->dstart);
@@ -373,16 +376,17 @@ template <typename X> double run_pass(Run<X>* r, const int* x, const int* y, flo
     return loss;
 }
 template <typename X> double run_update(Run<X>* r, const Options* o, double lr, int step) {
-    for (int u = r->m.units - 1; ranks.count > 1 && u >= 0; u--) { unit_reduce(gpu, &r->m, u); }
+    for (int part = r->m.parts - 1; ranks.count > 1 && part >= 0; part--) { part_reduce(gpu, &r->m, part); }
     double norm = model_grad_norm(gpu, &r->m);
-    model_update(gpu, &r->m, o, lr, step, clip_scale(norm, o->clip));
+    AdamW adamw = adamw_of(o, lr);
+    model_update(gpu, &r->m, &adamw, step, clip_scale(norm, o->clip));
     if (ranks.count == 1) { model_copy(&r->m, r->m.params, r->host.m.params, true); return norm; }
-    stream_after(gpu, gpu.stream, gpu.blocks);
+    stream_after(gpu, gpu.stream, gpu.exchange_stream);
     for (int i = 0; sizeof(X) == 4 && i < NUM_PARAMS; i++) {
-        float* block = param_is_float(i) ? r->m.params : (float*)r->m.weights;
+        float* arena = param_is_float(i) ? r->m.params : (float*)r->m.weights;
         for (int l = 0; r->m.specs[i].size && l < r->m.specs[i].slots; l++) {
             float* w = ((float**)&r->host.m.params)[i] + l * r->m.specs[i].size;
-            tensor_copy(&r->m, block, i, l, w, true);
+            tensor_copy(&r->m, arena, i, l, w, true);
         }
     }
     return norm;
@@ -434,7 +438,8 @@ double run_pass(Run* r, const int* x, const int* y, float dloss) {
 }
 double run_update(Run* r, const Options* o, double lr, int step) {
     double norm = model_grad_norm(&r->host.m);
-    model_update(&r->host.m, o, lr, step, clip_scale(norm, o->clip));
+    AdamW adamw = adamw_of(o, lr);
+    model_update(&r->host.m, &adamw, step, clip_scale(norm, o->clip));
     return norm;
 }
 typedef struct { Pass pass; State state; } RunStream;
@@ -481,8 +486,8 @@ FOR_EITHER_TYPE float* stream_logits(RUN* r, const int* x, int B, int T, int S, 
 
 // Over all ranks, for every rank.
 void sum_gradients(Model* m) {
-    shards_exchange(m->grads.embed, m->num_parameters, SUM_SHARD);
-    shards_exchange(m->grads.embed, m->num_parameters, GATHER_SHARDS);
+    parts_exchange(m->grads.embed, m->num_parameters, true);
+    parts_exchange(m->grads.embed, m->num_parameters, false);
 }
 
 double meta_number(const SafeTensors* st, const char* key, double missing) {
@@ -542,7 +547,7 @@ FOR_EITHER_TYPE void test_dump(const char* path, const char* broken) {
     double* one_shot = (double*)xcalloc(rows * vocab, sizeof(double));
     for (size_t i = 0; i < rows * vocab; i++) { one_shot[i] = s->acts.logits[i]; }
     // One rank alone holds the whole past, so ranks with slices do not stream; and a stream never drops.
-    int skipped = ranks.chunks > 1 || drops ? 2 : 0;
+    int skipped = ranks.slices > 1 || drops ? 2 : 0;
     const char* ways[3] = {"logits, token by token", "logits, chunk by chunk", "logits, token by token, one row alone"};
     for (int way = 0; !skipped && way < (run.host.past ? 2 : 3); way++) {
         int alone = way == 2 ? 1 : B;
@@ -567,7 +572,7 @@ FOR_EITHER_TYPE void test_dump(const char* path, const char* broken) {
     check_dstate(d, c, dstart);
     size_t bytes = m->num_parameters * sizeof(float);
     float* kept = (float*)memcpy(xcalloc(m->num_parameters, sizeof(float)), m->grads.embed, bytes);
-    again.host = run.host;
+    again = run;
     run_open(&again, KEEP_BLOCKS);
     run_pass(&again, x, y, 1.0 / scored);
     sum_gradients(m);
@@ -584,7 +589,7 @@ FOR_EITHER_TYPE void test_dump(const char* path, const char* broken) {
     o.clip = meta_number(&d->st, "grad_clip", 0);
     float *losses = (float*)xcalloc(steps, sizeof(float)), *norms = (float*)xcalloc(steps, sizeof(float));
     for (int i = 0; i < steps; i++) {
-        s->masks.row = (uint64_t)i * B;
+        s->masks.first = (uint64_t)i * B;
         losses[i] = run_pass(&run, x, y, 1.0 / scored) / scored;
         norms[i] = run_update(&run, &o, meta_number(&d->st, "learning_rate", 0), i + 1);
     }
@@ -653,6 +658,9 @@ void test_long(void) {
     static float w[D], b[D], alpha[D * N], delta[D * N], theta[D], gamma[D * N * 2], omega[D];
     static double expected[2][PIECE * D], h64[D][N][2], q[D][N][2], p[D][N], sum[G], sum2[G];
     NormState state[G] = {{0, 0, 0}};
+    CemaParams cema = {alpha, delta, theta, gamma, omega};
+    Config config = default_options.model;
+    config.model_dim = D; config.norm_num_groups = G;
     for (int d = 0; d < D; d++) {
         w[d] = random_normal(1, 0, d, INFINITY);
         b[d] = random_normal(1, 1, d, INFINITY);
@@ -672,7 +680,7 @@ void test_long(void) {
     }
     for (int piece = 0; piece < PIECES; piece++) {
         for (int i = 0; i < PIECE * D; i++) { x[i] = 10 + random_normal(2, piece, i, INFINITY); }
-        timestepnorm_forward(out, mean, rstd, state, NULL, piece ? state : NULL, x, w, b, 1, PIECE, D, G, 1e-5f);
+        timestepnorm_forward(out, mean, rstd, state, piece ? state : NULL, x, w, b, 1, PIECE, &config);
         for (int t = 0; t < PIECE; t++) {
             for (int g = 0; g < G; g++) { // sums about 10, where nothing cancels
                 for (int i = g * D / G; i < (g + 1) * D / G; i++) {
@@ -697,7 +705,7 @@ void test_long(void) {
             }
         }
         if (piece == PIECES - 1) { compare("timestepnorm after 10^7 timesteps", out, expected[0], PIECE * D, 0, 1e-5); }
-        cema_forward(out, h, NULL, h, x, alpha, delta, theta, gamma, omega, 1, PIECE, D, N);
+        cema_forward(out, h, h, x, cema, 1, PIECE, D, N);
     }
     compare("cema after 10^7 timesteps", out, expected[1], PIECE * D, 0, 1e-5);
 }
@@ -720,8 +728,8 @@ void test_dropout(void) {
     const double p = 0.25;
     const int shifts[] = {1, 2, 3, 4, DROP_N - 1, DROP_N, DROP_ROW};
     Masks m = {{p, p, p}, 1337, 1000}, other[5] = {m, m, m, m, m}, part = m;
-    other[0].seed++; other[1].row += DROP_B; // another run, later sequences
-    part.row += 2;
+    other[0].seed++; other[1].first += DROP_B; // another run, later sequences
+    part.first += 2;
     for (int site = 0; site < 7; site++) {
         float *x = dropped_ones(m, 0, site, DROP_B, DROP_T, 0), *y = dropped_ones(part, 0, site, 1, 50, 100);
         float kept = site < 6 ? 1 / (1 - p) : 1, dropped = site < 6 ? 0 : -INFINITY;
@@ -745,39 +753,74 @@ void test_dropout(void) {
     }
 }
 
-int main(int argc, char** argv) {
-    const char *broken = NULL, *paths[3] = {NULL, NULL, NULL};
-    int first = 1, chunks = 1;
-    ranks_open();
-#ifdef GPU
-    gpu_open(&gpu);
-    bf16_run = argc < 3 || strcmp(argv[1], "--precision") || strcmp(argv[2], "fp32");
-    if (argc > 2 && !strcmp(argv[1], "--precision")) { first = 3; }
-    if (bf16_run) { act_bound = 3e-2; grad_bound = train_bound = 2e-3; }
-#endif
-    if (argc > first + 2 && !strcmp(argv[first], "--chunk-parallel")) { chunks = atoi(argv[first + 1]); first += 2; }
-    if (chunks != ranks.count) { die("--chunk-parallel %d: %d processes were started", chunks, ranks.count); }
-    ranks_group(chunks);
-#ifdef GPU
-    ranks_connect(&gpu);
-#endif
-    if (argc > first && !strcmp(argv[first], "--long")) { test_long(); first = -1; }
-    else if (argc > first + 2 && argc < first + 5 && !strcmp(argv[first], "--compare")) {
-        for (int i = 0; i < argc - first - 1; i++) { paths[i] = argv[first + 1 + i]; }
-        test_checkpoints(paths);
-        first = -1;
-    } else if (argc > first + 2 && !strcmp(argv[first], "--break")) { broken = argv[first + 1]; first += 2; }
-    else if (argc > first && argv[first][0] == '-') {
-        die("usage: test_megalodon [--chunk-parallel P] [--long | --compare A B [START] | --break NAME] [FILE]...");
+// The flags, in any order, as "--flag value" or "--flag=value"; all other words are files.
+enum { PRECISION, CHUNK_PARALLEL, BREAK, LONG, COMPARE, HELP, NUM_FLAGS };
+static const struct { const char *name, *value, *help; } flags[NUM_FLAGS] = {
+    {"--precision", "bf16|fp32", "of the GPU program (bf16)"},
+    {"--chunk-parallel", "P", "under mpirun: each of P processes runs and checks a slice of the sequences"},
+    {"--break", "NAME", "change this tensor of the dump first: the test must fail"},
+    {"--long", NULL, "timestep norm and CEMA streamed over 10 million timesteps, against float64"},
+    {"--compare", NULL, "the files are checkpoints A and B, and maybe the one that both began from"},
+    {"--help", NULL, "print this; also -h"},
+};
+
+void flags_parse(const char* values[NUM_FLAGS], const char** files, int* num_files, int argc, char** argv) {
+    for (int a = 1; a < argc; a++) {
+        const char* word = strcmp(argv[a], "-h") ? argv[a] : "--help";
+        size_t n = strcspn(word, "=");
+        int f = 0;
+        if (*word != '-') { files[(*num_files)++] = word; continue; }
+        while (f < NUM_FLAGS && (strlen(flags[f].name) != n || strncmp(flags[f].name, word, n))) { f++; }
+        if (f == NUM_FLAGS) { die("unknown option \"%s\": --help lists all of them", word); }
+        if (values[f]) { die("%s stands twice", flags[f].name); }
+        if (!flags[f].value && word[n]) { die("%s takes no value", flags[f].name); }
+        if (flags[f].value && !word[n] && a + 1 == argc) { die("%s needs a value", flags[f].name); }
+        values[f] = !flags[f].value ? "1" : word[n] ? word + n + 1 : argv[++a];
     }
-    if (argc == first) {
+    if (!values[HELP]) { return; }
+    printf("usage: test_megalodon [--flag value]... [FILE]...\n"
+           "Compares with dumps; without a FILE, with those in data/reference, and tests the masks of dropout.\n\n");
+    for (int f = 0; f < NUM_FLAGS; f++) {
+        printf("  %-30s %s\n", text_of("%s %s", flags[f].name, flags[f].value ? flags[f].value : ""), flags[f].help);
+    }
+    exit(0);
+}
+
+int main(int argc, char** argv) {
+    const char *values[NUM_FLAGS] = {NULL}, **files = (const char**)xcalloc(argc, sizeof(char*)), *paths[3] = {NULL};
+    int num_files = 0;
+    ranks_open();
+    flags_parse(values, files, &num_files, argc, argv);
+    int slices = values[CHUNK_PARALLEL] ? atoi(values[CHUNK_PARALLEL]) : 1;
+    const char* precision = values[PRECISION] ? values[PRECISION] : "bf16";
+    bf16_run = !strcmp(precision, "bf16");
+    if (!bf16_run && strcmp(precision, "fp32")) { die("--precision %s: expected bf16 or fp32", precision); }
+    if (slices != ranks.count) { die("--chunk-parallel %d: %d processes were started", slices, ranks.count); }
+    ranks_group(slices);
+#ifdef GPU
+    if (bf16_run) { act_bound = 3e-2; grad_bound = train_bound = 2e-3; }
+    device_open(&gpu);
+    ranks_connect(&gpu);
+#else
+    if (values[PRECISION]) { die("--precision: the CPU program computes in fp32"); }
+    bf16_run = false;
+#endif
+    if (values[LONG]) { test_long(); }
+    else if (values[COMPARE]) {
+        if (num_files < 2 || num_files > 3) { die("--compare needs two or three files, not %d", num_files); }
+        for (int i = 0; i < num_files; i++) { paths[i] = files[i]; }
+        test_checkpoints(paths);
+    } else if (num_files == 0) {
         glob_t found;
+        if (values[BREAK]) { die("--break needs a file"); }
         test_dropout();
         if (glob("data/reference/*.safetensors", 0, NULL, &found)) { die("data/reference holds no dumps"); }
         for (size_t i = 0; i < found.gl_pathc; i++) { test_file(found.gl_pathv[i], NULL); }
         globfree(&found);
+    } else {
+        for (int i = 0; i < num_files; i++) { test_file(files[i], values[BREAK]); }
     }
-    for (int i = first; i > 0 && i < argc; i++) { test_file(argv[i], broken); }
+    free(files);
     printf("%d tensors checked, %d failed\n", num_checked, num_failed);
     printf("overall okay: %d\n", num_failed == 0 && num_checked > 0);
     return num_failed || !num_checked;

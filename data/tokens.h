@@ -1,52 +1,40 @@
 /*
-Part of train_megalodon.c: what turns text into tokens and back, the files that tokens come from, the order in which
-training reads them, and what a loss per token means for the text. Without a tokenizer a byte is a token.
+Texts and tokens: tokenizers, files of tokens, the documents in them, and what losses say about a text. This header
+needs nothing but base.h. Without a tokenizer, a byte is a token.
 
-A tokenizer is a text file, NAME.tok, written by the scripts of this folder. Eight lines, then one for each id:
+A tokenizer is a text file, NAME.tok, written by the scripts of this folder. It has eight lines, then one for each id:
 
     megalodon.c tokenizer 1
     kind unigram              or bpe
-    pieces 32000              ids, 0 to pieces - 1
-    eod 1                     the id that follows each document; no text is ever encoded with it
-    unknown 0                 the id of what cannot be encoded; not used where there are byte pieces
-    unknown_score -24.81      unigram: what a character that is no piece scores
-    whitespace keep           collapse: runs of it become one space, line ends too, and each line starts with one
-    lossless 1                0: what is decoded may differ from the text
-    n -3.7163 " the"          type, score, bytes; \xHH is a byte that would not stand well in a line
+    pieces 32000              the number of ids, which are 0 to pieces - 1
+    eod 1                     the id that follows each document (end of document); no text is encoded with it
+    unknown 0                 the id of what cannot be encoded; not used if there are byte pieces
+    unknown_score -24.81      unigram: the score of a character that is no piece
+    whitespace keep           collapse: white space becomes single spaces, and each line starts with one
+    lossless 1                0: decoding may give a text that differs from the original
+    n -3.7163 " the"          type, score, bytes; \xHH is a byte that does not stand for itself in a line
 
-Types: n normal, u user-defined; b a byte (256 of them or none), c control, x unused: these are never found in text.
-Every line of a text, with its newline, is encoded alone: its memory is that of a line.
+The types are n normal, u user-defined, b a byte (256 of them or none), c control, and x unused. Pieces of the types c
+and x are never found in a text. A text is encoded line by line, so encoding needs memory for one line only. A line
+includes the newline that ends it.
+
+A file of tokens, NAME.bin, has llm.c's format: 256 int32 (magic, version, number of tokens, zeros), then the tokens.
+They are uint16 (magic 20240520, version 1) or uint32 (magic 20240801, version 7). The scripts write NAME.info beside
+it: lines "KEY VALUE" that say what the original text had.
+
+Files come from strangers. Nothing in them is believed before it was checked.
 */
+#ifndef MEGALODON_TOKENS_H
+#define MEGALODON_TOKENS_H
+#include "base.h"
 #include <ctype.h>
-#include <errno.h>
-#include <fcntl.h>
 #include <glob.h>
 #include <math.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-// A regular file's contents, with a zero byte after them.
-unsigned char* file_read(const char* path, size_t* size) {
-    struct stat info;
-    FILE* f = fopen(path, "rb");
-    if (!f || fstat(fileno(f), &info)) { die("%s: %s", path, strerror(errno)); }
-    if (!S_ISREG(info.st_mode)) { die("%s: not a regular file", path); }
-    unsigned char* text = (unsigned char*)xcalloc(info.st_size + 1, 1);
-    *size = info.st_size;
-    if (fread(text, 1, *size, f) != *size) { die("%s: cannot be read", path); }
-    fclose(f);
-    return text;
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Tokenizer files. They come from strangers: nothing is believed before it is checked.
+// Interface: tokenizers
 
-enum { MAX_PIECES = 1 << 24, MAX_PIECE_SIZE = 1024 };
+enum { MAX_PIECES = 1 << 24, MAX_PIECE_SIZE = 1024 }; // limits: pieces of a tokenizer, bytes of a piece
 
 typedef struct { const unsigned char* bytes; int size, id; char type; float score; } TokenPiece;
 typedef struct {
@@ -55,15 +43,171 @@ typedef struct {
     bool bpe, collapse, lossless;
     float unknown_score;
     TokenPiece* piece;           // by id
-    TokenPiece* sorted;          // those that may be found in text (n and u), in the order of their bytes
+    TokenPiece* sorted;          // the pieces that may be found in a text (n and u), sorted by their bytes
     int num_sorted, first[257];  // sorted[first[c]..first[c+1]) begin with byte c
-    int byte_piece[256];         // ids; -1 where there are none
-    unsigned char* text;         // the file, which the bytes of pieces point into
+    int byte_piece[256];         // the id of each byte; -1 if there are no byte pieces
+    unsigned char* text;         // the contents of the file, which the bytes of pieces point into
 } Tokenizer;
 
+typedef struct { int* ids; size_t count; } Tokens; // a list that grows; it starts as {NULL, 0}
+
+// Reads a tokenizer. `path` must stay valid. Dies with file and line where the file is not as described above.
+Tokenizer* tokenizer_open(const char* path);
+
+// Frees a tokenizer. NULL is allowed.
+void tokenizer_close(Tokenizer* t);
+
+// Adds the tokens of a text of n bytes to a list. Without a tokenizer (NULL) these are its bytes.
+void encode(const Tokenizer* t, const unsigned char* text, size_t n, Tokens* out);
+
+// Returns the tokens that a sample continues: the end-of-document token, if documents have one (eod is not -1), and
+// then the prompt. If both are missing, the sample starts a new line. Dies if a token is not below vocab.
+Tokens prompt_tokens(const Tokenizer* t, int eod, const char* prompt, int vocab);
+
+// Prints the text of a token. Without a tokenizer a token is a byte, or a number if vocab is greater than 256. *left
+// starts as 0; it counts the bytes that the last UTF-8 character still lacks. out is flushed whenever none is missing.
+void token_print(FILE* out, const Tokenizer* t, int vocab, int id, int* left);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Interface: data, which is the tokens of several files, one after the other
+
+typedef struct {
+    const char* path;
+    const int* ids;            // the tokens of a text, if a tokenizer made them; NULL: they are read from the file
+    int width;                 // bytes of a token in the file
+    size_t offset, begin, end; // the byte where the file's tokens start; the tokens [begin,end) belong to the data
+} Segment;
+
+typedef struct { size_t at, size, stretches; } Document; // its first token, its tokens, the stretches before it
+
+typedef struct {
+    Tokenizer* tokenizer;       // NULL: a byte is a token
+    Segment* segments;
+    int count;                  // of the segments
+    size_t size;                // tokens in all
+    int eod;                    // the token that ends documents; -1: all tokens are one document, which has no end
+    Document* documents;
+    size_t num_documents, stretches;
+} Dataset;
+
+// Checks a file and returns it as a segment of all its tokens. A name that ends in .bin is a file of tokens. Any other
+// is a text, which the tokenizer encodes at once. Dies if the file is not a regular one, is empty, is no valid .bin, or
+// is a text in UTF-16. `path` must stay valid.
+Segment token_file(const char* path, const Tokenizer* tokenizer);
+
+// Adds the tokens [begin,end) of a segment to the data. Does nothing if there are none.
+void dataset_add(Dataset* d, Segment s, size_t begin, size_t end);
+
+// Adds files to the data, whose tokenizer must be set. If held_out is not NULL, it gets the last 10% of each file.
+// `patterns` is a list of paths and shell patterns, separated by commas. Relative ones are looked for in `folder`; ""
+// is the current folder. A name that exists is that file, even if it holds commas or the characters of patterns; among
+// names that differ in where they end, the longest one counts. Dies if a pattern finds nothing, and names `flag`, the
+// option that the list comes from.
+void dataset_open(Dataset* d, Dataset* held_out, const char* flag, const char* patterns, const char* folder);
+
+// Reads the tokens [at, at+n) of the data into out. Dies if one is not below vocab.
+void dataset_read(const Dataset* d, size_t at, size_t n, int* out, int vocab);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Interface: documents. A document ends at an end-of-document token (EOD) or at the end of its file. A document of the
+// tokens t0 t1 .. is read as EOD t0 t1 .. EOD: the model predicts every token, the first one from EOD, and then the
+// end. Training reads it in stretches of T predictions, of which the last may be shorter. The stretches of all
+// documents are numbered in the order of the data.
+
+// Finds the documents of the data. This reads everything once, so a token that is not below vocab is found at the
+// start, not after hours of work.
+void dataset_index(Dataset* d, int T, int vocab);
+
+// Returns how many inputs a document has. It has as many predictions. With EODs, each token and the end is predicted;
+// without them, the first token is not predicted and the last one is no input.
+size_t document_inputs(const Dataset* d, const Document* k);
+
+// Reads n + 1 tokens of EOD t0 t1 .. EOD (without EODs: of t0 t1 ..) into out, starting at place `from` of this list.
+// They make n inputs and n targets.
+void document_read(const Dataset* d, const Document* k, size_t from, size_t n, int* out, int vocab);
+
+// Says what row `row` of `rows` reads in a step. The rows start at equal distances in the list of stretches, and each
+// goes on by one stretch in a step, around and around. The result depends on (step, row) alone. Returns the number of
+// predictions of the stretch. If out is not NULL, it receives T + 1 tokens (EODs after the end of the document), and
+// *fresh whether a document starts here.
+int dataset_stretch(const Dataset* d, uint64_t step, uint64_t row, uint64_t rows, int T, int vocab, int* out,
+                    bool* fresh);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Interface: what losses say about a text
+
+// What a text has. `known` is false if a .bin has no .info. `lossless` is false if the tokenizer drops characters; bits
+// per byte are then not those of the text.
+typedef struct { size_t words, lines, bytes; bool known, lossless; } Counts;
+
+// Adds the counts of a text file. Words are separated by white space; lines are counted by their newlines.
+void counts_add_text(Counts* c, const char* path);
+
+// Adds the counts of the text that a .bin was made of, which stand in its .info. Dies with file and key if a number is
+// missing after its key, is no whole number, or is out of range.
+void counts_add_info(Counts* c, const char* path);
+
+// Returns the counts of all files of the data. Dies as counts_add_info does. A program that calls this before it scores
+// the data reports such an error early.
+Counts dataset_counts(const Dataset* d);
+
+// Losses in nats, summed by position in the document. spans[0] has the positions below 1024, and spans[k] those from
+// 1024 * 2^(k-1) to below 1024 * 2^k.
+enum { NUM_SPANS = 56 };
+typedef struct { size_t tokens; double nats; } Span;
+
+// Adds the losses of n tokens, the first of which is at `position` of its document.
+void spans_add(Span spans[NUM_SPANS], size_t position, const float* losses, size_t n);
+
+// Returns the sum over all positions.
+Span spans_sum(const Span spans[NUM_SPANS]);
+
+// Prints the losses of the data: in nats per token, in bits per byte, as perplexities per token and per word, and by
+// position. Dies if no token was scored.
+void spans_print(FILE* out, const Span spans[NUM_SPANS], const Dataset* d);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Files
+
+// Reads up to n bytes of an open file, starting at byte `at`. Returns how many there were.
+size_t file_part(int fd, size_t at, void* out, size_t n) {
+    size_t done = 0;
+    for (ssize_t got = 1; done < n && got > 0; done += got > 0 ? got : 0) {
+        got = pread(fd, (char*)out + done, n - done, at + done);
+    }
+    return done;
+}
+
+// Opens a regular file to read, or dies.
+int file_must_open(const char* path, size_t* size) {
+    const char* error;
+    int fd = file_open(path, size, &error);
+    if (fd < 0) { die("%s: %s", path, error); }
+    return fd;
+}
+
+// Returns the contents of a regular file, followed by a zero byte. The caller frees them.
+unsigned char* file_read(const char* path, size_t* size) {
+    int fd = file_must_open(path, size);
+    unsigned char* text = (unsigned char*)xcalloc(*size + 1, 1);
+    if (file_part(fd, 0, text, *size) != *size) { die("%s: cannot be read", path); }
+    close(fd);
+    return text;
+}
+
+// Is there something under this name? If not, errno says why.
+bool path_exists(const char* path) {
+    struct stat info;
+    return !stat(path, &info);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tokenizer files
+
+// The text [p,end) of a tokenizer that is left to read; `line` counts the lines that were read.
 typedef struct { const char* path; unsigned char *p, *end; int line; } TokReader;
 
-// The next line, ended by a zero byte.
+// Returns the next line, ended by a zero byte.
 char* tok_line(TokReader* r) {
     char* line = (char*)r->p;
     unsigned char* newline = (unsigned char*)memchr(r->p, '\n', r->end - r->p);
@@ -74,7 +218,7 @@ char* tok_line(TokReader* r) {
     return line;
 }
 
-// The value of the next line of the head, which must be "key value".
+// Returns the value of the next line, which must be "key value".
 char* tok_value(TokReader* r, const char* key) {
     char* line = tok_line(r);
     size_t n = strlen(key);
@@ -82,6 +226,7 @@ char* tok_value(TokReader* r, const char* key) {
     return line + n + 1;
 }
 
+// Reads a line whose value is `no` or `yes`. Returns whether it is `yes`.
 int tok_choice(TokReader* r, const char* key, const char* no, const char* yes) {
     const char* value = tok_value(r, key);
     bool is = !strcmp(value, yes);
@@ -89,6 +234,7 @@ int tok_choice(TokReader* r, const char* key, const char* no, const char* yes) {
     return is;
 }
 
+// Reads a line whose value is a whole number from low to high.
 int tok_int(TokReader* r, const char* key, int low, int high) {
     char *value = tok_value(r, key), *end = value;
     long n = isdigit((unsigned char)*value) && strlen(value) < 10 ? strtol(value, &end, 10) : 0;
@@ -98,13 +244,14 @@ int tok_int(TokReader* r, const char* key, int low, int high) {
     return n;
 }
 
+// Parses a number at `text`; *end receives where it ends.
 float tok_score(TokReader* r, char* text, char** end) {
     double x = isspace((unsigned char)*text) ? (*end = text, 0) : strtod(text, end);
     if (*end == text || !(fabs(x) <= 1e30)) { die("%s: line %d: expected a score", r->path, r->line); }
     return x;
 }
 
-// One piece: TYPE SCORE "BYTES". The bytes are decoded in place.
+// Reads a line that is a piece: TYPE SCORE "BYTES". The bytes are decoded in place.
 TokenPiece tok_piece(TokReader* r, int id) {
     char *line = tok_line(r), *p = line;
     TokenPiece piece = {NULL, 0, id, *line, 0};
@@ -115,7 +262,7 @@ TokenPiece tok_piece(TokReader* r, int id) {
     piece.bytes = to;
     for (; good && *from != '"'; from++) {
         unsigned c = *from;
-        good = c >= 0x20 && c != 0x7f; // the zero byte at the end of the line is one of them
+        good = c >= 0x20 && c != 0x7f; // this also refuses the zero byte at the end of the line
         if (c == '\\') {
             static const char digits[] = "0123456789abcdef";
             const char* high = from[1] == 'x' && from[2] ? strchr(digits, from[2]) : NULL;
@@ -139,7 +286,8 @@ int piece_by_bytes(const void* a, const void* b) {
     return order ? order : x->size - y->size;
 }
 
-// Of sorted[low..high), which begin with the same k bytes, the first that has one from c on next.
+// All of sorted[low..high) begin with the same k bytes. Returns the first of them whose next byte is c or more, or high
+// if there is none.
 int tokenizer_bound(const Tokenizer* t, int low, int high, int k, int c) {
     while (low < high) {
         int middle = (low + high) / 2;
@@ -203,25 +351,26 @@ void tokenizer_close(Tokenizer* t) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Encoding and decoding
 
-typedef struct { int* ids; size_t count; } Tokens; // a list that grows
-
+// Adds one token to a list.
 void tokens_add(Tokens* out, int id) {
     out->ids = (int*)list_grow(out->ids, out->count, sizeof(int));
     out->ids[out->count++] = id;
 }
 
-// What lies between two places in a line. A segment is [start,end) of one piece, or unknown.
+// A line is cut into segments [start,end), each of which is a piece or unknown. A Place is a byte position in the line:
+// one segment may end there and another may start.
 typedef struct {
-    size_t start, end; // of the segment that ends here; of the one that starts here
-    int id;            // of the one that ends here
-    float best;        // unigram: the score of the best segments up to here
-    bool frozen;       // bpe: the segment that starts here does not merge
+    size_t start;      // where the segment that ends here starts
+    size_t end;        // where the segment that starts here ends
+    int id;            // the piece of the segment that ends here
+    float best;        // unigram: the sum of the scores of the best segments up to here
+    bool frozen;       // bpe: the segment that starts here is not joined with others
 } Place;
 
-// The walk from the empty word over longer and longer prefixes of text: those pieces that still fit.
+// A search for pieces that a text begins with, byte by byte: sorted[low..high) begin with the first `size` bytes.
 typedef struct { int low, high, size; } Match;
 
-// One byte further; false where nothing fits any more.
+// Goes on with the next byte, c. Returns false if no piece begins with the bytes so far.
 bool match_next(const Tokenizer* t, Match* m, int c) {
     int low = m->low, high = m->high, k = m->size++;
     m->low = k ? tokenizer_bound(t, low, high, k, c) : t->first[c];
@@ -229,11 +378,12 @@ bool match_next(const Tokenizer* t, Match* m, int c) {
     return m->low < m->high;
 }
 
-// The piece that is exactly the bytes of the walk so far: the first of those that begin with them. NULL if none is.
+// Returns the piece that is exactly the bytes so far, or NULL. It is the first of those that begin with them.
 const TokenPiece* match_piece(const Tokenizer* t, const Match* m) {
     return t->sorted[m->low].size == m->size ? &t->sorted[m->low] : NULL;
 }
 
+// Returns the piece that is exactly these n bytes, or NULL.
 const TokenPiece* piece_find(const Tokenizer* t, const unsigned char* bytes, size_t n) {
     Match m = {0, 0, 0};
     for (size_t k = 0; k < n; k++) {
@@ -242,27 +392,29 @@ const TokenPiece* piece_find(const Tokenizer* t, const unsigned char* bytes, siz
     return match_piece(t, &m);
 }
 
-// Bytes of the character at s, by its first one.
+// Returns the size in bytes of the character at s, which its first byte tells.
 size_t character_size(const unsigned char* text, size_t s, size_t n) {
     size_t size = text[s] < 0xc0 ? 1 : text[s] < 0xe0 ? 2 : text[s] < 0xf0 ? 3 : 4;
     return min_size(size, n - s);
 }
 
-// The segment [start,end) is taken if it scores more than what is there, or is the first to end there.
+// Offers a segment from `start` that ends at this place. It is taken if it is the first one, or if it scores more than
+// the one that was taken before.
 void place_offer(Place* end, size_t start, int id, float best) {
     if (end->id >= 0 && best <= end->best) { return; }
     end->start = start; end->id = id; end->best = best;
 }
 
-// The most probable segments (Viterbi). Sums are floats, and the first of equals stays, as in SentencePiece: the tokens
-// are the same. In a very long line its sums start again from 0, before they are too large to tell candidates apart.
+// Finds the most probable segments (the Viterbi algorithm). Sums are floats and the first of two equal candidates
+// stays, as in SentencePiece, so the tokens are the same. In a very long line the sums start again from 0 before they
+// become so large that a float cannot tell two candidates apart.
 void encode_unigram(const Tokenizer* t, const unsigned char* text, size_t n, Place* at) {
     for (size_t e = 1; e <= n; e++) { at[e].id = -1; }
     for (size_t s = 0, size; s < n; s += size) {
         float past = at[s].best;
         for (size_t e = s; past < -100000 && e <= min_size(n, s + MAX_PIECE_SIZE); e++) { at[e].best -= past; }
         size = character_size(text, s, n);
-        bool single = false; // a piece is just this character
+        bool single = false; // is there a piece that is exactly this character?
         Match m = {0, 0, 0};
         for (size_t e = s; e < n && match_next(t, &m, text[e]);) {
             const TokenPiece* p = match_piece(t, &m);
@@ -275,7 +427,8 @@ void encode_unigram(const Tokenizer* t, const unsigned char* text, size_t n, Pla
     for (size_t e = n; e > 0; e = at[e].start) { at[at[e].start].end = e; }
 }
 
-// A pair of neighbouring segments that joined are a piece, in a heap: best score first, then the leftmost.
+// Two neighbouring segments, [start,middle) and [middle,end), which joined are a piece. The pairs are kept in a heap,
+// which gives the one with the highest score first, and of equal ones the leftmost.
 typedef struct { float score; size_t start, middle, end; } Pair;
 typedef struct { Pair* pairs; size_t count; } Heap;
 
@@ -303,17 +456,18 @@ Pair heap_pop(Heap* h) {
     return top;
 }
 
-// The segment that starts at s and the one after it, if they may be joined.
+// Adds the pair of the segment that starts at s and the one after it, if they may be joined.
 void heap_push_at(Heap* h, const Tokenizer* t, const unsigned char* text, size_t n, const Place* at, size_t s) {
     size_t middle = at[s].end, end = middle < n ? at[middle].end : 0;
     const TokenPiece* p = end && !at[s].frozen && !at[middle].frozen ? piece_find(t, text + s, end - s) : NULL;
     if (p) { Pair pair = {p->score, s, middle, end}; heap_push(h, pair); }
 }
 
-// Byte pair encoding: from characters up, always the pair with the best score is joined.
+// Byte pair encoding. The segments start as single characters. As long as there are pairs, the one with the highest
+// score is joined.
 void encode_bpe(const Tokenizer* t, const unsigned char* text, size_t n, Place* at) {
     Heap heap = {NULL, 0};
-    for (size_t s = 0, size; s < n; s += size) { // what the user defined, the longest of it, is one segment for good
+    for (size_t s = 0, size; s < n; s += size) { // the longest user-defined piece is a segment that stays as it is
         size = character_size(text, s, n);
         Match m = {0, 0, 0};
         for (size_t e = s; e < n && match_next(t, &m, text[e]);) {
@@ -326,7 +480,7 @@ void encode_bpe(const Tokenizer* t, const unsigned char* text, size_t n, Place* 
     for (size_t s = 0; s < n; s = at[s].end) { heap_push_at(&heap, t, text, n, at, s); }
     while (heap.count > 0) {
         Pair p = heap_pop(&heap);
-        if (at[p.start].end != p.middle || at[p.middle].end != p.end) { continue; } // one of the two is no more
+        if (at[p.start].end != p.middle || at[p.middle].end != p.end) { continue; } // one of the two was joined since
         at[p.start].end = p.end;
         at[p.end].start = p.start;
         at[p.middle].end = 0;
@@ -340,7 +494,7 @@ void encode_bpe(const Tokenizer* t, const unsigned char* text, size_t n, Place* 
     free(heap.pairs);
 }
 
-// One line, its newline with it.
+// Adds the tokens of one line.
 void encode_line(const Tokenizer* t, const unsigned char* text, size_t n, Tokens* out) {
     unsigned char* folded = NULL;
     if (t->collapse) {
@@ -357,7 +511,7 @@ void encode_line(const Tokenizer* t, const unsigned char* text, size_t n, Tokens
     }
     Place* at = (Place*)xcalloc(n + 1, sizeof(Place));
     (t->bpe ? encode_bpe : encode_unigram)(t, text, n, at);
-    for (size_t s = 0, e; s < n; s = e) { // what is unknown is written in bytes, or a run of it as one token
+    for (size_t s = 0, e; s < n; s = e) { // unknown segments become bytes, or one token for neighbouring ones
         e = at[s].end;
         bool unknown = at[e].id == t->unknown, in_bytes = unknown && t->byte_piece[0] >= 0;
         bool again = unknown && s > 0 && at[s].id == t->unknown;
@@ -367,7 +521,6 @@ void encode_line(const Tokenizer* t, const unsigned char* text, size_t n, Tokens
     free(at); free(folded);
 }
 
-// Adds the tokens of a text; without a tokenizer its bytes.
 void encode(const Tokenizer* t, const unsigned char* text, size_t n, Tokens* out) {
     for (size_t s = 0, e; s < n; s = e) {
         const unsigned char* newline = (const unsigned char*)memchr(text + s, '\n', n - s);
@@ -377,56 +530,34 @@ void encode(const Tokenizer* t, const unsigned char* text, size_t n, Tokens* out
     }
 }
 
-// What a sample goes on from: the prompt; where that is empty a new document, or without documents a line.
-Tokens prompt_tokens(const Options* o, const Tokenizer* t) {
-    const char* prompt = *o->prompt || o->eod >= 0 ? o->prompt : "\n";
+Tokens prompt_tokens(const Tokenizer* t, int eod, const char* prompt, int vocab) {
     Tokens out = {NULL, 0};
-    if (o->eod >= 0) { tokens_add(&out, o->eod); }
+    if (eod >= 0) { tokens_add(&out, eod); }
+    else if (!*prompt) { prompt = "\n"; }
     encode(t, (const unsigned char*)prompt, strlen(prompt), &out);
-    if (!out.count) { tokens_add(&out, t->eod); } // a prompt of spaces that the tokenizer drops
+    if (!out.count) { tokens_add(&out, t->eod); } // the tokenizer drops everything that this prompt has
     for (size_t i = 0; i < out.count; i++) {
-        bool known = out.ids[i] < o->model.vocab_size;
-        if (!known) { die("--prompt: byte %d is not below vocab_size %d", out.ids[i], o->model.vocab_size); }
+        if (out.ids[i] < vocab) { continue; }
+        die("--prompt: %s %d is not below vocab_size %d", t ? "token" : "byte", out.ids[i], vocab);
     }
     return out;
 }
 
-// Prints a token as the text it stands for, or as a number where that is not known. What it prints is flushed when no
-// character is cut; *left counts the bytes it still lacks.
-void token_print(const Tokenizer* t, int vocab, int id, int* left) {
+void token_print(FILE* out, const Tokenizer* t, int vocab, int id, int* left) {
     unsigned char byte = id;
     TokenPiece p = {&byte, vocab <= 256, 0, 'b', 0};
-    if (t) { p = id < t->pieces ? t->piece[id] : t->piece[t->eod]; }
-    else if (vocab > 256) { printf("%d ", id); }
+    if (t) { p = id < t->pieces ? t->piece[id] : t->piece[t->eod]; } // a model may have more ids than its tokenizer
+    else if (vocab > 256) { fprintf(out, "%d ", id); }
     for (int i = 0; i < p.size; i++) {
         unsigned char c = p.bytes[i];
         *left = *left && (c & 0xc0) == 0x80 ? *left - 1 : c >= 0xf0 ? 3 : c >= 0xe0 ? 2 : c >= 0xc0 ? 1 : 0;
-        putchar(c);
+        fputc(c, out);
     }
-    if (!*left) { fflush(stdout); }
+    if (!*left) { fflush(out); }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Data: files of tokens laid end to end, and the documents in them
-
-typedef struct {
-    const char* path;
-    const int* ids;            // a text as a tokenizer has it; NULL: the file is read
-    int width;                 // bytes of a token in the file
-    size_t offset, begin, end; // where they start; tokens [begin,end) are meant
-} Segment;
-
-typedef struct { size_t at, size, stretches; } Document; // its first token, tokens, stretches before it (see below)
-
-typedef struct {
-    Tokenizer* tokenizer;       // NULL: a byte is a token
-    Segment* segments;
-    int count;
-    size_t size;                // tokens
-    int eod;                    // the token that ends documents; -1: all is one document, without an end
-    Document* documents;
-    size_t num_documents, stretches;
-} Dataset;
+// Data
 
 void dataset_add(Dataset* d, Segment s, size_t begin, size_t end) {
     if (begin == end) { return; }
@@ -441,72 +572,133 @@ bool is_token_file(const char* path) {
     return dot && !strcmp(dot, ".bin");
 }
 
-// A text: bytes are tokens, or what the tokenizer makes of them. A file that ends in .bin: llm.c's format, 256 int32
-// (magic, version, count), then uint16 tokens (magic 20240520, version 1) or uint32 tokens (20240801, 7).
+// Reads the header of a .bin of `bytes` bytes into a segment.
+void token_header(Segment* s, int fd, size_t bytes) {
+    int32_t header[256];
+    s->offset = sizeof(header);
+    if (file_part(fd, 0, header, sizeof(header)) != sizeof(header)) {
+        die("%s: truncated: no header of 1024 bytes", s->path);
+    }
+    int magic = header[0], version = header[1], count = header[2];
+    s->width = magic == 20240520 && version == 1 ? 2 : magic == 20240801 && version == 7 ? 4 : 0;
+    if (!s->width) {
+        die("%s: magic %d version %d: llm.c's token files have 20240520/1 or 20240801/7", s->path, magic, version);
+    }
+    s->end = count;
+    bool fits = count >= 0 && bytes == s->offset + s->end * s->width;
+    if (!fits) { die("%s: %d tokens do not make a file of %zu bytes", s->path, count, bytes); }
+}
+
 Segment token_file(const char* path, const Tokenizer* tokenizer) {
     Segment s = {path, NULL, 1, 0, 0, 0};
-    struct stat info;
-    int32_t header[256];
-    int fd = open(path, O_RDONLY);
-    if (fd < 0 || fstat(fd, &info)) { die("%s: %s", path, strerror(errno)); }
-    if (!S_ISREG(info.st_mode)) { die("%s: not a regular file", path); }
-    size_t bytes = s.end = info.st_size;
+    unsigned char mark[2] = {0, 0}; // a text in UTF-16 begins with U+FEFF, in one byte order or the other
+    size_t bytes;
+    int fd = file_must_open(path, &bytes);
     if (is_token_file(path)) {
-        if (read(fd, header, sizeof(header)) != sizeof(header)) { die("%s: truncated: no header of 1024 bytes", path); }
-        s.offset = sizeof(header);
-        int magic = header[0], version = header[1], count = header[2];
-        s.width = magic == 20240520 && version == 1 ? 2 : magic == 20240801 && version == 7 ? 4 : 0;
-        if (!s.width) {
-            die("%s: magic %d version %d: llm.c's token files have 20240520/1 or 20240801/7", path, magic, version);
-        }
-        s.end = count;
-        bool fits = count >= 0 && bytes == s.offset + s.end * s.width;
-        if (!fits) { die("%s: %d tokens do not make a file of %zu bytes", path, count, bytes); }
-    } else if (tokenizer) {
+        token_header(&s, fd, bytes);
+    } else {
+        file_part(fd, 0, mark, sizeof(mark));
+        s.end = bytes;
+    }
+    close(fd);
+    if ((mark[0] == 0xff && mark[1] == 0xfe) || (mark[0] == 0xfe && mark[1] == 0xff)) {
+        die("%s: this text is UTF-16, expected UTF-8: iconv -f UTF-16 -t UTF-8 converts it", path);
+    }
+    if (tokenizer && !is_token_file(path)) {
         unsigned char* text = file_read(path, &bytes);
         Tokens tokens = {NULL, 0};
         encode(tokenizer, text, bytes, &tokens);
         free(text);
         s.ids = tokens.ids; s.end = tokens.count;
     }
-    close(fd);
     if (s.end == 0) { die("%s: empty", path); }
     return s;
 }
 
-// Adds the files that a list of patterns names; the last 10% of each go to held_out if not NULL.
-void dataset_open(Dataset* d, Dataset* held_out, const char* flag, const char* patterns) {
-    char* list = strdup(patterns);
-    for (char *save = NULL, *pattern = strtok_r(list, ",", &save); pattern; pattern = strtok_r(NULL, ",", &save)) {
-        glob_t found;
-        if (glob(pattern, 0, NULL, &found)) { die("%s: no file is named %s", flag, pattern); }
-        for (size_t i = 0; i < found.gl_pathc; i++) {
-            Segment s = token_file(strdup(found.gl_pathv[i]), d->tokenizer);
-            size_t cut = held_out ? (size_t)(0.9 * s.end) : s.end;
-            dataset_add(d, s, 0, cut);
-            if (held_out) { dataset_add(held_out, s, cut, s.end); }
-        }
-        globfree(&found);
+// Adds a file. If held_out is not NULL, it gets the last 10%.
+void dataset_add_file(Dataset* d, Dataset* held_out, const char* path) {
+    Segment s = token_file(strdup(path), d->tokenizer);
+    size_t cut = held_out ? (size_t)(0.9 * s.end) : s.end;
+    dataset_add(d, s, 0, cut);
+    if (held_out) { dataset_add(held_out, s, cut, s.end); }
+}
+
+// Adds the files that a pattern finds. Returns how many.
+size_t dataset_add_pattern(Dataset* d, Dataset* held_out, const char* pattern) {
+    glob_t found;
+    if (glob(pattern, 0, NULL, &found)) { return 0; }
+    size_t count = found.gl_pathc;
+    for (size_t i = 0; i < count; i++) { dataset_add_file(d, held_out, found.gl_pathv[i]); }
+    globfree(&found);
+    return count;
+}
+
+// Returns the path of a name in a folder. With `quoted` it is a pattern, in which no character of the folder's name has
+// a special meaning.
+const char* path_in(const char* folder, const char* name, bool quoted) {
+    char before[2 * PATH_MAX], *to = before;
+    if (!*folder || *name == '/') { return name; }
+    for (const char* c = folder; *c && to < before + sizeof(before) - 3; c++) {
+        if (quoted && strchr("*?[]\\", *c)) { *to++ = '\\'; }
+        *to++ = *c;
     }
+    *to = 0;
+    return text_of("%s/%s", before, name);
+}
+
+// Returns the end of the longest name at the start of a list that exists in a folder, or NULL if none does. A name ends
+// at a comma or with the list.
+char* name_end(char* list, const char* folder) {
+    for (char* end = list + strlen(list); end > list; end--) {
+        char after = *end;
+        if (after && after != ',') { continue; }
+        *end = 0;
+        bool exists = path_exists(path_in(folder, list, false));
+        *end = after;
+        if (exists) { return end; }
+    }
+    return NULL;
+}
+
+void dataset_open(Dataset* d, Dataset* held_out, const char* flag, const char* patterns, const char* folder) {
+    size_t files = 0;
+    char *list = strdup(patterns), *next;
+    for (char* part = list; part; part = next) {
+        char* end = name_end(part, folder);
+        bool exists = end;
+        if (!exists) { end = part + strcspn(part, ","); }
+        next = *end ? end + 1 : NULL;
+        *end = 0;
+        const char* path = path_in(folder, part, false);
+        int error = path_exists(path) ? 0 : errno;
+        if (exists) { dataset_add_file(d, held_out, path); files++; }
+        if (exists || !*part) { continue; }
+        size_t found = dataset_add_pattern(d, held_out, path_in(folder, part, true));
+        if (!found && error != ENOENT && error != ENOTDIR) { die("%s %s: %s", flag, path, strerror(error)); }
+        if (!found) { die("%s: no file is named %s", flag, path); }
+        files += found;
+    }
+    if (!files) { die("%s '%s': expected names of files", flag, patterns); }
     free(list);
 }
 
-// out = tokens [at, at+n) of the files laid end to end; every id must be below vocab.
 void dataset_read(const Dataset* d, size_t at, size_t n, int* out, int vocab) {
     for (const Segment* s = d->segments; n > 0; at -= min_size(at, s->end - s->begin), s++) {
         if (at >= s->end - s->begin) { continue; }
-        size_t take = min_size(n, s->end - s->begin - at), bytes = take * s->width, done = 0;
-        unsigned char* p = (unsigned char*)out + take * (sizeof(int) - s->width); // widened in place, from the front
-        int fd = s->ids ? -1 : open(s->path, O_RDONLY);
-        for (ssize_t got = 1; fd >= 0 && done < bytes && got > 0; done += got > 0 ? got : 0) {
-            got = pread(fd, p + done, bytes - done, s->offset + (s->begin + at) * s->width + done);
+        size_t take = min_size(n, s->end - s->begin - at), bytes = take * s->width;
+        // Tokens of the file stand at the end of their part of out, and are widened in place, from the front.
+        unsigned char* p = (unsigned char*)out + take * (sizeof(int) - s->width);
+        if (s->ids) {
+            memcpy(out, s->ids + s->begin + at, take * sizeof(int));
+        } else {
+            int fd = open(s->path, O_RDONLY | O_NONBLOCK);
+            bool whole = fd >= 0 && file_part(fd, s->offset + (s->begin + at) * s->width, p, bytes) == bytes;
+            if (!whole) { die("%s: cannot be read any more", s->path); }
+            close(fd);
         }
-        if (s->ids) { memcpy(out, s->ids + s->begin + at, take * sizeof(int)); }
-        else if (done < bytes) { die("%s: cannot be read any more", s->path); }
-        if (fd >= 0) { close(fd); }
         for (size_t k = 0; k < take; k++, p += s->width) {
-            uint32_t id = s->ids ? out[k] : 0;
-            for (int b = 0; !s->ids && b < s->width; b++) { id |= (uint32_t)p[b] << 8 * b; }
+            uint32_t id = 0;
+            if (s->ids) { id = out[k]; } else { memcpy(&id, p, s->width); }
             out[k] = id;
             if (id < (uint32_t)vocab) { continue; }
             die("%s: token %zu is %u, vocab_size is %d", s->path, s->begin + at + k, id, vocab);
@@ -515,15 +707,10 @@ void dataset_read(const Dataset* d, size_t at, size_t n, int* out, int vocab) {
     }
 }
 
-// Sequence `row` of a step and the token that follows it, T + 1 in all, from a uniformly random place: a pure function
-// of (seed, step, row), whoever asks.
-void dataset_sample(const Dataset* d, int seed, uint64_t step, uint64_t row, int T, int vocab, int* out) {
-    dataset_read(d, random_bits(seed, ((uint64_t)1 << 56) + step, row) % (d->size - T), T + 1, out, vocab);
-}
+// ---------------------------------------------------------------------------------------------------------------------
+// Documents
 
-// A document ends at an end-of-document token or at the end of its file. The model reads it as EOD t0 t1 .. EOD: every
-// token is predicted, the first one from EOD, and the end is. Training reads it in stretches of T of these predictions,
-// the last one as long as it is; the stretches of all documents, in order, are numbered through.
+// Adds the document of the tokens [at,end). Does nothing if there are none.
 void document_add(Dataset* d, size_t at, size_t end, int T) {
     if (at == end) { return; }
     d->documents = (Document*)list_grow(d->documents, d->num_documents, sizeof(Document));
@@ -532,7 +719,6 @@ void document_add(Dataset* d, size_t at, size_t end, int T) {
     d->stretches += document.size / T + 1;
 }
 
-// Finds the documents. Reads everything once: a bad token shows at the start, not when a run has done its work.
 void dataset_index(Dataset* d, int T, int vocab) {
     enum { BUFFER = 1 << 16 };
     int* ids = (int*)xcalloc(BUFFER, sizeof(int));
@@ -552,10 +738,8 @@ void dataset_index(Dataset* d, int T, int vocab) {
     free(ids);
 }
 
-// Inputs that a document has: each but the last token, and EOD before the first if there are EODs.
 size_t document_inputs(const Dataset* d, const Document* k) { return k->size - (d->eod < 0); }
 
-// out = n + 1 tokens from place `from` on of EOD t0 t1 .. EOD, or of t0 t1 .. without EODs: n inputs and targets.
 void document_read(const Dataset* d, const Document* k, size_t from, size_t n, int* out, int vocab) {
     bool lead = d->eod >= 0, starts = lead && from == 0, ends = lead && from + n == k->size + 1;
     if (starts) { out[0] = d->eod; }
@@ -563,13 +747,10 @@ void document_read(const Dataset* d, const Document* k, size_t from, size_t n, i
     dataset_read(d, k->at + from - (lead && from > 0), n + 1 - starts - ends, out + starts, vocab);
 }
 
-// What global row `row` of `rows` reads in a step: rows start at equal distances and go on by a stretch in each step,
-// around and around. A pure function of (step, row). Returns the stretch's predictions; out (T+1) receives its tokens,
-// EODs after the end, if not NULL, and *fresh whether a document starts with it.
 int dataset_stretch(const Dataset* d, uint64_t step, uint64_t row, uint64_t rows, int T, int vocab, int* out,
                     bool* fresh) {
     size_t number = (row * d->stretches / rows + step) % d->stretches, low = 0, high = d->num_documents;
-    while (high - low > 1) { // the last document with no more stretches before it
+    while (high - low > 1) { // search for the last document with at most `number` stretches before it
         size_t middle = (low + high) / 2;
         if (d->documents[middle].stretches <= number) { low = middle; } else { high = middle; }
     }
@@ -583,104 +764,59 @@ int dataset_stretch(const Dataset* d, uint64_t step, uint64_t row, uint64_t rows
     return n;
 }
 
-// The tokens and targets of all micro-steps of a step, and which rows start afresh: this rank's slice of its group's
-// sequences. They are counted micro-step by micro-step over all groups, so that a step has the same ones however the
-// work is split. Returns the number of predictions in the whole step.
-size_t read_step(const Options* o, const Dataset* data, int step, int* tokens, int* targets, bool* fresh) {
-    size_t B = o->batch, G = ranks.groups, T = o->seq, slice = T / ranks.chunks, R = o->accum * G * B, sum = 0, n = T;
-    int vocab = o->model.vocab_size, *row = (int*)xcalloc(T + 1, sizeof(int));
-    for (size_t r = 0; r < R; r++, sum += n) {
-        bool mine = r / B % G == (size_t)ranks.group;
-        if (o->eod >= 0) { n = dataset_stretch(data, step, r, R, T, vocab, mine ? row : NULL, fresh); }
-        else if (mine) { dataset_sample(data, o->seed, step, r, T, vocab, row); }
-        for (size_t t = 0, from = ranks.chunk * slice; mine && t < slice; t++) {
-            *tokens++ = row[from + t];
-            *targets++ = from + t < n ? row[from + t + 1] : IGNORE;
-        }
-        fresh += mine;
-    }
-    free(row);
-    return sum;
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
-// What the options ask for
+// What losses say about a text
 
-// Opens the tokenizer and the data, and refuses what could not be used, before any work is done.
-void data_open(const Options* o, bool training, Dataset* data, Dataset* held_out) {
-    int vocab = o->model.vocab_size, T = o->seq;
-    size_t rows = (size_t)o->batch * o->accum * ranks.groups;
-    Tokenizer* t = data->tokenizer = held_out->tokenizer = *o->tokenizer ? tokenizer_open(o->tokenizer) : NULL;
-    bool fits = !t || t->pieces <= vocab, ends = !t || o->eod < 0 || o->eod == t->eod;
-    if (!fits) { die("--tokenizer %s has %d tokens, vocab_size is %d", t->path, t->pieces, vocab); }
-    if (!ends) { die("--eod %d: in --tokenizer %s documents end with token %d", o->eod, t->path, t->eod); }
-    data->eod = held_out->eod = o->eod;
-    if (*o->eval) { dataset_open(data, NULL, "--eval", o->eval); dataset_index(data, T, vocab); }
-    if (data->size == 1 && o->eod < 0) { die("--eval %s: at least 2 tokens are needed", o->eval); }
-    if (!training) { return; }
-    dataset_open(data, *o->val ? NULL : held_out, "--train", o->train);
-    if (*o->val) { dataset_open(held_out, NULL, "--val", o->val); }
-    printf("tokens: %zu to train on, %zu held out\n", data->size, held_out->size);
-    if (o->eod < 0 && data->size <= (size_t)T) {
-        die("--train %s: %zu tokens to train on, --seq %d needs one more than that", o->train, data->size, T);
-    }
-    if (o->eod >= 0) {
-        dataset_index(data, T, vocab);
-        double steps = (double)data->stretches / rows;
-        printf("documents: %zu to train on, read once in %.1f steps\n", data->num_documents, steps);
-        if (data->stretches < rows) {
-            die("--train %s: %zu pieces of --seq %d tokens, a step takes %zu", o->train, data->stretches, T, rows);
-        }
-    }
-    bool used = strcmp(o->out, o->resume) && checkpoint_newest(o->out, INT_MAX) >= 0;
-    if (used) { die("--out %s holds checkpoints: --resume it, or name another folder", o->out); }
-    dataset_index(held_out, T, vocab);
-    if (*o->out && mkdir(o->out, 0777) && errno != EEXIST) { die("--out %s: %s", o->out, strerror(errno)); }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// What losses say about the text
-
-typedef struct { size_t words, lines, bytes; bool known, lossless; } Counts;
-
-// Adds what a text has: words between whitespace, newlines, bytes.
 void counts_add_text(Counts* c, const char* path) {
     unsigned char buffer[1 << 16];
     bool space = true;
-    FILE* f = fopen(path, "rb");
-    if (!f) { die("%s: %s", path, strerror(errno)); }
-    for (size_t n; (n = fread(buffer, 1, sizeof(buffer), f)) > 0; c->bytes += n) {
+    size_t size;
+    int fd = file_must_open(path, &size);
+    for (size_t n, at = 0; (n = file_part(fd, at, buffer, sizeof(buffer))) > 0; at += n) {
         for (size_t i = 0; i < n; i++) {
             bool before = space;
             space = isspace(buffer[i]);
             c->words += before && !space;
             c->lines += buffer[i] == '\n';
         }
+        c->bytes += n;
     }
-    fclose(f);
+    close(fd);
 }
 
-// The same for the text that NAME.bin was made of, from the lines "key value" of NAME.info; unknown if there is none.
 void counts_add_info(Counts* c, const char* path) {
+    enum { WORDS, LINES, BYTES, LOSSLESS, NUM_KEYS = 8 };
+    static const struct { const char* key; size_t low, high; } rows[NUM_KEYS] = {
+        {"words", 0, (size_t)1e18}, {"lines", 0, (size_t)1e18}, {"bytes", 1, (size_t)1e18}, {"lossless", 0, 1},
+        {"documents", 0, (size_t)1e18}, {"tokens", 0, (size_t)1e18}, // from here on, values are only checked
+        {"eod", 0, INT_MAX}, {"vocab_size", 1, INT_MAX}
+    };
     const char* info = text_of("%.*s.info", (int)(strlen(path) - strlen(".bin")), path);
-    static const char* keys[] = {"words", "lines", "bytes", "lossless"};
-    size_t values[4] = {0, 0, 0, 1};
-    int found = 0;
-    FILE* f = fopen(info, "r");
-    for (char line[PATH_MAX]; f && fgets(line, sizeof(line), f);) {
-        for (int k = 0; k < 4; k++) {
-            size_t n = strlen(keys[k]);
-            if (strncmp(line, keys[k], n) || line[n] != ' ') { continue; }
-            char *value = line + n + 1, *end = value;
+    size_t values[NUM_KEYS] = {0, 0, 0, 1}, size;
+    bool found[NUM_KEYS] = {false};
+    if (!path_exists(info)) { c->known = false; return; }
+    char* text = (char*)file_read(info, &size);
+    for (char *line = text, *next; *line; line = next) {
+        size_t length = strcspn(line, "\n");
+        next = line + length + (line[length] != 0);
+        line[length] = 0;
+        for (int k = 0; k < NUM_KEYS; k++) {
+            size_t n = strlen(rows[k].key);
+            if (strncmp(line, rows[k].key, n) || (line[n] && line[n] != ' ')) { continue; }
+            char *value = line + n + (line[n] != 0), *end = value;
+            errno = 0;
             if (isdigit((unsigned char)*value)) { values[k] = strtoull(value, &end, 10); }
-            if (end == value || *end != '\n') { die("%s: expected \"%s\" and a whole number", info, keys[k]); }
-            found |= 1 << k;
+            if (end == value || *end || errno || values[k] < rows[k].low || values[k] > rows[k].high) {
+                die("%s: expected \"%s\" and a whole number from %zu to %zu, found \"%.40s\"", info, rows[k].key,
+                    rows[k].low, rows[k].high, value);
+            }
+            found[k] = true;
         }
     }
-    if (f) { fclose(f); }
-    c->words += values[0]; c->lines += values[1]; c->bytes += values[2];
-    c->lossless = c->lossless && values[3];
-    c->known = c->known && (found & 7) == 7;
+    free(text);
+    c->words += values[WORDS]; c->lines += values[LINES]; c->bytes += values[BYTES];
+    c->lossless = c->lossless && values[LOSSLESS];
+    c->known = c->known && found[WORDS] && found[LINES] && found[BYTES];
 }
 
 Counts dataset_counts(const Dataset* d) {
@@ -690,10 +826,6 @@ Counts dataset_counts(const Dataset* d) {
     }
     return c;
 }
-
-// Losses by position in the document: 0-1K, 1K-2K, 2K-4K, and so on.
-enum { NUM_SPANS = 56 };
-typedef struct { size_t tokens; double nats; } Span;
 
 void spans_add(Span spans[NUM_SPANS], size_t position, const float* losses, size_t n) {
     for (size_t i = 0; i < n; i++) {
@@ -715,26 +847,42 @@ const char* size_text(size_t n) { // 1024 is 1K
     return text_of("%zu%.*s", n >> 10 * unit, unit > 0, &"-KMG"[unit]);
 }
 
-void spans_print(const Span spans[NUM_SPANS], const Dataset* d) {
-    Counts c = dataset_counts(d);
+// Returns the perplexity exp(nats / count) as text, short enough for a table however large it is.
+const char* perplexity_text(double nats, size_t count) {
+    double perplexity = exp(nats / count);
+    if (!count) { return "unknown"; }
+    return perplexity < 1e6 ? text_of("%.4f", perplexity) : text_of("%.5g", perplexity);
+}
+
+void spans_print(FILE* out, const Span spans[NUM_SPANS], const Dataset* d) {
     Span sum = spans_sum(spans);
-    bool bytes = !d->tokenizer;
-    for (int i = 0; i < d->count; i++) { bytes = bytes && d->segments[i].width == 1; }
-    double mean = sum.nats / sum.tokens, bits = (bytes ? mean : sum.nats / c.bytes) / log(2);
-    printf("eval: tokens %zu nats/token %.6f perplexity %.4f bits/byte %s\n", sum.tokens, mean, exp(mean),
-           c.known ? text_of("%.4f%s", bits, c.lossless ? "" : " (the tokenizer drops characters)") : "unknown");
+    if (!sum.tokens) {
+        die("%s: no token to score: %s", d->count ? d->segments[0].path : "the data",
+            d->eod >= 0 ? "there are only ends of documents" : "a document without an end needs two tokens");
+    }
+    Counts c = dataset_counts(d);
+    bool tokens_are_bytes = !d->tokenizer;
+    for (int i = 0; i < d->count; i++) { tokens_are_bytes = tokens_are_bytes && d->segments[i].width == 1; }
+    double mean = sum.nats / sum.tokens, bits = (tokens_are_bytes ? mean : sum.nats / c.bytes) / log(2);
+    fprintf(out, "eval: tokens %zu nats/token %.6f perplexity %s bits/byte %s\n", sum.tokens, mean,
+            perplexity_text(sum.nats, sum.tokens),
+            c.known ? text_of("%.4f%s", bits, c.lossless ? "" : " (the tokenizer drops characters)") : "unknown");
     if (c.known) {
-        printf("nats %.2f, bytes %zu, documents %zu\n"
-               "words %zu: perplexity per word %.4f (separated by whitespace, as PG19 is reported)\n"
-               "words + lines %zu: perplexity per word %.4f (and the end of each line, as WikiText is)\n",
-               sum.nats, c.bytes, d->num_documents, c.words, exp(sum.nats / c.words), c.words + c.lines,
-               exp(sum.nats / (c.words + c.lines)));
-    } else { printf("words unknown: a .bin has them in its .info, which data/*.py write\n"); }
-    printf("%14s %12s %12s %12s\n", "position", "tokens", "nats/token", "perplexity");
+        fprintf(out, "nats %.2f, bytes %zu, documents %zu\n", sum.nats, c.bytes, d->num_documents);
+        fprintf(out, "words %zu: perplexity per word %s (separated by white space, as PG19 is reported)\n",
+                c.words, perplexity_text(sum.nats, c.words));
+        fprintf(out, "words + lines %zu: perplexity per word %s (with the ends of lines, as WikiText is reported)\n",
+                c.words + c.lines, perplexity_text(sum.nats, c.words + c.lines));
+    } else {
+        fprintf(out, "words unknown: a .bin needs the .info that the scripts in data/ write beside it\n");
+    }
+    fprintf(out, "%14s %12s %12s %12s\n", "position", "tokens", "nats/token", "perplexity");
     for (int k = 0; k < NUM_SPANS; k++) {
         if (!spans[k].tokens) { continue; }
         const char* range = text_of("%s-%s", size_text(k ? (size_t)512 << k : 0), size_text((size_t)1024 << k));
-        mean = spans[k].nats / spans[k].tokens;
-        printf("%14s %12zu %12.6f %12.4f\n", range, spans[k].tokens, mean, exp(mean));
+        fprintf(out, "%14s %12zu %12.6f %12s\n", range, spans[k].tokens, spans[k].nats / spans[k].tokens,
+                perplexity_text(spans[k].nats, spans[k].tokens));
     }
 }
+
+#endif

@@ -74,7 +74,8 @@ double time_step(Options* o, int runs) {
         model_forward(&m, &pass, tokens, NULL, NULL);
         model_loss(&m, &pass, tokens + 1, &scored);
         model_backward(&m, &pass, tokens, tokens + 1, 1.0 / rows, NULL, NULL);
-        model_update(&m, o, 1e-3, r + 2, clip_scale(model_grad_norm(&m), 1.0));
+        AdamW adamw = adamw_of(o, 1e-3);
+        model_update(&m, &adamw, r + 2, clip_scale(model_grad_norm(&m), 1.0));
         if (r >= 0) { times[r] = seconds() - t0; }
     }
     free(tokens);

@@ -22,8 +22,11 @@ tiny=tiny/step_00000020.safetensors
 
 # The command line
 refuses 'unknown option "--step".*--help' --step 10
-refuses 'unknown option "-h"' -h
-refuses 'unknown option "--steps=10"' --steps=10
+refuses 'unknown option "-x"' -x
+refuses 'unknown option "--step=10"' --step=10
+refuses '--steps "": expected a whole number' --steps=
+refuses '--dry-run takes no value' --dry-run=1
+refuses '--prompt needs --generate' --prompt ROMEO: --load $tiny
 refuses 'unknown option "10"' --steps 10 10
 refuses 'unknown option ""' ""
 refuses '--steps needs a value' --steps
@@ -60,7 +63,7 @@ printf '\004\000' > short
 safetensors '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}' 7 > cut
 safetensors '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}' 9 > long
 safetensors '{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}' 4 > size
-safetensors '{"a":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}' 8 > dtype
+safetensors '{"embed.weight":{"dtype":"F64","shape":[256,16],"data_offsets":[0,32768]}}' 32768 > dtype
 safetensors '{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}' 0 > overflow
 two() { safetensors "{\"a\":{\"dtype\":\"I32\",\"shape\":[1],\"data_offsets\":[0,4]},
     \"$1\":{\"dtype\":\"I32\",\"shape\":[1],\"data_offsets\":[$2]}}" "$3"; }
@@ -75,8 +78,9 @@ refuses 'missing: No such file' --load missing
 refuses '\.: not ' --load .
 for file in empty short huge; do refuses "$file: not a safetensors file" --load $file; done
 refuses "cut: truncated" --load cut
+refuses "dtype: tensor 'embed.weight'.* F64" --load dtype --train text.txt $small $model
 refuses "long: bytes follow" --load long
-for file in size dtype overflow overlap hole twice json; do refuses "$file: tensor '[ab]'" --load $file; done
+for file in size overflow overlap hole twice json; do refuses "$file: tensor '[ab]'" --load $file; done
 refuses 'number: --num-layers "1x": expected a whole number' --load number
 refuses "none: tensor 'embed.weight' is missing" --load none --train text.txt $small $model
 refuses "model_dim 16, the flags say 32" --load $tiny --model-dim 32
@@ -131,7 +135,9 @@ refuses '--prompt: byte 122 .* vocab_size 64' --prompt z --generate 3 --resume d
 # What goes wrong while training
 n=$(od -An -tu4 -N4 $tiny)
 (head -c $((8 + n)) $tiny; printf '\000\000\300\177'; tail -c +$((13 + n)) $tiny) > nan
-refuses 'step 1: loss -?nan' --load nan --train text.txt $small
+for mode in '--eval text.txt' '--generate 5' '--train text.txt'; do
+    refuses "nan: tensor 'embed.weight' holds nan at 0" --load nan $mode $small
+done
 run $small $model --train text.txt --steps 20 --lr 1000 --checkpoint-every 1 --out diverged
 step=$(sed -n 's/^error: step \([0-9]*\): loss.*/\1/p' err)
 [ $status = 1 ] && [ "$(ls diverged | tail -n 1)" = "step_$(printf %08d $((step - 1))).safetensors" ]
@@ -161,9 +167,22 @@ kill -TERM $!
 stopped "SIGTERM during validation: the same"
 (exec "$program" $small $model --accum 1000000 --train text.txt --steps 10 --out twice_stopped > out 2> err) &
 until [ -e twice_stopped/log.tsv ]; do sleep 0.05; done
-sleep 0.5; kill -TERM $!; sleep 0.1; kill -TERM $!; wait $!
+sleep 0.5; kill -INT $!; sleep 0.1; kill -INT $!; wait $!
 status=$?
-result "a second SIGTERM exits at once" "$([ $status = 143 ] || echo "exit status $status")"
+result "a second SIGINT exits at once" "$([ $status = 130 ] || echo "exit status $status")"
+for signal in HUP USR1 "TERM twice"; do
+    (exec "$program" $small $model --train text.txt --steps 1000000 --out run > out 2> err) &
+    until [ -e run/log.tsv ] && [ "$(wc -l < run/log.tsv)" -gt 3 ]; do sleep 0.05; done
+    kill -${signal% *} $!
+    [ "$signal" = "${signal% *}" ] || kill -TERM $! # timeout, parallel and scancel send it twice
+    stopped "SIG$signal: the same"
+done
+status=0
+(timeout 60 "$program" $small $model --train text.txt --steps 1000000 --out run 2> err; echo $? > code) | head -n 20 > out
+last=$(tail -n 1 run/log.tsv | cut -f1)
+[ "$(cat code)" = 1 ] && [ -e "run/step_$(printf %08d "$last").safetensors" ] && tail -n 1 err | grep -q "^error: stdout"
+result "a reader of stdout that goes away: saves, and says so" "$([ $? = 0 ] || cat code err)"
+rm -r run
 
 # What must work
 sed -n 's/^    X([A-Z]*, *\([a-z0-9_]*\),.*".*/\1/p' "$table" | tr _ - > flags
@@ -171,6 +190,11 @@ run --help
 missing=$(while read -r flag; do grep -q -e "^  --$flag " out || echo "--$flag"; done < flags)
 [ $status = 0 ] && [ -s flags ] || missing="$missing exit status $status"
 result "--help lists all $(wc -l < flags) flags" "$missing"
+cp out help; run -h
+same "-h is --help" out help
+result "--help fits 100 columns" "$(awk 'length > 100' help)"
+works "--flag=value" "steps 7 .*lr 0.5" --dry-run --steps=7 --lr=0.5
+works "the built-in data is found from any folder" "^tokens: [0-9]{6} to train on" $small $model --steps 1
 for preset in mega200M=220627968 mega1.3B=1342832640 mega1.3B_pg19=1327628288 mega7.1B=7117381632 mega7.3B=7385817088 \
               paper7B=7385817088; do
     works "--dry-run --preset ${preset%=*}" "^num_parameters: ${preset#*=}$" --dry-run --preset ${preset%=*}
@@ -198,6 +222,10 @@ for n in 1 2; do
 done
 strange='a	b\c"d[1]*'
 run $small $model --train text.txt --steps 1 --out "$strange"
+for threads in 0 1; do
+    OMP_NUM_THREADS=2 "$program" $small $model --train text.txt --steps 1 --threads $threads --out kept$threads > out
+    works "the machine's number of threads is not kept: $threads" "threads $threads |" --resume kept$threads
+done
 works "--resume of a folder with a strange name" "eval: tokens" --resume "$strange" --eval text.txt
 refuses 'holds checkpoints: --resume' --out "$strange" $small $model --train text.txt --steps 1
 same "1 thread and 2 threads: same losses" steps1 steps2
@@ -255,6 +283,19 @@ head -c 600 text.txt > a1.txt; head -c 1300 text.txt | tail -c 700 > a2.txt; tai
 run $small $model --train text.txt --val text.txt --steps 5; grep -E '^tokens|val loss' out > whole
 run $small $model --train 'a*.txt,b.txt' --val a1.txt,a2.txt,b.txt --steps 5; grep -E '^tokens|val loss' out > pieces
 same "--train, --val: pieces named by * and commas as one file" whole pieces
+
+# The test program's flags, in any order
+program=$(dirname "$program")/test_megalodon
+if [ -x "$program" ] && cp "$(dirname "$program")/data/reference/one.safetensors" dump; then
+    works "test_megalodon: a dump" "overall okay: 1" dump
+    works "test_megalodon: a flag after the file" "overall okay: 1" dump --chunk-parallel=1
+    works "test_megalodon --help" "usage: test_megalodon" --help
+    run dump --break logits
+    result "test_megalodon --break, after the file" "$([ $status = 1 ] && grep -q '^overall okay: 0' out || cat err)"
+    refuses 'unknown option "--precisio"' --precisio fp32
+    refuses '--precision: the CPU program' --precision fp32 dump
+    refuses '--chunk-parallel 2: 1 processes' dump --chunk-parallel 2
+fi
 
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]

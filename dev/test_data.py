@@ -498,17 +498,21 @@ def test_transformer(folder, text):
     losses = [float(row[2]) for row in rows[1:]]
     result("transformer.py: learns", "" if 5 < losses[0] < 6 and losses[-1] < losses[0] - 1.5 else str(losses[::10]))
 
-    # The same tokens as train_megalodon's: its dataset_sample on two files of which a tenth is held out.
+    # The same tokens as train_megalodon's: its read_step on two files of which a tenth is held out.
     write(folder + "/sample.c", b'''#define TESTING
 #include "train_megalodon.c"
 int main(int argc, char** argv) {
     static Dataset d, held_out;
-    int out[41];
-    dataset_open(&d, &held_out, "--train", argv[1]);
+    Options o = default_options;
+    int tokens[120], targets[120];
+    bool fresh[3];
+    o.batch = 3; o.seq = 40; d.eod = -1;
+    dataset_open(&d, &held_out, "--train", argv[1], "");
     for (int step = 0; argc == 2 && step < 40; step++) {
+        read_step(&o, &d, step, tokens, targets, fresh);
         for (int row = 0; row < 3; row++) {
-            dataset_sample(&d, 1337, step, row, 40, 256, out);
-            for (int i = 0; i < 41; i++) { printf("%d ", out[i]); }
+            for (int i = 0; i < 40; i++) { printf("%d ", tokens[row * 40 + i]); }
+            printf("%d ", targets[row * 40 + 39]);
         }
     }
 }

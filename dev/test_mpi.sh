@@ -86,7 +86,7 @@ for split in "1 2 --batch 4" "2 1 --batch 1 --accum 2" "2 2 --batch 2" "1 3 --ba
     run $((data * chunk)) $model $long "$@" --steps 10 --chunk-parallel $chunk --checkpoint-every 1 --out $dir
     name="data $data x chunk $chunk"
     result "$name: runs, and says how" "$([ $status = 0 ] || cat err
-        grep -q "^ranks: $((data * chunk)) = $data groups x $chunk slices, 1 thread" out || cat out)"
+        grep -q "^processes: $((data * chunk)) = $data groups x $chunk slices, 1 thread" out || cat out)"
     result "$name: losses" "$(same_losses $dir one)"
     result "$name: gradients" "$(compare "$(checkpoint $dir 1)" "$(checkpoint one 1)")"
     result "$name: weights after 5 steps" \

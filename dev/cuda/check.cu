@@ -253,8 +253,9 @@ template <typename X> static void check_model(Gpu& gpu, const char* what, Config
     float norm = model_grad_norm(gpu, &gm), cnorm = model_grad_norm(&m);
     compare("gradient norm", &norm, &cnorm, 1, 0, 1e-6, false);
     for (int step = 1; step <= 2; step++) {
-        model_update(gpu, &gm, &o, 1e-3, step, 0.7);
-        model_update(&m, &o, 1e-3, step, 0.7);
+        AdamW adamw = adamw_of(&o, 1e-3);
+        model_update(gpu, &gm, &adamw, step, 0.7);
+        model_update(&m, &adamw, step, 0.7);
     }
     model_copy(&gm, gm.params, got.params, true);
     compare("updated", got.params.embed, m.params.embed, m.num_parameters, 0, 1e-6, false);
@@ -289,7 +290,7 @@ static float to_host(bf16 x) { return __bfloat162float(x); }
 template <typename X> static void check_cema(Gpu& gpu, int B, int T, int D, int N, bool past, int slices = 1) {
     const bool fp32 = std::is_same<X, float>::value;
     int failed = num_failed, checked = num_checked;
-    size_t n = (size_t)B * T * D, modes = (size_t)D * N, states = (size_t)B * modes * 2;
+    size_t n = (size_t)B * T * D, oscillators = (size_t)D * N, states = (size_t)B * oscillators * 2;
     auto randoms = [](size_t n, uint64_t seed, float mean, float scale) {
         float* v = (float*)xcalloc(n, sizeof(float));
         for (size_t i = 0; i < n; i++) { v[i] = mean + scale * random_normal(21, seed, i, INFINITY); }
@@ -316,7 +317,7 @@ template <typename X> static void check_cema(Gpu& gpu, int B, int T, int D, int 
         return v;
     };
     // slow decay is what is hard: p sigmoid(delta) is anything from 1e-4 to 0.9
-    const size_t sizes[] = {modes, modes, (size_t)D, 2 * modes, (size_t)D};
+    const size_t sizes[] = {oscillators, oscillators, (size_t)D, 2 * oscillators, (size_t)D};
     const float means[] = {0, -3, 0, 0, 0};
     float *w[5], *gw[5], *dw[5], *gdw[5];
     for (int i = 0; i < 5; i++) {
@@ -333,14 +334,15 @@ template <typename X> static void check_cema(Gpu& gpu, int B, int T, int D, int 
             *gdstart = to_gpu(dstart, states);
     CemaParams gparams = {gw[0], gw[1], gw[2], gw[3], gw[4]};
     int L = T / slices;
-    size_t carries_size = cema_carries_size(&gpu, B, L, D, N), step = (size_t)L * D;
+    size_t carries_size = cema_carries_size(B, L, D), step = (size_t)L * D;
     float* carries = (float*)gpu_alloc(&gpu, sizeof(float) * slices * carries_size);
-    float* before = (float*)gpu_alloc(&gpu, sizeof(float) * slices * states);
+    float* before = (float*)gpu_alloc(&gpu, sizeof(float) * slices * states); // states around the slices
+    float* after = (float*)gpu_alloc(&gpu, sizeof(float) * slices * states);
     float* ends = (float*)gpu_alloc(&gpu, sizeof(float) * slices * states);
-    auto exchange = [&](const X* given, bool back) { // what each slice alone makes of zero, to all
+    auto exchange = [&](const X* given, bool descending) { // what each slice alone makes of zero, to all
         for (int r = 0; r < slices; r++) {
-            ranks.chunk = r;
-            cema_slice(gpu, given + r * step, back, gparams, B, L, D, N);
+            ranks.slice = r;
+            slice_cema_begin(gpu, given + r * step, descending, gparams, B, L, D, N);
             CUDA(cudaMemcpyAsync(ends + r * states, (float*)gpu.scratch[SLICES] + slices * states,
                                  states * sizeof(float), cudaMemcpyDefault, gpu.stream));
         }
@@ -350,28 +352,36 @@ template <typename X> static void check_cema(Gpu& gpu, int B, int T, int D, int 
     CUDA(cudaMemset(gy, 0xff, n * sizeof(X)));
     CUDA(cudaMemset(gdx, 0xff, n * sizeof(X)));
     gpu.accumulate = false;
-    cema_forward(y, end, NULL, start, x, w[0], w[1], w[2], w[3], w[4], B, T, D, N);
-    cema_backward(dx, dw[0], dw[1], dw[2], dw[3], dw[4], dstart, dy, start, x, w[0], w[1], w[2], w[3], w[4], B, T, D,
-                  N, NULL);
-    ranks.chunks = slices;
-    gpu.states = gpu.stream;
+    CemaParams params = {w[0], w[1], w[2], w[3], w[4]}, dparams = {dw[0], dw[1], dw[2], dw[3], dw[4]};
+    cema_forward(y, end, start, x, params, B, T, D, N);
+    cema_backward(dx, dparams, dstart, dy, start, NULL, NULL, x, params, B, T, D, N);
+    ranks.slices = slices;
+    gpu.slice_stream = gpu.stream;
     if (slices > 1) { exchange(gx, false); }
     for (int r = 0; r < slices; r++) {
-        ranks.chunk = r;
-        const float* h = slices > 1 ? cema_slice_carry(gpu, before + r * states, gstart, false, B, L, D, N) : gstart;
-        cema_forward<X>(gpu, gy + r * step, gend, carries + r * carries_size, h, gx + r * step, gparams,
-                        B, L, D, N);
+        ranks.slice = r;
+        float *h = slices > 1 ? before + r * states : gstart, *last = slices > 1 ? after + r * states : gend;
+        if (slices > 1) {
+            if (past) { CUDA(cudaMemcpyAsync(h, gstart, states * sizeof(float), cudaMemcpyDefault, gpu.stream)); }
+            else { CUDA(cudaMemsetAsync(h, 0, states * sizeof(float), gpu.stream)); }
+            slice_cema_start(gpu, h, B, L, D, N);
+        }
+        cema_forward<X>(gpu, gy + r * step, last, carries + r * carries_size, h, gx + r * step, gparams, B, L, D, N);
     }
-    if (slices > 1) { exchange(gdy, true); }
+    if (slices > 1) {
+        CUDA(cudaMemcpyAsync(gend, after + (slices - 1) * states, states * sizeof(float), cudaMemcpyDefault,
+                             gpu.stream));
+        exchange(gdy, true);
+    }
     for (int r = 0; r < slices; r++) {
-        ranks.chunk = r;
+        ranks.slice = r;
         gpu.accumulate = r > 0;
-        const float* a = slices > 1 ? cema_slice_carry(gpu, NULL, NULL, true, B, L, D, N) : NULL;
-        cema_backward<X>(gpu, gdx + r * step, {gdw[0], gdw[1], gdw[2], gdw[3], gdw[4]}, gdstart, gdy + r * step,
-                         carries + r * carries_size, slices > 1 ? before + r * states : gstart, a, gx + r * step,
-                         gparams, B, L, D, N);
+        const float* a_end = slices > 1 ? slice_cema_a_end(gpu, B, L, D, N) : NULL;
+        cema_backward<X>(gpu, gdx + r * step, {gdw[0], gdw[1], gdw[2], gdw[3], gdw[4]}, past && r == 0 ? gdstart : NULL,
+                         gdy + r * step, carries + r * carries_size, slices > 1 ? before + r * states : gstart,
+                         after + r * states, a_end, gx + r * step, gparams, B, L, D, N);
     }
-    ranks.chunks = 1; ranks.chunk = 0;
+    ranks.slices = 1; ranks.slice = 0;
     gpu.accumulate = false;
     auto judge = [&](const char* name, float* got, float* expected, size_t n, bool rounded, double bound) {
         for (size_t i = 0; rounded && i < n; i++) { // to at most half a unit in the last of 8 bits
@@ -397,7 +407,7 @@ template <typename X> static void check_cema(Gpu& gpu, int B, int T, int D, int 
     printf("cema, %s, (B,T,D,N) = (%d,%d,%d,%d)%s, slices: %d: %d checked, %d failed\n", fp32 ? "fp32" : "bf16", B, T,
            D, N, past ? ", past" : "", slices, num_checked - checked, num_failed - failed);
     for (void* p : {(void*)gx, (void*)gdy, (void*)gy, (void*)gdx, (void*)gstart, (void*)gend, (void*)gdstart,
-                    (void*)carries, (void*)before, (void*)ends}) { cudaFree(p); }
+                    (void*)carries, (void*)before, (void*)after, (void*)ends}) { cudaFree(p); }
     for (float* p : {x, dy, start}) { free(p); }
 }
 
@@ -610,7 +620,8 @@ template <typename X> static double bench_model(Gpu& gpu, const char* preset, in
         gpu_sync(&gpu);
         double t1 = seconds();
         norm = model_grad_norm(gpu, &m);
-        model_update(gpu, &m, &o, 1e-4, i + 1, clip_scale(norm, 1));
+        AdamW adamw = adamw_of(&o, 1e-4);
+        model_update(gpu, &m, &adamw, i + 1, clip_scale(norm, 1));
         gpu_sync(&gpu);
         if (i >= WARM) { passes[i - WARM] = t1 - t0; times[i - WARM] = seconds() - t0; }
     }
@@ -713,19 +724,21 @@ static void bench_kernels(Gpu& gpu) {
             *g5 = floats(D, 0, 8);
     for (int long_one = 0; long_one < 2; long_one++) {
         if (long_one) { T = 16384; B = 1; }
-        float* carries = (float*)gpu_alloc(&gpu, sizeof(float) * cema_carries_size(&gpu, B, T, D, N));
-        double f = median_ms(gpu, 10, [&] { timestepnorm_forward<bf16>(gpu, y, mean, rstd, NULL, NULL, NULL, x, w, b, B,
-                T, D, G, 1e-5); });
-        double k = median_ms(gpu, 10, [&] { timestepnorm_backward<bf16>(gpu, dx, g4, g5, NULL, NULL, NULL, dy, mean,
-                rstd, NULL, x, w, B, T, D, G); });
-        double k2 = median_ms(gpu, 10, [&] { timestepnorm_backward<bf16>(gpu, dx, g4, g5, NULL, dx, r1, dy, mean, rstd,
-                NULL, x, w, B, T, D, G); });
+        float* carries = (float*)gpu_alloc(&gpu, sizeof(float) * cema_carries_size(B, T, D));
+        double f = median_ms(gpu, 10, [&] { timestepnorm_statistics<bf16>(gpu, x, B, T, D, G);
+                timestepnorm_forward<bf16>(gpu, y, mean, rstd, NULL, NULL, x, w, b, B, T, D, G, 1e-5); });
+        auto backward = [&](const bf16* add1, const bf16* add2) {
+            timestepnorm_backward_sums<bf16>(gpu, g4, g5, dy, mean, rstd, NULL, x, w, B, T, D, G);
+            timestepnorm_backward<bf16>(gpu, dx, NULL, NULL, add1, add2, dy, mean, rstd, NULL, x, w, B, T, D, G);
+        };
+        double k = median_ms(gpu, 10, [&] { backward(NULL, NULL); });
+        double k2 = median_ms(gpu, 10, [&] { backward(dx, r1); });
         printf("[%d,%d,%d] timestep norm: forward %.3f ms, backward %.3f (%.3f with residuals), %.3f (target 0.25)\n",
                B, T, D, f, k, k2, f + k);
         f = median_ms(gpu, 10, [&] { cema_forward<bf16>(gpu, y, NULL, carries, NULL, x,
                                                         {alpha, delta, theta, gamma, omega}, B, T, D, N); });
         k = median_ms(gpu, 10, [&] { cema_backward<bf16>(gpu, dx, {g2, g3, g4, g1, g5}, NULL, dy, carries, NULL,
-                NULL, x, {alpha, delta, theta, gamma, omega}, B, T, D, N); });
+                NULL, NULL, x, {alpha, delta, theta, gamma, omega}, B, T, D, N); });
         printf("[%d,%d,%d] cema: forward %.3f ms, backward %.3f, sum %.3f (target 0.60)\n", B, T, D, f, k, f + k);
         fflush(stdout);
     }
@@ -796,7 +809,7 @@ static void bench_kernels(Gpu& gpu) {
 
 int main(int argc, char** argv) {
     Gpu gpu;
-    gpu_open(&gpu);
+    device_open(&gpu);
     CUDA(cudaEventCreateWithFlags(&gpu.event, cudaEventDisableTiming));
     printf("%s, cuBLASLt %zu\n", gpu.card.name, cublasLtGetVersion());
     if (argc > 1 && !strcmp(argv[1], "--kernels")) { bench_kernels(gpu); return 0; }
@@ -868,6 +881,6 @@ int main(int argc, char** argv) {
     check_sample<bf16>(gpu, 3, 4999);
     check_sample<bf16>(gpu, 1, 37);
     printf("%d checked, %d failed\n", num_checked, num_failed);
-    gpu_close(&gpu);
+    device_close(&gpu);
     return num_failed != 0;
 }
