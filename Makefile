@@ -1,6 +1,6 @@
 # make             the programs that can be built here
 # make train       train the built-in default: a tiny model that learns to write this project's own sources
-# make test        what must hold; a minute, needs nothing but a compiler
+# make test        what must hold; a minute, needs nothing but a compiler; VERBOSE=1 prints a line for each comparison
 # make test-long   what takes longer: streams of 10 million timesteps, kills at random moments, every tensor broken,
 #                  several processes, also of the GPU program on a CPU
 # make bench       speed, as ratios to OpenBLAS and PyTorch where they are there, and of the GPU program where one is
@@ -90,15 +90,16 @@ dev/bin/emulated/%: dev/bin/emulated/sources.done dev/cuda/emulate.h $(SOURCES)
 	$(EMULATED) -x c++ dev/bin/emulated/$*.c* -x none $(if $(filter-out check,$*),$(MPI) $(if $(MPI),-DUSE_NCCL)) -o $@ -lm
 
 train: train_megalodon
-	./train_megalodon --sample-every 1000
+	./train_megalodon $(if $(wildcard out/train/step_*),--resume,--sample-every 1000 --out) out/train
 
 test: train_megalodon test_megalodon dev/bin/test_tokens dev/bin/test_safetensors
-	./test_megalodon
-	sh dev/test_cli.sh
-	dev/bin/test_safetensors
-	dev/bin/test_tokens
-	sh dev/test_tokens.sh
-	sh dev/test_break.sh data/reference/one_state.safetensors
+	@./test_megalodon $(if $(VERBOSE),-v)
+	@sh dev/test_cli.sh
+	@dev/bin/test_safetensors
+	@dev/bin/test_tokens
+	@sh dev/test_tokens.sh
+	@sh dev/test_break.sh data/reference/one_state.safetensors
+	@echo "make test: all passed"
 
 test-long: train_megalodon test_megalodon dev/bin/emulated/train_megalodon dev/bin/emulated/test_megalodon
 	./test_megalodon --long

@@ -12,7 +12,9 @@ Compares train_megalodon.c, or built with -DGPU train_megalodon.cu, with tensors
     ./test_megalodon_cuda [--precision bf16|fp32] [FILE]...
 
 --help lists all flags.
-One line per tensor: name, error, bound, where it is largest. Then "overall okay: 1" and exit status 0, or 0 and 1.
+For the FILEs that are named, and with -v: one line per tensor with name, error, bound, and where it is largest. For the
+project's own dumps only what fails has a line. Then a line per file, and last "overall okay: 1" and exit status 0, or 0
+and 1.
 */
 #define TESTING
 #ifdef GPU
@@ -29,13 +31,22 @@ static const double final_bound = 1e-3, final_all_bound = 1e-4;
 static bool bf16_run;
 
 static int num_checked, num_failed;
+static bool verbose; // print also what is good
 
 // Prints a verdict; NaN fails. where: what else there is to say.
 void verdict(const char* name, double error, double bound, const char* where) {
     bool good = error <= bound;
     num_checked++;
     num_failed += !good;
+    if (!verbose && good) { return; }
     printf("%-6s %-44s error %.2e (bound %.0e)%s\n", good ? "ok" : "FAILED", name, error, bound, where);
+}
+
+// Prints a line about what was checked since `checked` and `failed` were counted.
+void summary(const char* name, int checked, int failed, int skipped) {
+    checked = num_checked - checked; failed = num_failed - failed;
+    printf("%-6s %s: %d checked, %d failed", failed ? "FAILED" : "ok", name, checked, failed);
+    printf(skipped ? ", %d tensors of the file skipped\n" : "\n", skipped);
 }
 
 // max|got - expected| over max(max|expected|, floor); for gradients of a bf16 run 1 - cosine, unless both are nearly 0.
@@ -492,7 +503,10 @@ void sum_gradients(Model* m) {
 
 double meta_number(const SafeTensors* st, const char* key, double missing) {
     const char* text = safetensors_meta(st, key);
-    return text ? atof(text) : missing;
+    char* end;
+    double x = text ? strtod(text, &end) : missing;
+    if (text && (end == text || *end || !isfinite(x))) { die("%s: %s \"%s\": expected a number", st->path, key, text); }
+    return x;
 }
 
 FOR_EITHER_TYPE void test_dump(const char* path, const char* broken) {
@@ -500,6 +514,7 @@ FOR_EITHER_TYPE void test_dump(const char* path, const char* broken) {
     Options o = default_options;
     bool given[NUM_OPTIONS] = {0};
     char name[128];
+    int checked = num_checked, failed = num_failed;
     safetensors_open(&d->st, path);
     d->broken = broken;
     d->used = (bool*)xcalloc(d->st.num_tensors + 1, sizeof(bool));
@@ -514,7 +529,7 @@ FOR_EITHER_TYPE void test_dump(const char* path, const char* broken) {
     double scored = 0;
     for (size_t i = 0; i < rows; i++) { scored += y[i] != IGNORE; }
     all_sum(&scored, 1);
-    printf("%s: %d layers, (B,T) = (%d,%zu)\n", path, c->num_layers, B, shape->dims[1]);
+    if (verbose) { printf("%s: %d layers, (B,T) = (%d,%zu)\n", path, c->num_layers, B, shape->dims[1]); }
 
     RUN run, again;
     Model* m = &run.host.m;
@@ -600,7 +615,7 @@ FOR_EITHER_TYPE void test_dump(const char* path, const char* broken) {
     const Tensor* target = broken ? safetensors_find(&d->st, broken) : NULL;
     if (broken && (!target || !d->used[target - d->st.tensors])) { die("--break %s: it is not checked", broken); }
     for (int i = 0; i < d->st.num_tensors; i++) { skipped += !d->used[i]; }
-    printf("%s: %d checked so far, %d tensors skipped\n", path, num_checked, skipped);
+    summary(path, checked, failed, skipped);
     free(losses);
     free(norms);
     free(x);
@@ -754,13 +769,14 @@ void test_dropout(void) {
 }
 
 // The flags, in any order, as "--flag value" or "--flag=value"; all other words are files.
-enum { PRECISION, CHUNK_PARALLEL, BREAK, LONG, COMPARE, HELP, NUM_FLAGS };
+enum { PRECISION, CHUNK_PARALLEL, BREAK, LONG, COMPARE, VERBOSE, HELP, NUM_FLAGS };
 static const struct { const char *name, *value, *help; } flags[NUM_FLAGS] = {
     {"--precision", "bf16|fp32", "of the GPU program (bf16)"},
     {"--chunk-parallel", "P", "under mpirun: each of P processes runs and checks a slice of the sequences"},
     {"--break", "NAME", "change this tensor of the dump first: the test must fail"},
     {"--long", NULL, "timestep norm and CEMA streamed over 10 million timesteps, against float64"},
     {"--compare", NULL, "the files are checkpoints A and B, and maybe the one that both began from"},
+    {"-v", NULL, "a line for each tensor also of the dumps in data/reference"},
     {"--help", NULL, "print this; also -h"},
 };
 
@@ -791,6 +807,7 @@ int main(int argc, char** argv) {
     int num_files = 0;
     ranks_open();
     flags_parse(values, files, &num_files, argc, argv);
+    verbose = values[VERBOSE] || num_files || values[LONG];
     int slices = values[CHUNK_PARALLEL] ? atoi(values[CHUNK_PARALLEL]) : 1;
     const char* precision = values[PRECISION] ? values[PRECISION] : "bf16";
     bf16_run = !strcmp(precision, "bf16");
@@ -814,6 +831,7 @@ int main(int argc, char** argv) {
         glob_t found;
         if (values[BREAK]) { die("--break needs a file"); }
         test_dropout();
+        summary("masks of dropout", 0, 0, 0);
         if (glob("data/reference/*.safetensors", 0, NULL, &found)) { die("data/reference holds no dumps"); }
         for (size_t i = 0; i < found.gl_pathc; i++) { test_file(found.gl_pathv[i], NULL); }
         globfree(&found);

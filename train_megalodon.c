@@ -80,7 +80,10 @@ how far you agree; its opening comment has the details.
 #include <ctype.h>
 #include <dirent.h>
 #include <math.h>
+#include <poll.h>
 #include <signal.h>
+#include <sys/file.h>
+#include <sys/ioctl.h>
 #include <time.h>
 #ifdef _OPENMP
 #include <omp.h>
@@ -1299,18 +1302,20 @@ void model_update(Model* model, const AdamW* o, int step, double grad_scale) {
 
 // Rows as in MODEL_OPTIONS: kind, name (a flag, with dashes), default, smallest and largest value, help.
 #define TOKEN_OPTIONS(X) \
-    X(TEXT, tokenizer,         "", 0, 0,          "a .tok file, to encode text with; without one a byte is a token") \
+    X(TEXT, tokenizer,         "", 0, 0,          "a .tok file (that of a .bin's .info); else a byte is a token") \
+    X(TEXT, tokenizer_crc32,   "", 0, 0,          "what its CRC-32 must be (that of the first run)") \
     X(INT,  eod,               -1, -1, MAX_VOCAB, "token that ends a document (bytes: 0); -1: all is one text")
 
 #ifndef GPU_OPTIONS // train_megalodon.cu has one more
 #define GPU_OPTIONS(X)
 #define ON_GPU_TOO
 #endif
+#define NEW_FOLDER "runs/N" // N: 1, or the next number that is free
 #define OWN_SOURCES "train_megalodon.c,test_megalodon.c,data/*.h,dev/*.py,dev/*.c,README.md"
 #define TRAINING_OPTIONS(X) \
     X(TEXT, train,    OWN_SOURCES, 0, 0,          "training data: text, or llm.c's .bin; several with commas and *") \
     X(TEXT, val,               "", 0, 0,          "validation data; without it the last 10% of each training file") \
-    X(TEXT, out,               "", 0, 0,          "folder for checkpoints and log.tsv") \
+    X(TEXT, out,       NEW_FOLDER, 0, 0,          "folder for checkpoints and log.tsv; none: save nothing") \
     X(INT,  batch,              4, 1, 1 << 24,    "sequences in a micro-step, of each group of processes") \
     X(INT,  seq,              256, 1, INT_MAX,    "tokens in a sequence") \
     X(INT,  accum,              1, 1, 1 << 24,    "micro-steps in a step") \
@@ -1332,7 +1337,9 @@ void model_update(Model* model, const AdamW* o, int step, double grad_scale) {
     X(INT,  threads,            0, 0, 1024,       "OpenMP threads; 0 for its own default") \
     X(BOOL, recompute,          0, 0, 1,          "keep only the outputs of blocks, and compute the rest again") \
     X(INT,  val_every,        250, 0, INT_MAX,    "validate every so many steps; always after the last") \
-    X(INT,  checkpoint_every,   0, 0, INT_MAX,    "save every so many steps; always after the last, given --out") \
+    X(INT,  val_tokens,   1 << 18, 0, INT_MAX,    "validate on so many tokens, the first ones; 0 for all") \
+    X(INT,  checkpoint_every,   0, 0, INT_MAX,    "save every so many steps, and keep all; always after the last") \
+    X(REAL, checkpoint_minutes, 5, 0, 1e6,        "also save every so many minutes, and keep the newest; 0: do not") \
     X(INT,  sample_every,       0, 0, INT_MAX,    "print a sample every so many steps") \
     GPU_OPTIONS(X)
 
@@ -1343,7 +1350,7 @@ void model_update(Model* model, const AdamW* o, int step, double grad_scale) {
     X(TEXT, resume,            "", 0, 0,          "go on from the newest checkpoint in this folder, with its flags") \
     X(INT,  generate,           0, 1, INT_MAX,    "print so many tokens instead of training") \
     X(INT,  samples,            1, 1, 65535,      "continuations to print, made together") \
-    X(TEXT, prompt,            "", 0, 0,          "text to go on from; empty: a newline, with --eod a new document") \
+    X(TEXT, prompt,            "", 0, 0,          "text to go on from, also by pipe; else a newline or new document") \
     X(REAL, temperature,      1.0, 0, 1e6,        "0 takes the likeliest token") \
     X(INT,  top_k,              0, 0, INT_MAX,    "sample from the k likeliest tokens; 0 for all") \
     X(REAL, top_p,            1.0, 0, 1,          "sample from the likeliest tokens that hold this probability") \
@@ -1362,8 +1369,6 @@ static const Options default_options = { { MODEL_OPTIONS(DEFAULT_VALUE) }, OTHER
 // The processes of a job. Each group of `slices` processes holds consecutive slices of the same sequences; other groups
 // hold other sequences. rank = group * slices + slice. In one process all is as initialized here.
 static struct { int rank, count, slice, slices, group, groups; } ranks = {0, 1, 0, 1, 0, 1};
-
-double step_tokens(const Options* o) { return (double)o->accum * ranks.groups * o->batch * o->seq; } // of all processes
 
 // What a checkpoint holds, apart from the flags: four kinds of tensors.
 enum { WEIGHTS, ADAM_M, ADAM_V, STATES, NUM_KINDS };
@@ -1409,15 +1414,21 @@ void ranks_group(int slices);
 int slice_length(int T, int c);
 void options_parse(Options* o, int argc, char** argv, SafeTensors* st);
 void options_print(const Options* o, bool training, FILE* f);
-void data_open(const Options* o, bool training, Dataset* data, Dataset* held_out);
+void data_open(Options* o, bool training, Dataset* data, Dataset* held_out);
 int checkpoint_newest(const char* folder, int below);
 void carried_specs(Spec specs[NUM_CARRIED], const Options* o);
 void weights_check(const Spec* specs, const SafeTensors* st, bool share_emb);
 void tensors_load(const Backend* b, const Options* o, const Spec* specs, const SafeTensors* st, int kinds);
 static const char* program; // the name that this program was started by
+const char* piped_text(void);
+void program_start(char** argv);
 void restart_with_short_spin(char** argv);
 size_t read_step(const Options* o, const Dataset* data, int step, int* tokens, int* targets, bool* fresh);
-void checkpoint_save(const Backend* b, const Spec* specs, const Options* o, int step);
+void out_open(Options* o);
+const char* checkpoint_path(const Options* o, int step);
+void checkpoint_save(const Backend* b, const Spec* specs, const Options* o, int step, double tokens);
+double checkpoint_number(const SafeTensors* st, const char* key, double most);
+void schedule_compare(const Options* o, const SafeTensors* st, int step);
 // FLOPs of a token, forward and backward: 2 forward and 4 backward for each weight in a matrix product, and causal
 // attention, where a query meets c/2 keys on average.
 double flops_per_token(const Config* c);
@@ -1425,36 +1436,60 @@ double flops_per_token(const Config* c);
 // ---------------------------------------------------------------------------------------------------------------------
 // Use: evaluation, generation, training, main
 
-// Evaluation. Adds the losses of the documents of d to `spans`, by position, and writes them to the file `path` if that
-// is not "". Each document is streamed from an empty past on, and every token is scored once (the first one only if an
-// end-of-document token stands before it). Returns the mean of all in nats.
-double evaluate(const Backend* b, const Config* config, const Dataset* d, Span spans[NUM_SPANS], const char* path) {
+double seconds(void) { // since some fixed moment
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+// A signal asks a run to finish its step, save and exit. A second Ctrl-C exits at once.
+static volatile sig_atomic_t stop_asked;
+void on_signal(int number) {
+    if (number == SIGINT && stop_asked == SIGINT) { _exit(128 + number); }
+    stop_asked = number;
+}
+
+// Shows on a terminal how much of a long work is done; the line is erased at the end.
+void show_progress(const char* work, size_t done, size_t all) {
+    static double shown;
+    if (!isatty(STDERR_FILENO) || (done < all && seconds() - shown < 0.2)) { return; }
+    shown = seconds();
+    fprintf(stderr, done < all ? "\r%s: %.0f%%\033[K" : "\r\033[K", work, 100.0 * done / all);
+}
+
+// Evaluation. Adds the losses of the documents of d to `spans`, by position. If `path` is not "", it also writes them
+// to this file, and to PATH.documents how many each document has. Each document is streamed from an empty past on, and
+// every token is scored once (the first one only if an end-of-document token stands before it), but at most `most`
+// tokens in all (0: no limit). Returns the mean loss in nats, or NAN if a signal came.
+double evaluate(const Backend* b, const Config* config, const Dataset* d, size_t most, Span spans[NUM_SPANS],
+                const char* path) {
     int *tokens = (int*)xcalloc(b->stream_tokens + 1, sizeof(int)), T;
     float* losses = (float*)xcalloc(b->stream_tokens, sizeof(float));
-    FILE* file = *path ? fopen(path, "wb") : NULL;
-    if (*path && !file) { die("--losses %s: %s", path, strerror(errno)); }
-    for (const Document* k = d->documents; k < d->documents + d->num_documents; k++) {
-        size_t inputs = document_inputs(d, k);
+    size_t all = most ? min_size(most, d->size) : d->size, scored = 0;
+    const char* borders_path = text_of("%s.documents", path);
+    FILE *file = *path ? fopen(path, "wb") : NULL, *borders = file ? fopen(borders_path, "w") : NULL;
+    if (*path && !borders) { die("--losses %s: %s", file ? borders_path : path, strerror(errno)); }
+    for (const Document* k = d->documents; k < d->documents + d->num_documents && scored < all; k++) {
+        size_t inputs = document_inputs(d, k), end = most ? min_size(inputs, most - scored) : inputs;
         b->reset(b->self);
-        for (size_t at = 0; at < inputs; at += T) {
-            T = min_size(inputs - at, min_size(b->stream_tokens, config->chunk_size - at % config->chunk_size));
+        for (size_t at = 0; at < end && !stop_asked; at += T, scored += T) {
+            T = min_size(end - at, min_size(b->stream_tokens, config->chunk_size - at % config->chunk_size));
             document_read(d, k, at, T, tokens, config->vocab_size);
             b->stream(b->self, tokens, T, tokens + 1, losses);
             spans_add(spans, k->size - inputs + at, losses, T);
             if (file) { fwrite(losses, sizeof(float), T, file); } // errors show when it is closed
+            show_progress("evaluation", scored, all);
         }
+        if (borders) { fprintf(borders, "%zu\n", end); }
     }
-    if (file && (ferror(file) || fclose(file))) { die("--losses %s: %s", path, strerror(errno)); }
+    show_progress("evaluation", all, all);
+    if (file && (ferror(file) | fclose(file) | ferror(borders) | fclose(borders))) {
+        die("--losses %s: %s", path, strerror(errno));
+    }
     free(tokens); free(losses);
     Span sum = spans_sum(spans);
     if (!isfinite(sum.nats)) { die("evaluation: the sum of the losses is %g", sum.nats); }
-    return sum.nats / sum.tokens;
-}
-
-double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + 1e-9 * t.tv_nsec;
+    return stop_asked ? NAN : sum.nats / sum.tokens;
 }
 
 int larger_first(const void* a, const void* b) {
@@ -1510,8 +1545,8 @@ int sample(const float* logits, int vocab, const Options* o, double u) {
     return id;
 }
 
-// Generation. Prints n tokens that follow the prompt, or fewer if the document ends. The first sample is printed as it
-// comes; the others are made at the same time and printed after it. `stream` numbers the random numbers.
+// Generation. Prints the prompt and n tokens that follow it, or fewer if the document ends. The first sample is printed
+// as it comes; the others are made at the same time and printed after it. `stream` numbers the random numbers.
 void generate(const Backend* b, const Options* o, const Tokenizer* t, int n, uint64_t stream) {
     int vocab = o->model.vocab_size, B = o->generate ? o->samples : 1, left = 0, going = B;
     int *tokens = (int*)xcalloc((size_t)B * (n + 1), sizeof(int)), *next = (int*)xcalloc(B, sizeof(int));
@@ -1525,6 +1560,7 @@ void generate(const Backend* b, const Options* o, const Tokenizer* t, int n, uin
     }
     double started = seconds();
     int i = 0;
+    if (o->generate) { fputs(o->prompt, stdout); }
     for (; i < n && going; i++) {
         b->draw(b->self, o, ((uint64_t)2 << 56) + stream, i);
         if (i + 1 < n) { b->stream(b->self, NULL, 1, NULL, NULL); } // a GPU works on while the CPU looks at these
@@ -1536,7 +1572,7 @@ void generate(const Backend* b, const Options* o, const Tokenizer* t, int n, uin
         if (i < ends[0]) { token_print(stdout, t, vocab, drawn[0], &left); }
     }
     for (int s = 1; s < B; s++) {
-        printf("\n----------------\n");
+        printf("\n----------------\n%s", o->prompt);
         for (int k = 0; k < ends[s]; k++) { token_print(stdout, t, vocab, tokens[(size_t)s * n + k], &left); }
     }
     fflush(stdout);
@@ -1548,51 +1584,81 @@ void generate(const Backend* b, const Options* o, const Tokenizer* t, int n, uin
 // The learning rate of a step, counted from 0: linear warmup to lr, then by the schedule down to lr * lr_end_ratio.
 double learning_rate(const Options* o, int step) {
     if (step < o->warmup) { return o->lr * (step + 1) / o->warmup; }
-    double left = 1.0 - (double)(step - o->warmup) / (o->steps - o->warmup);
+    double left = 1.0 - (step - o->warmup) / fmax(1, o->steps - o->warmup);
     double f = !strcmp(o->schedule, "cosine") ? 0.5 * (1.0 - cos(M_PI * left))
              : !strcmp(o->schedule, "linear") ? left : 1.0;
     return o->lr * (o->lr_end_ratio + (1.0 - o->lr_end_ratio) * f);
 }
 
-// Opens DIR/log.tsv to go on after `step`. Rows of later steps, which a killed run may have left, are cut off.
+// Opens DIR/log.tsv to go on after `step`. Rows of later steps, which a killed run may have left, are cut off. The lock
+// ends with the process, however that ends.
 FILE* log_open(const Options* o, int step) {
     const char* path = text_of("%s/log.tsv", o->out);
     char line[1024];
     long end = 0;
-    FILE* f = fopen(path, step > 0 ? "a+" : "w+"); // "a" writes at the end, wherever that is by then
-    while (f && fgets(line, sizeof(line), f) && strchr(line, '\n') && (!end || atoi(line) <= step)) { end = ftell(f); }
+    FILE* f = fopen(path, "a+"); // "a" writes at the end, wherever that is by then
+    if (f && flock(fileno(f), LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) {
+        die("--out %s: another run is writing there", o->out);
+    }
+    while (f && step && fgets(line, sizeof(line), f) && strchr(line, '\n') && (!end || atoi(line) <= step)) {
+        end = ftell(f);
+    }
     bool good = f && !ftruncate(fileno(f), end) && !fseek(f, end, SEEK_SET);
     if (good && !end) { fprintf(f, "step\ttokens\tloss\tgrad_norm\tlr\ttok_s\tms\tval_loss\n"); }
     if (!good || fflush(f)) { die("cannot write %s: %s", path, strerror(errno)); }
     return f;
 }
 
-// Prints a finished step, and adds it to log.tsv. val is NAN if there was no validation. peak: tokens/s that the device
-// could do at most, or 0. left: seconds to the end of training.
-void log_step(const Options* o, FILE* log, int step, double loss, double norm, double lr, double ms, double left,
-              double val, double peak) {
-    double tokens = step_tokens(o), speed = 1e3 * tokens / ms;
-    printf("step %d/%d | loss %.4f | norm %.3f | lr %.2e | %.0f tok/s | %.1f ms | %s%d:%02d left\n", step, o->steps,
-           loss, norm, lr, speed, ms, peak > 0 ? text_of("%.1f%% of peak | ", 100 * speed / peak) : "", (int)left / 60,
-           (int)left % 60);
-    if (!isnan(val)) { printf("step %d: val loss %.4f\n", step, val); }
-    fflush(stdout);
-    if (!log) { return; }
-    fprintf(log, "%d\t%.0f\t%.9g\t%.9g\t%.9g\t%.1f\t%.3f\t", step, step * tokens, loss, norm, lr, speed, ms);
-    fprintf(log, isnan(val) ? "\n" : "%.9g\n", val);
+// A finished step. tokens: predicted since training began; speed: predicted per second; left: seconds to the end; val:
+// the validation loss, NAN without a validation.
+typedef struct { int step; double loss, norm, lr, ms, tokens, speed, left, val; } StepInfo;
+
+// Adds a step to log.tsv.
+void log_step(const Options* o, FILE* log, const StepInfo* i) {
+    fprintf(log, "%d\t%.0f\t%.9g\t%.9g\t%.9g\t%.1f\t%.3f\t", i->step, i->tokens, i->loss, i->norm, i->lr, i->speed,
+            i->ms);
+    fprintf(log, isnan(i->val) ? "\n" : "%.9g\n", i->val);
     if (fflush(log)) { die("cannot write %s/log.tsv: %s", o->out, strerror(errno)); }
 }
 
-// A signal asks the run to finish its step, save and exit. A second Ctrl-C exits at once.
-static volatile sig_atomic_t stop_asked;
-void on_signal(int number) {
-    if (number == SIGINT && stop_asked == SIGINT) { _exit(128 + number); }
-    stop_asked = number;
+// Ends the line of a step that the next one was to replace.
+static bool line_open;
+void line_close(void) {
+    if (line_open) { fputc('\n', stdout); fflush(stdout); }
+    line_open = false;
 }
 
-// Training, from first_step on.
-void train(const Backend* b, const Options* o, const Spec* specs, int first_step, const Dataset* data,
-           const Dataset* held_out) {
+// Prints a step. On a terminal it takes the place of the line before, unless that was to be kept. Elsewhere the steps
+// are printed that are to be kept, every tenth, and those that took long. peak: tokens/s that the device could do at
+// most, or 0.
+void step_print(const Options* o, const StepInfo* i, bool keep, double peak) {
+    static double printed;
+    struct winsize window = {0, 0, 0, 0};
+    bool terminal = isatty(STDOUT_FILENO) && !ioctl(STDOUT_FILENO, TIOCGWINSZ, &window);
+    const char* line = text_of("step %d/%d | loss %.4f | norm %.3f | lr %.2e | %.0f tok/s | %.1f ms | %s%d:%02d left",
+                               i->step, o->steps, i->loss, i->norm, i->lr, i->speed, i->ms,
+                               peak > 0 ? text_of("%.1f%% of peak | ", 100 * i->speed / peak) : "",
+                               (int)i->left / 60, (int)i->left % 60);
+    if (!terminal && !keep && i->step % 10 && seconds() - printed < 10) { return; }
+    printed = seconds();
+    if (!terminal) { printf("%s\n", line); }
+    else { printf("\r%.*s\033[K%s", window.ws_col ? window.ws_col - 1 : INT_MAX, line, keep ? "\n" : ""); }
+    line_open = terminal && !keep;
+    fflush(stdout);
+}
+
+// Says where a run that ended after `step` was saved, and what can be done with it.
+void run_end(const Options* o, int step, FILE* out) {
+    if (ranks.rank) { return; }
+    if (!*o->out) { fprintf(out, "not saved: --out none\n"); return; }
+    fprintf(out, "saved: %s, %s/log.tsv\n", checkpoint_path(o, step), o->out);
+    if (step < o->steps) { fprintf(out, "go on: %s --resume '%s'\n", program, o->out); }
+    fprintf(out, "sample: %s --load '%s' --generate 500\n", program, checkpoint_path(o, step));
+}
+
+// Training, from first_step on. tokens_seen: those that were predicted before it.
+void train(const Backend* b, const Options* o, const Spec* specs, int first_step, double tokens_seen,
+           const Dataset* data, const Dataset* held_out) {
     size_t rows = (size_t)o->batch * o->seq / ranks.slices; // tokens of a micro-step in this process
     int *tokens = (int*)xcalloc(rows * o->accum, sizeof(int)), *targets = (int*)xcalloc(rows * o->accum, sizeof(int));
     bool* fresh = (bool*)xcalloc((size_t)o->batch * o->accum, sizeof(bool));
@@ -1600,42 +1666,66 @@ void train(const Backend* b, const Options* o, const Spec* specs, int first_step
     const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1};
     for (int i = 0; i < 4; i++) { signal(signals[i], on_signal); }
     signal(SIGPIPE, SIG_IGN); // if the reader of stdout goes away, the run is saved: see `stop`
-    double started = seconds(), peak = ranks.count * b->peak / flops_per_token(&o->model);
+    double peak = ranks.count * b->peak / flops_per_token(&o->model), training = 0, validating = 0, saved = seconds();
+    int validations = 0, timed = 0; // timed: the step of the last checkpoint that only its time asked for
     size_t predictions = read_step(o, data, first_step, tokens, targets, fresh);
     for (int step = first_step; step < o->steps; step++) {
-        double step_started = seconds(), loss = 0, val = NAN, lr = learning_rate(o, step), dloss = 1.0 / predictions;
+        double started = seconds(), predicted = predictions, dloss = 1 / predicted;
+        StepInfo info = {step + 1, 0, 0, learning_rate(o, step), 0, tokens_seen += predicted, 0, 0, NAN};
         for (int micro = 0; micro < o->accum; micro++) {
             uint64_t first = (((uint64_t)step * o->accum + micro) * ranks.groups + ranks.group) * o->batch;
             b->micro_step(b->self, tokens + micro * rows, targets + micro * rows, dloss, micro == 0, first,
                           o->carry ? fresh + micro * o->batch : NULL);
         }
-        int done = step + 1;
-        bool last = done == o->steps;
-        if (!last) { predictions = read_step(o, data, done, tokens, targets, fresh); } // while a GPU works
-        double norm = b->finish_step(b->self, &loss);
-        if (!isfinite(loss) || !isfinite(norm)) {
+        int done = step + 1, remaining = o->steps - done;
+        if (remaining) { predictions = read_step(o, data, done, tokens, targets, fresh); } // while a GPU works
+        info.norm = b->finish_step(b->self, &info.loss);
+        if (!isfinite(info.loss) || !isfinite(info.norm)) {
             die("step %d: loss %g, gradient norm %g: stopped before the weights change; checkpoints stay as they are",
-                done, loss, norm);
+                done, info.loss, info.norm);
         }
-        b->update(b->self, o, lr, done, clip_scale(norm, o->clip));
-        double ms = 1e3 * (seconds() - step_started);
-        bool validates = held_out->size > (o->eod < 0) && (last || (o->val_every && done % o->val_every == 0));
-        Span spans[NUM_SPANS] = {{0, 0}};
-        if (validates && ranks.rank == 0) { val = evaluate(b, &o->model, held_out, spans, ""); }
-        double left = (seconds() - started) / (done - first_step) * (o->steps - done);
-        log_step(o, log, done, loss, norm, lr, ms, left, val, peak);
-        if (o->sample_every && (last || done % o->sample_every == 0) && ranks.rank == 0) {
+        b->update(b->self, o, info.lr, done, clip_scale(info.norm, o->clip));
+        info.ms = 1e3 * (seconds() - started);
+        info.speed = 1e3 * predicted / info.ms;
+        training += seconds() - started;
+        info.left = training / (done - first_step) * remaining;
+        int validations_left = 1 + (o->val_every ? remaining / o->val_every : 0);
+        if (validations) { info.left += validating / validations * validations_left; }
+        bool validates = held_out->size > (o->eod < 0) && (!remaining || (o->val_every && done % o->val_every == 0));
+        bool samples = o->sample_every && (!remaining || done % o->sample_every == 0);
+        step_print(o, &info, validates || samples || !remaining || step == first_step, peak);
+        if (validates && ranks.rank == 0) {
+            Span spans[NUM_SPANS] = {{0, 0}};
+            started = seconds();
+            info.val = evaluate(b, &o->model, held_out, o->val_tokens, spans, "");
+            validating += seconds() - started; validations++;
+            if (!isnan(info.val)) { printf("step %d: val loss %.4f\n", done, info.val); }
+        }
+        if (log) { log_step(o, log, &info); }
+        if (samples && ranks.rank == 0) {
             printf("---- sample ----\n");
             generate(b, o, data->tokenizer, 400, done);
             printf("\n----------------\n");
         }
-        double stop = stop_asked || ferror(stdout); // read once: a signal may come at any moment, to one process only
-        all_sum(&stop, 1);
-        bool due = last || stop > 0 || (o->checkpoint_every && done % o->checkpoint_every == 0);
-        if (*o->out && due) { checkpoint_save(b, specs, o, done); }
-        if (stop == 0) { continue; }
-        fprintf(ferror(stdout) ? stderr : stdout, "stopped by %s after step %d, %s\n",
-                ferror(stdout) ? "a closed output" : "a signal", done, *o->out ? "saved" : "not saved: no --out");
+        // Both are read once, and all processes do what one of them must: a signal may come at any moment, to one only.
+        double asked[2] = {0, 0}, minutes = (seconds() - saved) / 60;
+        asked[0] = stop_asked || ferror(stdout);
+        asked[1] = ranks.rank == 0 && o->checkpoint_minutes > 0 && minutes >= o->checkpoint_minutes;
+        all_sum(asked, 2);
+        bool stop = asked[0] > 0, by_time = asked[1] > 0;
+        bool due = !remaining || stop || (o->checkpoint_every && done % o->checkpoint_every == 0);
+        if (*o->out && (due || by_time)) {
+            checkpoint_save(b, specs, o, done, tokens_seen);
+            if (timed && ranks.rank == 0) { unlink(checkpoint_path(o, timed)); }
+            timed = due ? 0 : done;
+            saved = seconds();
+        }
+        if (!stop && remaining) { continue; }
+        FILE* out = ferror(stdout) ? stderr : stdout;
+        const char* why = out == stderr ? "a closed output" : "a signal";
+        line_close();
+        if (stop) { fprintf(out, "stopped by %s after step %d\n", why, done); }
+        run_end(o, done, out);
         break;
     }
     if (log) { fclose(log); }
@@ -1643,7 +1733,7 @@ void train(const Backend* b, const Options* o, const Spec* specs, int first_step
 }
 
 // Does what the options ask for. With --load or --resume st is open.
-void run(const Backend* b, const Options* o, SafeTensors* st) {
+void run(const Backend* b, Options* o, SafeTensors* st) {
     bool loaded = *o->load || *o->resume, training = !o->generate && !*o->eval;
     FILE* info = o->generate ? stderr : stdout; // a sample has stdout for itself
     int kinds = *o->resume && training ? NUM_KINDS : WEIGHTS + 1;
@@ -1664,17 +1754,22 @@ void run(const Backend* b, const Options* o, SafeTensors* st) {
     double needed = b->memory_needed(b->self, o);
     if (training) { fprintf(info, "memory: %.1f MB\n", needed / 1e6); }
     if (needed > 1e15) { die("--batch %d --seq %d: more than any machine has", o->batch, o->seq); }
-    if (o->dry_run) { return; }
     data_open(o, training, &data, &held_out);
     if (loaded) { tensors_load(NULL, o, specs, st, kinds); } // check the file before taking the memory that it asks for
+    if (o->dry_run) { return; }
+    if (training) { out_open(o); }
     b->open(b->self, o, training);
     if (loaded) { weights_check(specs, st, o->model.share_emb); fprintf(info, "weights: %s\n", st->path); }
     tensors_load(b, o, specs, loaded ? st : NULL, kinds);
-    int step = *o->resume ? atoi(safetensors_meta(st, "step")) : 0;
-    if (o->generate) { generate(b, o, data.tokenizer, o->generate, 0); }
-    else if (*o->eval) { evaluate(b, &o->model, &data, spans, o->losses); spans_print(stdout, spans, &data); }
-    else if (step < o->steps) { train(b, o, specs, step, &data, &held_out); }
-    else { printf("step %d of %d: nothing left to do\n", step, o->steps); }
+    int step = *o->resume ? checkpoint_number(st, "step", INT_MAX) : 0;
+    if (*o->resume && training) { schedule_compare(o, st, step); }
+    if (o->generate) {
+        if (!*o->prompt) { o->prompt = piped_text(); }
+        generate(b, o, data.tokenizer, o->generate, 0);
+    } else if (*o->eval) { evaluate(b, &o->model, &data, 0, spans, o->losses); spans_print(stdout, spans, &data); }
+    else if (step < o->steps) {
+        train(b, o, specs, step, step ? checkpoint_number(st, "tokens", 1e18) : 0, &data, &held_out);
+    } else { printf("step %d of %d: nothing left to do\n", step, o->steps); run_end(o, step, stdout); }
     tokenizer_close(data.tokenizer);
     b->close(b->self);
     if (loaded) { safetensors_close(st); }
@@ -1686,7 +1781,7 @@ int main(int argc, char** argv) {
     Options o;
     SafeTensors st;
     Backend backend = cpu_backend();
-    program = argv[0];
+    program_start(argv);
     restart_with_short_spin(argv);
     ranks_open();
     options_parse(&o, argc, argv, &st);
@@ -2276,6 +2371,7 @@ MPI(void ranks_close(void) { MPI_Finalize(); })
 // If all processes find the same error, only rank 0 should print it: the others wait, and rank 0 ends the job
 // meanwhile.
 void ranks_on_die(bool said) {
+    if (!said) { line_close(); }
     if (!said && ranks.rank) { signal(SIGTERM, SIG_DFL); sleep(3); }
     MPI(if (said && ranks.count > 1) { MPI_Abort(MPI_COMM_WORLD, 1); }) // the others cannot go on without this one
 }
@@ -2413,7 +2509,7 @@ void option_set(Options* o, int i, const char* text, const char* source) {
     errno = 0;
     double x = row->kind == REAL ? strtod(text, &end) : strtol(text, &end, 10);
     if (errno || end == text || *end || isspace((unsigned char)*text) || !(x >= row->low && x <= row->high)) {
-        die("%s%s%s \"%s\": expected a %s from %.9g to %.9g", source, *source ? ": " : "", option_flag(i), text,
+        die("%s%s%s \"%s\": expected a %s from %.10g to %.10g", source, *source ? ": " : "", option_flag(i), text,
             row->kind == REAL ? "number" : "whole number", row->low, row->high);
     }
     if (row->kind == REAL) { *(double*)at = x; } else { *(int*)at = x; }
@@ -2453,7 +2549,8 @@ int option_find(const char* word) {
         const char* flag = option_flag(i);
         if (strlen(flag) == n && !strncmp(word, flag, n)) { return i; }
     }
-    die("unknown option \"%s\": --help lists all of them", word);
+    if (*word == '-') { die("unknown option \"%s\": --help lists all of them", word); }
+    die("unknown option \"%s\": a flag takes one value; quote a pattern, so that the shell does not expand it", word);
 }
 
 void options_print(const Options* o, bool training, FILE* f) {
@@ -2463,6 +2560,20 @@ void options_print(const Options* o, bool training, FILE* f) {
         bool full = column + strlen(option_rows[i + 1].name) > 96;
         if (full || option_rows[i + 1].group != option_rows[i].group) { column = 0; fputc('\n', f); }
     }
+}
+
+// The name of a flag for messages about its files. A resumed run has it from its checkpoint.
+const char* data_flag(const Options* o, const char* flag) {
+    return text_of(*o->resume ? "%s (start in the folder where the run began, or give it again)" : "%s", flag);
+}
+
+// The tokenizer that the .info of the data names, or "".
+const char* data_tokenizer(const Options* o) {
+    const char* found = "";
+    if (o->generate) { return found; }
+    if (*o->eval) { return paths_tokenizer(paths_find("--eval", o->eval, "")); }
+    if (strcmp(o->train, OWN_SOURCES)) { found = paths_tokenizer(paths_find(data_flag(o, "--train"), o->train, "")); }
+    return *found || !*o->val ? found : paths_tokenizer(paths_find(data_flag(o, "--val"), o->val, ""));
 }
 
 void checkpoint_open(SafeTensors* st, const char* folder);
@@ -2497,10 +2608,20 @@ void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
     }
     bool loaded = *o->load || *o->resume;
     if (*o->load && *o->resume) { die("--load takes weights, --resume a whole run: give one of them"); }
+    struct stat info;
+    if (*o->load && !stat(o->load, &info) && S_ISDIR(info.st_mode)) {
+        die("--load %s: a folder: name a file in it; or --resume it, which takes its newest checkpoint", o->load);
+    }
     if (*o->load) { safetensors_open(st, o->load); }
     if (*o->resume) { checkpoint_open(st, o->resume); }
     if (loaded) { options_from_file(o, st, given, *o->resume); }
     if (*o->resume && !values[option_find("--out")]) { o->out = o->resume; }
+    if (!strcmp(o->out, "none")) { o->out = ""; }
+    if (!*o->tokenizer) { o->tokenizer = data_tokenizer(o); }
+    if (*o->tokenizer && !path_exists(o->tokenizer)) {
+        die("--tokenizer %s: %s%s", o->tokenizer, strerror(errno),
+            loaded ? "; the weights were trained with it: --tokenizer FILE says where it is now" : "");
+    }
     if (*o->tokenizer && !given[vocab_row] && !(loaded && safetensors_meta(st, "vocab_size"))) {
         Tokenizer* t = tokenizer_open(o->tokenizer);
         o->model.vocab_size = t->pieces;
@@ -2517,7 +2638,7 @@ void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
     if (!known) { die("--schedule %s: expected cosine, linear or constant", o->schedule); }
     if (o->beta1 >= 1 || o->beta2 >= 1) { die("--beta1 %g --beta2 %g: expected numbers below 1", o->beta1, o->beta2); }
     if (o->top_p == 0) { die("--top-p 0: expected a number above 0, up to 1"); }
-    if (o->checkpoint_every && !*o->out) { die("--checkpoint-every needs --out, the folder to save to"); }
+    if (o->checkpoint_every && !*o->out) { die("--checkpoint-every needs a folder: --out none has none"); }
     if (*o->losses && !*o->eval) { die("--losses needs --eval, the file whose losses are written"); }
     if (o->generate && *o->eval) { die("--generate and --eval: give one of them"); }
     if ((o->generate || *o->eval) && !loaded) {
@@ -2528,6 +2649,31 @@ void options_parse(Options* o, int argc, char** argv, SafeTensors* st) {
     }
     if (strlen(o->out) > PATH_MAX - 64) { die("--out: the name is too long"); }
     if (o->threads) { omp_set_num_threads(o->threads); }
+}
+
+// The text that comes by pipe or from a file as stdin, "" without one. A pipe in which nothing comes for half a second
+// counts as none: many programs start others with a pipe that stays open and empty.
+const char* piped_text(void) {
+    struct stat info;
+    struct pollfd in = {STDIN_FILENO, POLLIN, 0};
+    bool piped = !fstat(STDIN_FILENO, &info) && (S_ISFIFO(info.st_mode) || S_ISREG(info.st_mode));
+    if (!piped || poll(&in, 1, 500) <= 0) { return ""; }
+    char* text = NULL;
+    size_t n = 0;
+    for (int c; (c = getchar()) != EOF;) { text = (char*)list_grow(text, n, 1); text[n++] = c; }
+    text = (char*)list_grow(text, n, 1);
+    text[n] = 0;
+    return text;
+}
+
+// Keeps the program's name. Opens what the shell left closed of stdin, stdout and stderr, because the next file that is
+// opened would take its place.
+void program_start(char** argv) {
+    program = argv[0];
+    while (true) {
+        int fd = open("/dev/null", O_RDWR);
+        if (fd > STDERR_FILENO || fd < 0) { close(fd); return; }
+    }
 }
 
 // Where this program is, symbolic links resolved: by its name, if that holds a slash, else in the folders of PATH. ""
@@ -2569,13 +2715,18 @@ void restart_with_short_spin(char** argv) {
 // Data: which tokens a step reads
 
 // Opens the tokenizer and the data, and refuses what could not be used, before any work is done.
-void data_open(const Options* o, bool training, Dataset* data, Dataset* held_out) {
+void data_open(Options* o, bool training, Dataset* data, Dataset* held_out) {
     int vocab = o->model.vocab_size, T = o->seq;
     size_t rows = (size_t)o->batch * o->accum * ranks.groups;
     Tokenizer* t = data->tokenizer = held_out->tokenizer = *o->tokenizer ? tokenizer_open(o->tokenizer) : NULL;
     bool fits = !t || t->pieces <= vocab, ends = !t || o->eod < 0 || o->eod == t->eod;
     if (!fits) { die("--tokenizer %s has %d tokens, vocab_size is %d", t->path, t->pieces, vocab); }
     if (!ends) { die("--eod %d: in --tokenizer %s documents end with token %d", o->eod, t->path, t->eod); }
+    if (t && *o->tokenizer_crc32 && strcmp(o->tokenizer_crc32, t->crc32)) {
+        die("--tokenizer %s is another one than the weights were trained with: its CRC-32 is %s, expected %s", t->path,
+            t->crc32, o->tokenizer_crc32);
+    }
+    if (t) { o->tokenizer_crc32 = t->crc32; }
     data->eod = held_out->eod = o->eod;
     if (*o->eval) {
         dataset_open(data, NULL, "--eval", o->eval, "");
@@ -2583,11 +2734,19 @@ void data_open(const Options* o, bool training, Dataset* data, Dataset* held_out
         dataset_counts(data); // what a .info says is checked before the work
     }
     if (data->size == 1 && o->eod < 0) { die("--eval %s: at least 2 tokens are needed", o->eval); }
+    bool own = !strcmp(o->train, OWN_SOURCES);
+    if (training && own && o->dry_run) { return; } // this asks for the memory of a run, whose data are not named yet
+    if (training) {
+        dataset_open(data, *o->val ? NULL : held_out, data_flag(o, "--train"), o->train, own ? project_folder() : "");
+        if (*o->val) { dataset_open(held_out, NULL, data_flag(o, "--val"), o->val, ""); }
+        printf("tokens: %zu to train on, %zu held out\n", data->size, held_out->size);
+    }
+    const Segment* text = data->segments;
+    while (text < data->segments + data->count && is_token_file(text->path)) { text++; }
+    if (text < data->segments + data->count && !t && vocab > 256) {
+        printf("note: %s is read as bytes, although vocab_size is %d; --tokenizer encodes it\n", text->path, vocab);
+    }
     if (!training) { return; }
-    const char* folder = !strcmp(o->train, OWN_SOURCES) ? project_folder() : "";
-    dataset_open(data, *o->val ? NULL : held_out, "--train", o->train, folder);
-    if (*o->val) { dataset_open(held_out, NULL, "--val", o->val, ""); }
-    printf("tokens: %zu to train on, %zu held out\n", data->size, held_out->size);
     if (o->eod < 0 && data->size <= (size_t)T) {
         die("--train %s: %zu tokens to train on, --seq %d needs one more than that", o->train, data->size, T);
     }
@@ -2602,7 +2761,23 @@ void data_open(const Options* o, bool training, Dataset* data, Dataset* held_out
     bool used = strcmp(o->out, o->resume) && checkpoint_newest(o->out, INT_MAX) >= 0;
     if (used) { die("--out %s holds checkpoints: --resume it, or name another folder", o->out); }
     dataset_index(held_out, T, vocab);
-    if (*o->out && mkdir(o->out, 0777) && errno != EEXIST) { die("--out %s: %s", o->out, strerror(errno)); }
+}
+
+// Makes the folder --out, and those above it. All processes take the name that rank 0 finds.
+void out_open(Options* o) {
+    bool named = strcmp(o->out, NEW_FOLDER);
+    double number = 0;
+    while (*o->out && ranks.rank == 0) {
+        if (!named) { o->out = strdup(text_of("runs/%.0f", ++number)); }
+        for (const char* slash = strchr(o->out + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
+            mkdir(text_of("%.*s", (int)(slash - o->out), o->out), 0777); // errors show below
+        }
+        if (!mkdir(o->out, 0777) || (named && errno == EEXIST)) { break; }
+        if (errno != EEXIST) { die("--out %s: %s", o->out, strerror(errno)); }
+    }
+    all_sum(&number, 1);
+    if (number) { o->out = strdup(text_of("runs/%.0f", number)); }
+    if (number) { printf("folder: %s\n", o->out); }
 }
 
 // The tokens and targets of all micro-steps of a step, this process's slice of its group's sequences, and which
@@ -2692,19 +2867,21 @@ void saved_copy(const Backend* b, const Options* o, const Saved* s, int micro, f
     free(norms);
 }
 
-// Writes DIR/step_%08d.safetensors under another name, flushes it to the disk, and only then gives it its name: a kill
+const char* checkpoint_path(const Options* o, int step) { return text_of("%s/step_%08d.safetensors", o->out, step); }
+
+// Writes a checkpoint under another name, flushes it to the disk, and only then gives it its name: a kill
 // at any moment leaves the older checkpoints and no broken one. Rank 0 writes the header, each process what it updates.
-void checkpoint_save(const Backend* b, const Spec* specs, const Options* o, int step) {
+void checkpoint_save(const Backend* b, const Spec* specs, const Options* o, int step, double tokens) {
     Header h;
     header_begin(&h);
     header_meta(&h, "format", "megalodon");
     header_meta(&h, "step", text_of("%d", step));
-    header_meta(&h, "tokens", text_of("%.0f", step * step_tokens(o)));
+    header_meta(&h, "tokens", text_of("%.0f", tokens));
     for (int i = 0; option_rows[i].group != MODE_GROUP; i++) { header_meta(&h, option_key(i), option_text(o, i)); }
     for (Saved s = before_saved; saved_next(&s, specs, NUM_KINDS);) { header_tensor(&h, s.name, s.spec->dims); }
     header_end(&h);
 
-    const char *path = text_of("%s/step_%08d.safetensors", o->out, step), *part = text_of("%s.part", path);
+    const char *path = checkpoint_path(o, step), *part = text_of("%s.part", path);
     double at = ranks.rank ? 0 : h.length; // where the data begins: the headers of processes may differ in --threads
     all_sum(&at, 1);
     int fd = open(part, O_CREAT | O_WRONLY, 0666);
@@ -2756,6 +2933,17 @@ void checkpoint_open(SafeTensors* st, const char* folder) {
     die("--resume %s: no valid step_*.safetensors there", folder);
 }
 
+// A whole number that a checkpoint records.
+double checkpoint_number(const SafeTensors* st, const char* key, double most) {
+    const char* text = safetensors_meta(st, key);
+    char* end;
+    double x = text && isdigit((unsigned char)*text) ? strtod(text, &end) : -1;
+    if (!(x >= 0 && x <= most && x == floor(x)) || *end) {
+        die("%s: %s \"%s\": expected a whole number up to %.10g", st->path, key, text ? text : "", most);
+    }
+    return x;
+}
+
 // Sets o to what a file records: of the model and its tokens, or with `all` of training too. Where flags are given they
 // stay; given flags of the model must agree with the file.
 void options_from_file(Options* o, const SafeTensors* st, const bool* given, bool all) {
@@ -2769,6 +2957,18 @@ void options_from_file(Options* o, const SafeTensors* st, const bool* given, boo
         else if (option_rows[i].group == MODEL_GROUP && strcmp(theirs, ours)) {
             die("%s has %s %s, the flags say %s", st->path, option_rows[i].name, theirs, ours);
         }
+    }
+}
+
+// Says if the flags of a resumed run change the learning rate that its own schedule has after `step`.
+void schedule_compare(const Options* o, const SafeTensors* st, int step) {
+    const bool none_given[NUM_OPTIONS] = {false};
+    Options old = *o;
+    options_from_file(&old, st, none_given, true);
+    double rate = learning_rate(o, step), old_rate = learning_rate(&old, min_int(step, old.steps));
+    if (step < o->steps && rate != old_rate) {
+        printf("note: with these flags the learning rate goes on at %.3g; the run's own schedule has %.3g here\n", rate,
+               old_rate);
     }
 }
 
@@ -2814,9 +3014,48 @@ void weights_check(const Spec* specs, const SafeTensors* st, bool share_emb) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The CPU backend
 
+// How many threads work. A parallel loop takes as long as its slowest thread. So where another program keeps a core
+// busy, fewer threads are faster, and too many can be slower than one. Now and then a piece of the work is therefore
+// done with fewer threads, or with more again, and a number that is 5% faster stays. No result depends on it.
+typedef struct {
+    int most, now, trial;   // threads: at most, in use, and in this piece of the work
+    bool down;              // the next trial is with fewer
+    double started, spent, tokens, pace; // of this piece; pace: seconds for a token in the piece before
+    int wait, pause;        // pieces until the next trial; and the time between trials, longer after each that failed
+} Team;
+
+void team_start(Team* t) {
+    if (!t->most) { t->most = t->now = t->trial = omp_get_max_threads(); t->wait = t->pause = 4; t->down = true; }
+    omp_set_num_threads(t->trial);
+    t->started = seconds();
+}
+
+void team_end(Team* t, int tokens) {
+    const double PIECE = 0.02; // seconds, at least
+    t->spent += seconds() - t->started; t->tokens += tokens;
+    omp_set_num_threads(t->most);
+    if (t->most == 1 || t->spent < PIECE) { return; }
+    double pace = t->spent / t->tokens, before = t->pace;
+    t->spent = t->tokens = 0;
+    if (t->trial != t->now) { // this was a trial
+        bool better = pace < 0.95 * before;
+        t->wait = t->pause = better ? 4 : min_int(2 * t->pause, 256);
+        if (better) { t->now = t->trial; t->pace = pace; } else { t->down = !t->down; }
+        t->trial = t->now;
+        return;
+    }
+    bool slower = before > 0 && pace > 1.3 * before;
+    if (slower) { t->wait = 0; t->pause = 4; t->down = true; }
+    t->pace = pace;
+    if (t->wait-- > 0) { return; }
+    bool down = t->now == t->most || (t->down && t->now > 1);
+    t->trial = down ? t->now - (t->now + 3) / 4 : min_int(t->now + (t->now + 2) / 3, t->most);
+}
+
 enum { STREAM_TOKENS = 512 };
 typedef struct {
     Model m;
+    Team training, streaming;
     Pass pass, stream;      // of a micro-step, and of streams
     State state;            // what the streams carry
     State *carried, next;   // with --carry: what comes before each micro-step of a step, and what comes after one
@@ -2893,10 +3132,12 @@ void cpu_micro_step(void* self, const int* tokens, const int* targets, double dl
     if (first) { memset(r->m.grads.embed, 0, r->m.num_parameters * sizeof(float)); r->loss = 0; }
     r->micro = first ? 0 : r->micro + 1;
     State *past = fresh ? &r->carried[r->micro] : NULL, *next = fresh ? &r->next : NULL;
+    team_start(&r->training);
     if (fresh) { state_carry(past, &r->m.config, fresh); }
     model_forward(&r->m, &r->pass, tokens, past, next);
     r->loss += model_loss(&r->m, &r->pass, targets, &scored) * dloss;
     model_backward(&r->m, &r->pass, tokens, targets, dloss, past, NULL);
+    team_end(&r->training, r->pass.B * r->pass.T);
     if (!fresh) { return; }
     State s = *past; *past = *next; *next = s;
     share_last(past->norm, past->bytes);
@@ -2920,8 +3161,10 @@ void cpu_update(void* self, const Options* o, double lr, int step, double grad_s
 void cpu_stream(void* self, const int* tokens, int T, const int* targets, float* losses) {
     Cpu* r = (Cpu*)self;
     r->stream.T = T;
+    team_start(&r->streaming);
     model_forward(&r->m, &r->stream, tokens ? tokens : r->drawn, &r->state, &r->state);
     if (targets) { crossentropy_forward(losses, r->stream.acts.logits, targets, T, r->m.config.vocab_size); }
+    team_end(&r->streaming, T);
 }
 
 void cpu_draw(void* self, const Options* o, uint64_t key, int index) {

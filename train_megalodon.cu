@@ -3946,7 +3946,7 @@ static double peak_flops(const cudaDeviceProp* card) {
 }
 
 #ifdef GPU_MAIN
-template <typename X> static void backend_run(const Options* o, SafeTensors* st) {
+template <typename X> static void backend_run(Options* o, SafeTensors* st) {
     GpuBackend<X>* r = (GpuBackend<X>*)xcalloc(1, sizeof(GpuBackend<X>));
     device_open(&r->gpu);
     bool fast = sizeof(X) == 2;
@@ -3960,7 +3960,9 @@ template <typename X> static void backend_run(const Options* o, SafeTensors* st)
 
 int main(int argc, char** argv) {
     Options o; SafeTensors st;
-    ranks_open(); options_parse(&o, argc, argv, &st);
+    program_start(argv);
+    ranks_open();
+    options_parse(&o, argc, argv, &st);
     bool fp32 = !strcmp(o.precision, "fp32");
     if (!fp32 && strcmp(o.precision, "bf16")) { die("--precision %s: expected bf16 or fp32", o.precision); }
     if (fp32) { backend_run<float>(&o, &st); } else { backend_run<bf16>(&o, &st); }

@@ -47,6 +47,7 @@ typedef struct {
     int num_sorted, first[257];  // sorted[first[c]..first[c+1]) begin with byte c
     int byte_piece[256];         // the id of each byte; -1 if there are no byte pieces
     unsigned char* text;         // the contents of the file, which the bytes of pieces point into
+    char crc32[9];               // the CRC-32 of the file, as 8 hexadecimal digits: tells tokenizers apart
 } Tokenizer;
 
 typedef struct { int* ids; size_t count; } Tokens; // a list that grows; it starts as {NULL, 0}
@@ -98,12 +99,21 @@ Segment token_file(const char* path, const Tokenizer* tokenizer);
 // Adds the tokens [begin,end) of a segment to the data. Does nothing if there are none.
 void dataset_add(Dataset* d, Segment s, size_t begin, size_t end);
 
-// Adds files to the data, whose tokenizer must be set. If held_out is not NULL, it gets the last 10% of each file.
-// `patterns` is a list of paths and shell patterns, separated by commas. Relative ones are looked for in `folder`; ""
-// is the current folder. A name that exists is that file, even if it holds commas or the characters of patterns; among
-// names that differ in where they end, the longest one counts. Dies if a pattern finds nothing, and names `flag`, the
-// option that the list comes from.
+typedef struct { char** names; size_t count; } Paths; // a list that grows; it starts as {NULL, 0}
+
+// Finds files. `patterns` is a list of paths and shell patterns, separated by commas. Relative ones are looked for in
+// `folder`; "" is the current folder. A name that exists is that file, even if it holds commas or the characters of
+// patterns; among names that differ in where they end, the longest one counts. Dies if a pattern finds nothing, and
+// names `flag`, the option that the list comes from.
+Paths paths_find(const char* flag, const char* patterns, const char* folder);
+
+// Adds the files that paths_find finds to the data, whose tokenizer and eod must be set. If held_out is not NULL, it
+// gets the last 10% of each file. Dies if the .info beside a .bin names another number of tokens than the .bin holds,
+// another tokenizer than this one, or another token that ends documents.
 void dataset_open(Dataset* d, Dataset* held_out, const char* flag, const char* patterns, const char* folder);
+
+// Returns the path of the tokenizer that the .info of the first .bin among the files names, or "".
+const char* paths_tokenizer(Paths paths);
 
 // Reads the tokens [at, at+n) of the data into out. Dies if one is not below vocab.
 void dataset_read(const Dataset* d, size_t at, size_t n, int* out, int vocab);
@@ -147,8 +157,7 @@ void counts_add_text(Counts* c, const char* path);
 // missing after its key, is no whole number, or is out of range.
 void counts_add_info(Counts* c, const char* path);
 
-// Returns the counts of all files of the data. Dies as counts_add_info does. A program that calls this before it scores
-// the data reports such an error early.
+// Returns the counts of all files of the data. Dies as counts_add_info does.
 Counts dataset_counts(const Dataset* d);
 
 // Losses in nats, summed by position in the document. spans[0] has the positions below 1024, and spans[k] those from
@@ -184,6 +193,16 @@ int file_must_open(const char* path, size_t* size) {
     int fd = file_open(path, size, &error);
     if (fd < 0) { die("%s: %s", path, error); }
     return fd;
+}
+
+// Returns the CRC-32 of n bytes, the one of gzip, zlib and PNG.
+uint32_t crc32_of(const unsigned char* bytes, size_t n) {
+    uint32_t crc = ~0u;
+    for (size_t i = 0; i < n; i++) {
+        crc ^= bytes[i];
+        for (int bit = 0; bit < 8; bit++) { crc = crc >> 1 ^ (crc & 1 ? 0xedb88320 : 0); }
+    }
+    return ~crc;
 }
 
 // Returns the contents of a regular file, followed by a zero byte. The caller frees them.
@@ -303,6 +322,7 @@ Tokenizer* tokenizer_open(const char* path) {
     int num_bytes = 0;
     t->path = path;
     t->text = file_read(path, &size);
+    snprintf(t->crc32, sizeof(t->crc32), "%08x", crc32_of(t->text, size));
     TokReader r = {path, t->text, t->text + size, 0};
     static const char magic[] = "megalodon.c tokenizer 1\n";
     if (size < strlen(magic) || memcmp(r.p, magic, strlen(magic))) { die("%s: not a tokenizer file (.tok)", path); }
@@ -615,23 +635,8 @@ Segment token_file(const char* path, const Tokenizer* tokenizer) {
     return s;
 }
 
-// Adds a file. If held_out is not NULL, it gets the last 10%.
-void dataset_add_file(Dataset* d, Dataset* held_out, const char* path) {
-    Segment s = token_file(strdup(path), d->tokenizer);
-    size_t cut = held_out ? (size_t)(0.9 * s.end) : s.end;
-    dataset_add(d, s, 0, cut);
-    if (held_out) { dataset_add(held_out, s, cut, s.end); }
-}
-
-// Adds the files that a pattern finds. Returns how many.
-size_t dataset_add_pattern(Dataset* d, Dataset* held_out, const char* pattern) {
-    glob_t found;
-    if (glob(pattern, 0, NULL, &found)) { return 0; }
-    size_t count = found.gl_pathc;
-    for (size_t i = 0; i < count; i++) { dataset_add_file(d, held_out, found.gl_pathv[i]); }
-    globfree(&found);
-    return count;
-}
+// ---------------------------------------------------------------------------------------------------------------------
+// Names of files
 
 // Returns the path of a name in a folder. With `quoted` it is a pattern, in which no character of the folder's name has
 // a special meaning.
@@ -660,8 +665,13 @@ char* name_end(char* list, const char* folder) {
     return NULL;
 }
 
-void dataset_open(Dataset* d, Dataset* held_out, const char* flag, const char* patterns, const char* folder) {
-    size_t files = 0;
+void paths_add(Paths* p, const char* name) {
+    p->names = (char**)list_grow(p->names, p->count, sizeof(char*));
+    p->names[p->count++] = strdup(name);
+}
+
+Paths paths_find(const char* flag, const char* patterns, const char* folder) {
+    Paths found = {NULL, 0};
     char *list = strdup(patterns), *next;
     for (char* part = list; part; part = next) {
         char* end = name_end(part, folder);
@@ -671,16 +681,108 @@ void dataset_open(Dataset* d, Dataset* held_out, const char* flag, const char* p
         *end = 0;
         const char* path = path_in(folder, part, false);
         int error = path_exists(path) ? 0 : errno;
-        if (exists) { dataset_add_file(d, held_out, path); files++; }
+        if (exists) { paths_add(&found, path); }
         if (exists || !*part) { continue; }
-        size_t found = dataset_add_pattern(d, held_out, path_in(folder, part, true));
-        if (!found && error != ENOENT && error != ENOTDIR) { die("%s %s: %s", flag, path, strerror(error)); }
-        if (!found) { die("%s: no file is named %s", flag, path); }
-        files += found;
+        glob_t matches;
+        if (!glob(path_in(folder, part, true), 0, NULL, &matches)) {
+            for (size_t i = 0; i < matches.gl_pathc; i++) { paths_add(&found, matches.gl_pathv[i]); }
+            globfree(&matches);
+        } else if (error != ENOENT && error != ENOTDIR) { die("%s %s: %s", flag, path, strerror(error)); }
+        else { die("%s: no file is named %s", flag, path); }
     }
-    if (!files) { die("%s '%s': expected names of files", flag, patterns); }
+    if (!found.count) { die("%s '%s': expected names of files", flag, patterns); }
     free(list);
+    return found;
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sidecars of token files
+
+// What the .info beside a .bin says. found: which keys it has; without an .info none.
+enum { WORDS, LINES, BYTES, LOSSLESS, DOCUMENTS, TOKENS, END_TOKEN, VOCAB_SIZE, NUM_INFO };
+typedef struct {
+    const char* path;
+    size_t values[NUM_INFO];
+    bool found[NUM_INFO];
+    char tokenizer[NAME_MAX + 1], crc32[9];
+} TokenInfo;
+
+// Reads the .info beside the .bin `path`. Dies with file and key if a number is missing after its key, is no whole
+// number, or is out of range.
+TokenInfo info_read(const char* path) {
+    static const struct { const char* key; size_t low, high; } rows[NUM_INFO] = {
+        {"words", 0, (size_t)1e18}, {"lines", 0, (size_t)1e18}, {"bytes", 1, (size_t)1e18}, {"lossless", 0, 1},
+        {"documents", 0, (size_t)1e18}, {"tokens", 0, (size_t)1e18}, {"eod", 0, INT_MAX}, {"vocab_size", 1, INT_MAX}
+    };
+    TokenInfo info = {text_of("%.*s.info", (int)(strlen(path) - strlen(".bin")), path), {0}, {0}, "", ""};
+    size_t size;
+    if (!path_exists(info.path)) { return info; }
+    char* text = (char*)file_read(info.path, &size);
+    for (char *line = text, *next; *line; line = next) {
+        size_t length = strcspn(line, "\n");
+        next = line + length + (line[length] != 0);
+        line[length] = 0;
+        if (!strncmp(line, "tokenizer ", 10)) { snprintf(info.tokenizer, sizeof(info.tokenizer), "%s", line + 10); }
+        if (!strncmp(line, "tokenizer_crc32 ", 16)) { snprintf(info.crc32, sizeof(info.crc32), "%s", line + 16); }
+        for (int k = 0; k < NUM_INFO; k++) {
+            size_t n = strlen(rows[k].key);
+            if (strncmp(line, rows[k].key, n) || (line[n] && line[n] != ' ')) { continue; }
+            char *value = line + n + (line[n] != 0), *end = value;
+            errno = 0;
+            if (isdigit((unsigned char)*value)) { info.values[k] = strtoull(value, &end, 10); }
+            if (end == value || *end || errno || info.values[k] < rows[k].low || info.values[k] > rows[k].high) {
+                die("%s: expected \"%s\" and a whole number from %zu to %zu, found \"%.40s\"", info.path, rows[k].key,
+                    rows[k].low, rows[k].high, value);
+            }
+            info.found[k] = true;
+        }
+    }
+    free(text);
+    return info;
+}
+
+// Dies if the .info beside a .bin says other things than the .bin itself, the tokenizer, or the program's flags.
+void info_check(const Segment* s, const Tokenizer* t, int eod) {
+    TokenInfo i = info_read(s->path);
+    if (i.found[TOKENS] && i.values[TOKENS] != s->end) {
+        die("%s holds %zu tokens, %s says %zu", s->path, s->end, i.path, i.values[TOKENS]);
+    }
+    if (eod >= 0 && i.found[END_TOKEN] && i.values[END_TOKEN] != (size_t)eod) {
+        die("--eod %d: by %s documents end with token %zu", eod, i.path, i.values[END_TOKEN]);
+    }
+    if (t && i.found[VOCAB_SIZE] && i.values[VOCAB_SIZE] != (size_t)t->pieces) {
+        die("%s was made with %zu tokens, --tokenizer %s has %d", s->path, i.values[VOCAB_SIZE], t->path, t->pieces);
+    }
+    if (t && *i.crc32 && strcmp(i.crc32, t->crc32)) {
+        die("%s was made with another tokenizer: CRC-32 %s by %s, but %s is %s", s->path, i.crc32, i.path, t->path,
+            t->crc32);
+    }
+}
+
+const char* paths_tokenizer(Paths paths) {
+    for (size_t i = 0; i < paths.count; i++) {
+        const char *path = paths.names[i], *slash = strrchr(path, '/');
+        if (!is_token_file(path)) { continue; }
+        TokenInfo info = info_read(path);
+        const char* folder = slash ? text_of("%.*s", (int)(slash - path), path) : "";
+        if (*info.tokenizer) { return strdup(path_in(folder, info.tokenizer, false)); }
+    }
+    return "";
+}
+
+void dataset_open(Dataset* d, Dataset* held_out, const char* flag, const char* patterns, const char* folder) {
+    Paths paths = paths_find(flag, patterns, folder);
+    for (size_t i = 0; i < paths.count; i++) {
+        Segment s = token_file(paths.names[i], d->tokenizer);
+        size_t cut = held_out ? (size_t)(0.9 * s.end) : s.end;
+        if (is_token_file(s.path)) { info_check(&s, d->tokenizer, d->eod); }
+        dataset_add(d, s, 0, cut);
+        if (held_out) { dataset_add(held_out, s, cut, s.end); }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Reading the data
 
 void dataset_read(const Dataset* d, size_t at, size_t n, int* out, int vocab) {
     for (const Segment* s = d->segments; n > 0; at -= min_size(at, s->end - s->begin), s++) {
@@ -785,38 +887,10 @@ void counts_add_text(Counts* c, const char* path) {
 }
 
 void counts_add_info(Counts* c, const char* path) {
-    enum { WORDS, LINES, BYTES, LOSSLESS, NUM_KEYS = 8 };
-    static const struct { const char* key; size_t low, high; } rows[NUM_KEYS] = {
-        {"words", 0, (size_t)1e18}, {"lines", 0, (size_t)1e18}, {"bytes", 1, (size_t)1e18}, {"lossless", 0, 1},
-        {"documents", 0, (size_t)1e18}, {"tokens", 0, (size_t)1e18}, // from here on, values are only checked
-        {"eod", 0, INT_MAX}, {"vocab_size", 1, INT_MAX}
-    };
-    const char* info = text_of("%.*s.info", (int)(strlen(path) - strlen(".bin")), path);
-    size_t values[NUM_KEYS] = {0, 0, 0, 1}, size;
-    bool found[NUM_KEYS] = {false};
-    if (!path_exists(info)) { c->known = false; return; }
-    char* text = (char*)file_read(info, &size);
-    for (char *line = text, *next; *line; line = next) {
-        size_t length = strcspn(line, "\n");
-        next = line + length + (line[length] != 0);
-        line[length] = 0;
-        for (int k = 0; k < NUM_KEYS; k++) {
-            size_t n = strlen(rows[k].key);
-            if (strncmp(line, rows[k].key, n) || (line[n] && line[n] != ' ')) { continue; }
-            char *value = line + n + (line[n] != 0), *end = value;
-            errno = 0;
-            if (isdigit((unsigned char)*value)) { values[k] = strtoull(value, &end, 10); }
-            if (end == value || *end || errno || values[k] < rows[k].low || values[k] > rows[k].high) {
-                die("%s: expected \"%s\" and a whole number from %zu to %zu, found \"%.40s\"", info, rows[k].key,
-                    rows[k].low, rows[k].high, value);
-            }
-            found[k] = true;
-        }
-    }
-    free(text);
-    c->words += values[WORDS]; c->lines += values[LINES]; c->bytes += values[BYTES];
-    c->lossless = c->lossless && values[LOSSLESS];
-    c->known = c->known && found[WORDS] && found[LINES] && found[BYTES];
+    TokenInfo i = info_read(path);
+    c->words += i.values[WORDS]; c->lines += i.values[LINES]; c->bytes += i.values[BYTES];
+    c->lossless = c->lossless && (i.values[LOSSLESS] || !i.found[LOSSLESS]);
+    c->known = c->known && i.found[WORDS] && i.found[LINES] && i.found[BYTES];
 }
 
 Counts dataset_counts(const Dataset* d) {

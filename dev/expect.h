@@ -5,7 +5,8 @@
 #include <sys/wait.h>
 
 static char folder[] = "/tmp/megalodon-test-XXXXXX"; // made by main with mkdtemp
-static bool all_good = true, group_good = true;
+static bool group_good = true;
+static int groups_passed, groups_failed;
 static int message; // a child's stderr, read by refused()
 
 static void expect(bool good, const char* what) {
@@ -14,9 +15,14 @@ static void expect(bool good, const char* what) {
 }
 
 static void group(const char* name) { // ends a group of expectations
-    printf("%s %s\n", group_good ? "ok" : "FAILED", name);
-    all_good = all_good && group_good;
+    if (!group_good || getenv("VERBOSE")) { printf("%s %s\n", group_good ? "ok" : "FAILED", name); }
+    groups_passed += group_good; groups_failed += !group_good;
     group_good = true;
+}
+
+static int summary(const char* name) { // of a test program, at its end; returns the exit status
+    printf("%-6s %s: %d passed, %d failed\n", groups_failed ? "FAILED" : "ok", name, groups_passed, groups_failed);
+    return groups_failed > 0;
 }
 
 // if (child()) { CALL; _exit(0); } refused("..."): CALL must die, with a message of one line that contains this text.

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Can the test fail? For each tensor of a dump: change it (--break), and test_megalodon must fail and name it. Inputs
 # (param.*, state.*) are not compared themselves: there, any other tensor must fail. From the project folder, after
-# make: sh dev/test_break.sh [DUMP]...     default: all of data/reference; VERBOSE=1 shows what notices each change
+# make: sh dev/test_break.sh [DUMP]...     default: all of data/reference; VERBOSE=1 shows what becomes of each change
 export LC_ALL=C OMP_NUM_THREADS=1
 [ $# -gt 0 ] || set -- data/reference/*.safetensors
 folder=$(mktemp -d) || exit 1
@@ -22,7 +22,7 @@ for dump; do
     ./test_megalodon "$dump" > "$out" || { echo "FAILED $dump: fails unbroken"; exit 1; }
     head -c $((8 + $(od -An -tu4 -N4 "$dump"))) "$dump" > "$header"
     # What is compared with a tensor of the file (a name with a comma stands for another comparison), and the inputs.
-    for name in $(sed -n 's/^ok  *\([^ ,]*\) .*/\1/p' "$out") \
+    for name in $(sed -n 's/^ok  *\([^ ,:]*\) .*/\1/p' "$out") \
                 $(grep -ao '"\(param\|state\)\.[^"]*"' "$header" | tr -d '"'); do
         ./test_megalodon --break "$name" "$dump" > "$out" 2>&1
         status=$? by=$(sed -n 's/^FAILED  *\([^ ]*\).*/\1/p' "$out") excuse= tried=$((tried + 1))
@@ -40,9 +40,10 @@ for dump; do
             final.*) excuse="within the bound on its norm, $(grep -F " $name " "$out" | grep -o 'error.*')" ;;
             *) if zero "$name"; then excuse="it is zero"; fi ;;
         esac
-        if [ $status = 0 ] && [ -n "$excuse" ]; then echo "passes $dump $name: $excuse"
+        if [ $status = 0 ] && [ -n "$excuse" ]; then [ -z "$VERBOSE" ] || echo "passes $dump $name: $excuse"
         else missed=$((missed + 1)); echo "FAILED $dump $name: exit status $status"; fi
     done
 done
-echo "$tried tensors broken: $noticed noticed, $((tried - noticed - missed)) may pass, $missed missed"
+printf '%-6s dev/test_break.sh: ' "$([ $missed = 0 ] && echo ok || echo FAILED)"
+echo "$tried tensors broken, $noticed noticed, $((tried - noticed - missed)) may pass, $missed missed"
 [ $missed = 0 ] && [ $noticed -gt 0 ]

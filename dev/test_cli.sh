@@ -50,7 +50,7 @@ refuses '--schedule step: expected cosine, linear or constant' --schedule step
 refuses 'model_dim 128 must be divisible by norm_num_groups 3' --norm-num-groups 3
 refuses 'z_dim 6 must be divisible by .*4' --num-heads 2 --z-dim 6
 refuses 'value_dim 7 must be divisible by num_heads 2' --num-heads 2 --value-dim 7
-refuses '--checkpoint-every needs --out' --checkpoint-every 10
+refuses '--checkpoint-every needs a folder' --checkpoint-every 10 --out none
 refuses '--generate and --eval' --generate 5 --eval text.txt --load $tiny
 refuses '--generate.* need.* --load FILE or --resume DIR' --generate 5
 refuses '--eval.* need.* --load FILE or --resume DIR' --eval text.txt
@@ -75,7 +75,7 @@ safetensors '{"__metadata__":{"num_layers":"1x"}}' 0 > number
 safetensors '{}' 0 > none
 : > empty
 refuses 'missing: No such file' --load missing
-refuses '\.: not ' --load .
+refuses '--load \.: a folder' --load .
 for file in empty short huge; do refuses "$file: not a safetensors file" --load $file; done
 refuses "cut: truncated" --load cut
 refuses "dtype: tensor 'embed.weight'.* F64" --load dtype --train text.txt $small $model
@@ -100,7 +100,6 @@ result "and says which it skips, and why" "$(grep -q '^skipping bad/step_0000000
 refuses '--out tiny holds checkpoints: --resume' --out tiny --train text.txt $small $model
 cp -r tiny other
 refuses '--out other holds checkpoints' --resume tiny --out other
-refuses '--out missing/folder: No such file' --out missing/folder --train text.txt $small $model
 refuses 'text.txt' --out text.txt --train text.txt $small $model
 
 # Data
@@ -113,6 +112,9 @@ wide few.txt '\\000' | bin 20240520 1 10 > count.bin
 (wide few.txt '\\000'; printf '\054\001\007\000') | bin 20240520 1 11 > id.bin
 refuses 'no file is named missing.txt' --train missing.txt $small $model
 refuses 'no file is named missing\*' --train 'text.txt,missing*' $small $model
+refuses 'no file is named missing.txt' --train missing.txt --dry-run $small $model
+refuses 'few.txt: .*tokens.*--seq 16' --train few.txt --dry-run $small $model
+refuses 'unknown option "few.txt".*quote' --train text.txt few.txt $small $model
 refuses 'empty: empty' --train empty $small $model
 refuses 'folder: not a regular file' --train folder $small $model
 refuses 'few.txt: .*tokens.*--seq 16' --train few.txt $small $model
@@ -183,6 +185,19 @@ last=$(tail -n 1 run/log.tsv | cut -f1)
 [ "$(cat code)" = 1 ] && [ -e "run/step_$(printf %08d "$last").safetensors" ] && tail -n 1 err | grep -q "^error: stdout"
 result "a reader of stdout that goes away: saves, and says so" "$([ $? = 0 ] || cat code err)"
 rm -r run
+
+(exec "$program" $small $model --train text.txt --steps 1000000 --out run --checkpoint-minutes 1e-4 > out 2> err) &
+until [ -e run/log.tsv ] && [ "$(wc -l < run/log.tsv)" -gt 99 ]; do sleep 0.05; done
+refuses '--out run: another run is writing there' --resume run
+kill -9 $! 2> err; wait $! 2> err
+result "saves by time, and keeps the newest" "$([ "$(ls run/step_*.safetensors | wc -l)" -le 2 ] || ls run)"
+works "after kill -9 the newest resumes, and no lock is left" "^step [0-9]+/[0-9]+ .*" --resume run \
+    --steps $(($(tail -n 1 run/log.tsv | cut -f1) + 1))
+rm -r run
+(exec "$program" $small $model --train text.txt --val long.txt --val-tokens 0 --val-every 1 --steps 9 --out run > out 2> err) &
+until grep -q '^step 1/' out; do sleep 0.05; done
+kill -TERM $!
+stopped "SIGTERM during the first validation, whose step is printed before it"
 
 # What must work
 sed -n 's/^    X([A-Z]*, *\([a-z0-9_]*\),.*".*/\1/p' "$table" | tr _ - > flags
@@ -259,7 +274,15 @@ if [ -e /dev/full ]; then
     "$program" --load $tiny --generate 50 > /dev/full 2> err
     result "a full disk under stdout" "$([ $? = 1 ] && tail -n 1 err | grep -q '^error: .*stdout' || tail -n 1 err)"
 fi
-result "--generate 50 writes 50 bytes" "$([ "$(wc -c < greedy1)" -eq 50 ] || wc -c < greedy1)"
+result "--generate 50 writes the prompt and 50 bytes" \
+    "$([ "$(wc -c < greedy1)" -eq 52 ] && [ "$(head -c 2 greedy1)" = 12 ] || cat greedy1)"
+printf 12 | "$program" --load $tiny --generate 50 --temperature 0 > piped 2> err
+same "a prompt by pipe" greedy1 piped
+printf 12 > prompt
+"$program" --load $tiny --generate 50 --temperature 0 < prompt > piped 2> err
+same "a prompt from a file" greedy1 piped
+sleep 2 | timeout 5 "$program" --load $tiny --generate 50 > piped 2> err
+result "a pipe that stays empty is no prompt" "$([ "$(wc -c < piped)" -eq 50 ] || cat piped err)"
 for try in 1.a 1.b 2.c; do run --load $tiny --generate 50 --seed ${try%.*}; cp out sample.$try; done
 same "--generate: same seed, same sample" sample.1.a sample.1.b
 result "--generate: another seed, another sample" "$(cmp -s sample.1.a sample.2.c && echo "it is the same")"
@@ -267,6 +290,39 @@ run --load $tiny --generate 50 --seed 1 --samples 3
 head -c 50 out > first
 same "--samples 3: the first is the one made alone" first sample.1.a
 result "--samples 3: 3 times 50 bytes and 2 lines between them" "$([ "$(wc -c < out)" -eq 186 ] || wc -c < out)"
+
+# Where a run is saved, and what it says
+mkdir elsewhere
+for n in 1 2; do (cd elsewhere && "$program" $small $model --train ../text.txt --steps 1 > ../out); done
+result "without --out a run makes runs/1, then runs/2" \
+    "$([ -e elsewhere/runs/2/step_00000001.safetensors ] || find elsewhere)"
+(cd elsewhere && eval "$(sed -n 's/^sample: //p' ../out)" > ../out 2> ../err)
+result "and says the command that samples" "$([ "$(wc -c < out)" -eq 500 ] || cat out err)"
+(cd elsewhere && "$program" $small $model --train ../text.txt --steps 1 --out none > ../out)
+result "--out none saves nothing" "$([ ! -e elsewhere/runs/3 ] && grep -q '^not saved' out || cat out)"
+works "--out a/b/c is made" "^saved: a/b/c/step" --out a/b/c --train text.txt $small $model --steps 35 --warmup 5
+result "the first and every tenth step are printed, and the last" \
+    "$([ "$(sed -n 's,^step \([0-9]*\)/.*,\1,p' out | tr '\n' ' ')" = "1 10 20 30 35 " ] || cat out)"
+"$program" $small $model --train text.txt --steps 1 --out closed >&- 2> err <&-
+result "what a closed stdout loses lands in no file" "$([ "$(wc -l < closed/log.tsv)" -eq 2 ] || cat closed/log.tsv)"
+(cd elsewhere && run() { "$program" "$@"; }; run --resume ../a/b/c --steps 36 > ../out 2> ../err)
+result "--resume from another folder says what to do" \
+    "$(grep -q '^error: --train (start in the folder where the run began.*text.txt' err || cat out err)"
+works "a longer schedule is named" "^note: .*learning rate goes on at 0.00295; .* has 0.0002 here" --resume a/b/c --steps 90
+
+# Tokens are those that are predicted, not padding
+printf 123456789 > d1; printf 98 > d2
+run $model --train d1,d2 --val d1,d2 --eod 0 --seq 64 --batch 2 --steps 2 --out documents
+result "tokens are counted without padding" \
+    "$([ "$(cut -f2 documents/log.tsv | tr '\n' ' ')" = "tokens 13 26 " ] || cat documents/log.tsv)"
+run --eval d1,d2 --resume documents --losses losses
+result "--losses writes where documents end" "$([ "$(tr '\n' ' ' < losses.documents)" = "9 2 " ] || cat err losses.*)"
+head -c 101 text.txt > text101.txt
+for val in "text.txt --val-tokens 100" text101.txt; do
+    run $small $model --train text.txt --val $val --steps 1
+    grep "val loss" out > "val.${val#* }"
+done
+same "--val-tokens 100 are the first 100" "val.--val-tokens 100" val.text101.txt
 
 # The same text as bytes, as llm.c's uint16 and as its uint32; and cut into pieces named by commas and *
 wide text.txt '\\000' | bin 20240520 1 "$(wc -c < text.txt)" > text16.bin
@@ -297,5 +353,4 @@ if [ -x "$program" ] && cp "$(dirname "$program")/data/reference/one.safetensors
     refuses '--chunk-parallel 2: 1 processes' dump --chunk-parallel 2
 fi
 
-echo "$passed passed, $failed failed"
-[ "$failed" = 0 ]
+summary dev/test_cli.sh

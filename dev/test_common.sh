@@ -1,4 +1,5 @@
-# What the tests of the command line share; to be read by `.` with $program set. Goes to a folder of its own.
+# What the tests of the command line share; to be read by `.` with $program set. Goes to a folder of its own. With
+# VERBOSE=1 they print also what is good.
 folder=$(mktemp -d) || exit 1
 trap 'rm -rf "$folder"' EXIT
 trap 'exit 1' INT TERM
@@ -6,7 +7,7 @@ cd "$folder" || exit 1
 passed=0 failed=0
 
 result() { # NAME WHY: ok if WHY is empty
-    if [ -z "$2" ]; then passed=$((passed + 1)); printf 'ok %s\n' "$1"
+    if [ -z "$2" ]; then passed=$((passed + 1)); [ -z "$VERBOSE" ] || printf 'ok %s\n' "$1"
     else failed=$((failed + 1)); printf 'FAILED %s: %s\n' "$1" "$2"; fi
 }
 
@@ -37,3 +38,8 @@ works() {
 same() { if cmp -s "$2" "$3"; then result "$1" ""; else result "$1" "$2 and $3 differ"; fi; } # NAME FILE FILE
 weights() { tail -c +$((9 + $(od -An -tu4 -N4 "$1"))) "$1"; } # of a safetensors file, what follows the header
 steps() { cut -f1-5 "$1/log.tsv"; }                           # the columns that do not depend on time
+
+summary() { # NAME: of a script, at its end
+    printf '%-6s %s: %d passed, %d failed\n' "$([ "$failed" = 0 ] && echo ok || echo FAILED)" "$1" "$passed" "$failed"
+    [ "$failed" = 0 ]
+}

@@ -296,5 +296,5 @@ int main(void) {
     test_library();
     test_broken();
     rmdir(folder);
-    return all_good ? 0 : 1;
+    return summary("dev/test_safetensors.c");
 }

@@ -38,6 +38,37 @@ tok space "line 7"; for name in type number quote escape digit byte raw again; d
 tok bytes "255 byte pieces"; tok control "line 9: 1 bytes in a piece of type c"
 tok twice "pieces .* have the same bytes"
 tok nothing "line 400: 0 bytes"; tok more "something follows"; tok long "line 400"; tok both ".*two pieces of type c"
+
+# Files that belong together: .bin and .info, a tokenizer, the weights that were trained with it
+mkdir pair
+cp own.tok own.bin own.info pair
+seq 1 300 > pair/text.txt
+sed 's/^tokens .*/tokens 1328/' own.info > pair/count.info; cp own.bin pair/count.bin
+sed 's/^vocab_size .*/vocab_size 501/' own.info > pair/size.info; cp own.bin pair/size.bin
+(cat own.info; echo tokenizer_crc32 00000000) > pair/other.info; cp own.bin pair/other.bin
+crc=$(gzip -c pair/own.tok | tail -c 8 | od -An -tx4 -N4 | tr -d ' ')
+(cat own.info; echo "tokenizer_crc32 $crc") > pair/same.info; cp own.bin pair/same.bin
+refuses 'count.bin holds 1329 tokens, pair/count.info says 1328' --train pair/count.bin $model
+refuses 'size.bin was made with 501 tokens, --tokenizer pair/own.tok has 500' --train pair/size.bin $model
+refuses "other.bin was made with another tokenizer: .*00000000 .*pair/own.tok.* $crc" --train pair/other.bin $model
+grep -v ^tokenizer own.info > pair/plain.info; cp own.bin pair/plain.bin
+refuses '--eod 5: by pair/plain.info documents end with token 1' --train pair/plain.bin $model --eod 5 --vocab-size 500
+works "the .info names tokenizer and vocabulary" "^saved: paired" --train pair/same.bin --val pair/text.txt $model --eod 1 \
+    --seq 16 --steps 1 --out paired
+result "both are used" "$(grep -q '^tokenizer pair/own.tok .*eod 1' out && grep -q 'vocab_size 500' out || cat out)"
+paired="--load paired/step_00000001.safetensors"
+works "and recorded" "^eval: tokens" $paired --eval pair/text.txt
+refuses "other.bin was made with another tokenizer" $paired --eval pair/other.bin
+sed '20s/0.0/0.5/' own.tok > pair/own.tok
+for mode in "--eval pair/text.txt" "--generate 5" "--train pair/text.txt"; do
+    refuses "pair/own.tok is another one than the weights were trained with: its CRC-32 is .*, expected $crc" $paired $mode
+done
+mv pair/own.tok pair/moved.tok
+refuses '--tokenizer pair/own.tok: No such file.* --tokenizer FILE says where it is now' $paired --generate 5
+cp own.tok pair/moved.tok
+works "a tokenizer that was moved" "tok/s" $paired --generate 5 --tokenizer pair/moved.tok
+works "a text without a tokenizer is named" "^note: pair/text.txt is read as bytes, although vocab_size is 500" \
+    --train pair/text.txt $model --vocab-size 500 --seq 16 --steps 1 --out none
 tok end ".*two pieces of type c"; refuses "\.: not a regular file" --tokenizer . --train text.txt $model
 
 # Flags
@@ -127,5 +158,4 @@ rm -r resumed && cp -r micro resumed && rm resumed/step_00000020.safetensors
 refuses "tensor 'state.*count' has shape .*6.* expected .*8" --resume resumed --batch 8 --accum 1
 works "weights of such a run load" "eval: tokens" --load micro/step_00000020.safetensors --eval one.txt
 
-echo "$passed passed, $failed failed"
-[ "$failed" = 0 ]
+summary dev/test_tokens.sh
