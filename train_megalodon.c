@@ -117,7 +117,7 @@ enum { CEMA_MAX_NDIM = 64, MAX_VOCAB = 1 << 24 };
     X(REAL, rope_base,      10000, 1, 1e12,       "base of the rotary embedding's wavelengths") \
     X(REAL, norm_eps,        1e-5, 0, 1,          "added to every variance [eps]") \
     X(BOOL, swiglu,             1, 0, 1,          "gate the feed-forward layer") \
-    X(BOOL, scale_emb,          1, 0, 1,          "multiply embeddings by sqrt(model_dim)") \
+    X(BOOL, scale_emb,          0, 0, 1,          "multiply embeddings by sqrt(model_dim), as some presets do") \
     X(BOOL, share_emb,          1, 0, 1,          "use the embedding as the output layer too") \
     X(BOOL, rescale_nffn,       0, 0, 1,          "multiply the feed-forward output by a learned vector")
 
@@ -1184,6 +1184,10 @@ void block_backward(const Model* model, const Pass* s, int l, const State* start
 
 // The output layer's weight, or with share_emb the embedding's.
 float* output_weight(const Model* model, Params w) { return model->config.share_emb ? w.embed : w.output; }
+
+// The release scales the embeddings of tied models. At first the blocks change them little and the final norm restores
+// their length, so the logit of the token that was just read is about sqrt(D) above the others. Such a model starts
+// with a loss of about sqrt(D) instead of ln(vocab), and has to unlearn this first. So the default is 1.
 float embedding_scale(const Config* config) { return config->scale_emb ? sqrt(config->model_dim) : 1.0; }
 
 // tokens (B,T) to s->acts.logits (B,T,vocab). start and end: as in block_forward; with a cache start->pos + T <= c.
@@ -1753,6 +1757,9 @@ void run(const Backend* b, Options* o, SafeTensors* st) {
     fprintf(info, "device: %s\nnum_parameters: %zu\n", b->name, specs_size(specs, NUM_PARAMS));
     double needed = b->memory_needed(b->self, o);
     if (training) { fprintf(info, "memory: %.1f MB\n", needed / 1e6); }
+    if (training && !loaded && o->model.scale_emb && o->model.share_emb) {
+        fprintf(info, "note: with scale_emb and share_emb the first loss is about sqrt(model_dim): see README.md\n");
+    }
     if (needed > 1e15) { die("--batch %d --seq %d: more than any machine has", o->batch, o->seq); }
     data_open(o, training, &data, &held_out);
     if (loaded) { tensors_load(NULL, o, specs, st, kinds); } // check the file before taking the memory that it asks for
@@ -2564,7 +2571,7 @@ void options_print(const Options* o, bool training, FILE* f) {
 
 // The name of a flag for messages about its files. A resumed run has it from its checkpoint.
 const char* data_flag(const Options* o, const char* flag) {
-    return text_of(*o->resume ? "%s (start in the folder where the run began, or give it again)" : "%s", flag);
+    return *o->resume ? strdup(text_of("%s (start in the folder where the run began, or give it again)", flag)) : flag;
 }
 
 // The tokenizer that the .info of the data names, or "".

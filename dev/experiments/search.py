@@ -1,0 +1,118 @@
+#!/usr/bin/env python3
+"""Which choices in initialization and recipe are worth changing: one at a time, on tiny Shakespeare, with two seeds.
+
+    dev/experiments/search.py input.txt --out search            both rows; --rows cpu or --rows gpu for one
+
+Row `cpu` is the README's command for CPUs with half the steps, row `gpu` the one for GPUs with a quarter. A variant is
+a set of flags, or a factor on tensors of the initial weights. The results are in OUT/results.tsv: row, variant, seed, and
+the last validation loss. A call again goes on where the last one stopped, and prints the table."""
+import argparse, concurrent.futures, json, os, re, subprocess, sys
+
+import numpy
+
+SEEDS = 1337, 1
+TINY = "--batch 3 --seq 256 --steps 1000 --lr 3e-3 --beta2 0.99"
+LARGER = ("--num-layers 6 --model-dim 384 --z-dim 192 --value-dim 768 --ffn-hidden-dim 512 --norm-num-groups 8 "
+          "--chunk-size 256 --seq 256 --batch 64 --steps 625 --lr 2e-3 --beta2 0.99 --dropout 0.2 "
+          "--hidden-dropout 0.2 --attention-dropout 0.2")
+ROWS = {"cpu": ("./train_megalodon", TINY), "gpu": ("./train_megalodon_cuda", LARGER)}
+LAST = r"(wh2|wh1|fc2)\.weight"  # the last products of the two branches of a block
+VARIANTS = {  # name: flags; or (tensors, factor)
+    "base": "",
+    "scale-emb": "--scale-emb 1",
+    "lr x 0.5": {"--lr": 0.5},
+    "lr x 0.71": {"--lr": 0.71},
+    "lr x 1.41": {"--lr": 1.41},
+    "lr x 2": {"--lr": 2},
+    "warmup 50": "--warmup 50",
+    "warmup 200": "--warmup 200",
+    "beta2 0.95": "--beta2 0.95",
+    "beta2 0.98": "--beta2 0.98",
+    "decay 0.03": "--weight-decay 0.03",
+    "decay 0.3": "--weight-decay 0.3",
+    "lr-end 0": "--lr-end-ratio 0",
+    "untied": "--share-emb 0",
+    "rescale": "--rescale-nffn 1",
+    "embedding x 0.25": (r"embed", 0.25),
+    "embedding x 0.5": (r"embed", 0.5),
+    "embedding x 2": (r"embed", 2),
+    "last products x 0.35": (LAST, 0.35),
+    "last products x 0": (LAST, 0),
+    "gamma x 0.25": (r"cema\.gamma", 0.25),
+    "gamma x 0.5": (r"cema\.gamma", 0.5),
+    "gamma x 2": (r"cema\.gamma", 2),
+    "omega x 0": (r"cema\.omega", 0),
+    "omega x 2": (r"cema\.omega", 2),
+    "delta - 2": (r"cema\.delta", None),  # slower decay: longer memory
+}
+
+
+def flags_of(text, changes):
+    """The row's flags with those of a variant in their place; a number multiplies the row's own."""
+    flags = dict(zip(text.split()[::2], text.split()[1::2]))
+    if isinstance(changes, dict):
+        changes = " ".join(f"{flag} {float(flags[flag]) * factor:.4g}" for flag, factor in changes.items())
+    flags.update(zip(changes.split()[::2], changes.split()[1::2]))
+    return [word for pair in flags.items() for word in pair]
+
+
+def change_tensors(path, pattern, factor):
+    """Multiplies the float32 tensors of a safetensors file whose names the pattern finds; None: subtracts 2."""
+    with open(path, "r+b") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+        for name, tensor in header.items():
+            if name == "__metadata__" or name.startswith("adam_") or not re.search(pattern, name):
+                continue
+            begin, end = tensor["data_offsets"]
+            f.seek(8 + size + begin)
+            x = numpy.frombuffer(f.read(end - begin), "<f4")
+            f.seek(8 + size + begin)
+            f.write((x - 2 if factor is None else x * factor).astype("<f4").tobytes())
+
+
+def run(row, name, seed, options):
+    program, text = ROWS[row]
+    variant = VARIANTS[name]
+    flags = flags_of(text, "" if isinstance(variant, tuple) else variant)
+    flags += ["--seed", str(seed), "--train", options.text]
+    folder = os.path.join(options.out, "runs", re.sub(r"\W+", "_", f"{row} {name} {seed}"))
+    env = dict(os.environ, OMP_NUM_THREADS="2")
+    if isinstance(variant, tuple):
+        first = flags_of(" ".join(flags), f"--steps 1 --lr 0 --val-every 0 --out {folder}_initial")
+        subprocess.run([program] + first, check=True, env=env, stdout=subprocess.DEVNULL)
+        path = folder + "_initial/step_00000001.safetensors"
+        change_tensors(path, *variant)
+        flags += ["--load", path]
+    out = subprocess.run([program] + flags + ["--out", "none"], check=True, env=env, stdout=subprocess.PIPE, text=True)
+    return row, name, seed, re.findall(r"val loss ([\d.]+)", out.stdout)[-1]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--at-a-time", type=int, default=max(1, (os.cpu_count() - 2) // 2), help="runs on CPUs")
+    options = parser.parse_args()
+    os.makedirs(options.out, exist_ok=True)
+    results = os.path.join(options.out, "results.tsv")
+    lines = open(results).read().splitlines() if os.path.exists(results) else []
+    known = {tuple(line.split("\t")[:3]): float(line.split("\t")[3]) for line in lines}
+    todo = [(row, name, seed) for name in VARIANTS for seed in SEEDS for row in options.rows
+            if (row, name, str(seed)) not in known]
+    pools = {"cpu": concurrent.futures.ThreadPoolExecutor(options.at_a_time),
+             "gpu": concurrent.futures.ThreadPoolExecutor(1)}
+    for done in concurrent.futures.as_completed([pools[work[0]].submit(run, *work, options) for work in todo]):
+        row, name, seed, loss = done.result()
+        known[row, name, str(seed)] = float(loss)
+        with open(results, "a") as f:
+            f.write(f"{row}\t{name}\t{seed}\t{loss}\n")
+    print(f"{'variant':24}" + "".join(f"{row + ' ' + str(seed):>12}" for row in options.rows for seed in SEEDS))
+    for name in VARIANTS:
+        print(f"{name:24}" + "".join(f"{known.get((row, name, str(seed)), float('nan')):12.4f}"
+                                     for row in options.rows for seed in SEEDS))
+
+
+if __name__ == "__main__":
+    main()
