@@ -2376,28 +2376,32 @@ MPI(static MPI_Comm slice_group;) // the processes with slices of the same seque
 MPI(void ranks_close(void) { MPI_Finalize(); })
 
 // If all processes find the same error, only rank 0 should print it: the others wait, and rank 0 ends the job
-// meanwhile.
+// meanwhile. They cannot go on without it. MPICH's mpirun may end before it has read the message, so it gets time.
 void ranks_on_die(bool said) {
     if (!said) { line_close(); }
     if (!said && ranks.rank) { signal(SIGTERM, SIG_DFL); sleep(3); }
-    MPI(if (said && ranks.count > 1) { MPI_Abort(MPI_COMM_WORLD, 1); }) // the others cannot go on without this one
+    MPI(if (said && ranks.count > 1) { usleep(200000); MPI_Abort(MPI_COMM_WORLD, 1); })
 }
 
-// Starts MPI if there are several processes. What processes other than rank 0 print is not seen.
+int env_int(const char* name) { return getenv(name) ? atoi(getenv(name)) : 0; }
+
+// Starts MPI if the nearest launcher started several processes: launchers can start launchers, whose variables are
+// inherited. srun is the nearest if this process is its task; if not, an mpirun; if there is none, srun, by a script.
+// Then MPI says how many they are. What processes other than rank 0 print is not seen.
 void ranks_open(void) {
-    static const char* counts[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"};
-    int started = 1;
+    int open_mpi = env_int("OMPI_COMM_WORLD_SIZE"), mpich = env_int("PMI_SIZE"); // and what descends from MPICH
+    int started = open_mpi > mpich ? open_mpi : mpich;
     on_die = ranks_on_die;
-    for (int i = 0; i < 3; i++) { started = getenv(counts[i]) ? atoi(getenv(counts[i])) : started; }
+    if (!started || env_int("SLURM_TASK_PID") == getpid()) { started = env_int("SLURM_STEP_NUM_TASKS"); }
     if (started <= 1) { return; }
     MPI(int level;
         MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
         MPI_Comm_size(MPI_COMM_WORLD, &ranks.count);
         MPI_Comm_rank(MPI_COMM_WORLD, &ranks.rank);
         atexit(ranks_close);)
-    if (ranks.count != started) {
-        die("%d processes were started, this one knows of %d: built without MPI (see what make prints), or for another "
-            "mpirun; srun: --mpi=pmix", started, ranks.count);
+    if (ranks.count == 1) {
+        die("%d processes were started, this one knows of 1: built without MPI (see what make prints), or for another "
+            "mpirun; srun: --mpi=pmix", started);
     }
     if (ranks.rank && !freopen("/dev/null", "w", stdout)) { die("/dev/null: %s", strerror(errno)); }
 }
@@ -2435,24 +2439,55 @@ void share_last(void* x, size_t bytes) {
     (void)x; (void)bytes;
 }
 
+// SUMS. MPI may add in another order from call to call, and the last bits depend on the order. So MPI only moves
+// numbers, and they are added here, in the order of ranks: a resumed run goes on with the same bits.
+
 void all_sum(double* x, int n) { // nobody returns before all are here
-    MPI(if (ranks.count > 1) { MPI_Allreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD); })
-    (void)x; (void)n;
+    if (ranks.count == 1) { return; }
+    double* all = (double*)xcalloc((size_t)ranks.count * n, sizeof(double));
+    MPI(MPI_Allgather(x, n, MPI_DOUBLE, all, n, MPI_DOUBLE, MPI_COMM_WORLD);)
+    for (int i = 0; i < n; i++) {
+        x[i] = all[i];
+        for (int r = 1; r < ranks.count; r++) { x[i] += all[(size_t)r * n + i]; }
+    }
+    free(all);
 }
 
-// For each process r, the elements [part_start(n, r), part_start(n, r + 1)) of x (n): with `sum`, process r receives
-// the sum over all processes (and the rest of its x is scratch afterwards); without, all receive r's.
+// For each process r, the elements [part_start(n, r), part_start(n, r + 1)) of x (n) become the sum over all processes,
+// in process r. The rest of its x is scratch afterwards. To keep memory small, a block of each part is sent at a time.
+void parts_sum(float* x, size_t n) {
+    size_t longest = n / ranks.count + 1, block = min_size(longest, (1 << 20) / ranks.count + 1);
+    float *received = (float*)xcalloc(block * ranks.count, sizeof(float)), *mine = x + part_start(n, ranks.rank);
+    size_t size = part_start(n, ranks.rank + 1) - part_start(n, ranks.rank);
+    for (size_t at = 0; at < longest; at += block) {
+        for (int i = 0; i < ranks.count; i++) { // to the i-th process after this one, from the i-th before it
+            int to = (ranks.rank + i) % ranks.count, from = (ranks.rank + ranks.count - i) % ranks.count;
+            float *block_to = x + part_start(n, to) + at, *block_from = received + from * block;
+            size_t sent = min_size(block, x + n - block_to); // what it has after the end of the part, nobody reads
+            MPI(MPI_Sendrecv(block_to, sent, MPI_FLOAT, to, 0, block_from, block, MPI_FLOAT, from, 0, MPI_COMM_WORLD,
+                             MPI_STATUS_IGNORE);)
+            (void)block_from; (void)sent;
+        }
+        for (int r = 0; r < ranks.count; r++) {
+            float *sum = mine + at, *term = received + r * block;
+            for (size_t i = 0; i < block && at + i < size; i++) { sum[i] = r ? sum[i] + term[i] : term[i]; }
+        }
+    }
+    free(received);
+}
+
+// With `sum`, each process receives its part of x (n) as above; without, all receive all parts.
 void parts_exchange(float* x, size_t n, bool sum) {
-    for (int r = 0; r < (ranks.count > 1 ? ranks.count : 0); r++) {
+    if (ranks.count == 1) { return; }
+    if (sum) { parts_sum(x, n); return; }
+    for (int r = 0; r < ranks.count; r++) {
         size_t end = part_start(n, r + 1);
         for (size_t at = part_start(n, r), size; at < end; at += size) {
             size = min_size(end - at, 1 << 28); // MPI counts in ints
-            MPI(if (!sum) { MPI_Bcast(x + at, size, MPI_FLOAT, r, MPI_COMM_WORLD); }
-                void* mine = r == ranks.rank ? MPI_IN_PLACE : x + at;
-                if (sum) { MPI_Reduce(mine, x + at, size, MPI_FLOAT, MPI_SUM, r, MPI_COMM_WORLD); })
+            MPI(MPI_Bcast(x + at, size, MPI_FLOAT, r, MPI_COMM_WORLD);)
         }
     }
-    (void)x; (void)sum;
+    (void)x;
 }
 void grads_sum_part(const Model* m) { parts_exchange(m->grads.embed, m->num_parameters, true); }
 void params_gather_parts(const Model* m) { parts_exchange(m->params.embed, m->num_parameters, false); }

@@ -5,6 +5,7 @@ export LC_ALL=C OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 # MPI libraries le
 # Open MPI refuses root, and more ranks than cores, unless told
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
 export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMPI_MCA_mpi_yield_when_idle=1
+export MPIR_CVAR_ENABLE_HEAVY_YIELD=1 # MPICH takes more ranks than cores, but waits at the cost of the others
 program=$(realpath "${1:-train_megalodon}") test=$(realpath "${2:-test_megalodon}") flags=$3 dump=$PWD/data/reference/slices.safetensors
 folder=$(mktemp -d) || exit 1
 trap 'rm -rf "$folder"' EXIT
@@ -50,12 +51,12 @@ appears() { # FILE LINES
     exit 1
 }
 
-# The ranks of the job in the background: children of mpirun
-rank_pids() {
+# The ranks of the job in the background: below mpirun (Open MPI), or below a process that it starts (MPICH)
+rank_pids() { # [PID]
     for status_file in /proc/[0-9]*/status; do
-        [ "$(sed -n 's/^PPid:[^0-9]*//p' "$status_file" 2> /dev/null)" = "$!" ] || continue
-        pid=${status_file#/proc/}
-        echo "${pid%/status}"
+        [ "$(sed -n 's/^PPid:[^0-9]*//p' "$status_file" 2> /dev/null)" = "${1:-$!}" ] || continue
+        pid=${status_file#/proc/} pid=${pid%/status}
+        if [ "$(readlink "/proc/$pid/exe")" = "$program" ]; then echo "$pid"; else rank_pids "$pid"; fi
     done
 }
 
@@ -75,6 +76,34 @@ model="--num-layers 2 --model-dim 24 --z-dim 8 --value-dim 20 --ffn-hidden-dim 1
        --cema-ndim 6 --train text.txt --warmup 3 --val-every 0
        --dropout 0.2 --hidden-dropout 0.1 --attention-dropout 0.2 $flags" # masks do not depend on the split either
 long="--seq 48"
+
+# The nearest launcher counts, whatever launchers started that one. What srun would set is set here.
+launched() { # NAME NUMBER [VARIABLE=VALUE...] COMMAND
+    name=$1 number=$2 status=0
+    shift 2
+    timeout 60 env "$@" $model $long --dry-run > out 2>&1 || status=$?
+    case $number in
+        1) found=$([ "$status" = 0 ] && ! grep ^processes: out && grep ^num_parameters: out) ;;
+        2) found=$([ "$status" = 0 ] && grep '^processes: 2 ' out) ;;
+        4) found=$([ "$status" != 0 ] && grep '^error: 4 processes were started, this one knows of 1: ' out) ;;
+    esac
+    result "launchers: $name" "$([ -n "$found" ] || echo "exit status $status, $(cat out)")"
+}
+task='SLURM_TASK_PID=$$ exec "$0" "$@"' # as srun starts a program
+launched "mpirun in a step of one task" 2 SLURM_STEP_NUM_TASKS=1 SLURM_TASK_PID=$$ mpirun -np 2 "$program"
+launched "mpirun in a step of four" 2 SLURM_STEP_NUM_TASKS=4 SLURM_TASK_PID=$$ mpirun -np 2 "$program"
+launched "mpirun -np 1 in a step of four" 1 SLURM_STEP_NUM_TASKS=4 SLURM_TASK_PID=$$ mpirun -np 1 "$program"
+launched "mpirun in a shell of another" 2 OMPI_COMM_WORLD_SIZE=1 PMI_SIZE=1 mpirun -np 2 "$program"
+launched "another MPI's mpirun" 4 OMPI_COMM_WORLD_SIZE=4 "$program"
+launched "srun, for another MPI" 4 SLURM_STEP_NUM_TASKS=4 sh -c "$task" "$program"
+launched "a script under srun, for another MPI" 4 SLURM_STEP_NUM_TASKS=4 SLURM_TASK_PID=$$ "$program"
+launched "srun -n 4 in a shell of mpirun -np 1" 4 OMPI_COMM_WORLD_SIZE=1 PMI_SIZE=1 SLURM_STEP_NUM_TASKS=4 \
+    sh -c "$task" "$program"
+launched "srun -n 1 in a shell of mpirun -np 4" 1 OMPI_COMM_WORLD_SIZE=4 PMI_SIZE=4 SLURM_STEP_NUM_TASKS=1 \
+    sh -c "$task" "$program"
+launched "no launcher, in a job of four" 1 SLURM_NTASKS=4 "$program"
+launched "no launcher, in a step of one" 1 SLURM_STEP_NUM_TASKS=1 SLURM_TASK_PID=$$ "$program"
+
 "$program" $model $long --batch 4 --lr 0 --steps 1 --out start > out
 "$program" $model $long --batch 4 --steps 10 --checkpoint-every 1 --out one > out
 
@@ -130,6 +159,19 @@ for from in run2x2 run1x3 one; do
         compare "$(checkpoint "again_$from" 10)" "$(checkpoint one 10)" "$(checkpoint start 1)")"
 done
 
+# A run that is resumed on the same number of ranks goes on with the same bits
+for slices in 1 2 4; do
+    dir=straight$slices
+    run 4 $model $long --batch 1 --steps 12 --checkpoint-every 6 --chunk-parallel $slices --out $dir
+    cp -r $dir again && rm "$(checkpoint $dir 12)"
+    run 4 --resume $dir --chunk-parallel $slices
+    cut -f1-4 again/log.tsv > log1; cut -f1-4 $dir/log.tsv > log2
+    result "4 ranks, $slices slices, resumed: the same bits" "$([ "$status" = 0 ] || cat err
+        [ "$(wc -l < log1)" = 13 ] || cat log1
+        diff log1 log2; cmp "$(checkpoint again 12)" "$(checkpoint $dir 12)" 2>&1)"
+    rm -r again
+done
+
 # A rank that is killed, one that is asked to stop, and one that fails
 mpirun -np 3 "$program" $model $long --batch 4 --steps 1000000 --chunk-parallel 3 --checkpoint-every 1 --out killed > out 2> err &
 appears "$(checkpoint killed 3)" 0
@@ -138,7 +180,8 @@ before=$(date +%s)
 wait $!
 status=$?
 result "kill -9 of a rank ends the job, with a message" \
-    "$([ $status != 0 ] && [ $(($(date +%s) - before)) -lt 60 ] && [ -s err ] || echo "exit status $status, $(cat err)")"
+    "$([ $status != 0 ] && [ $(($(date +%s) - before)) -lt 60 ] && cat out err | grep -q 'signal 9' ||
+        echo "exit status $status, $(cat out err)")"
 last=$(ls killed | sed -n 's/^step_0*\([0-9]*\).safetensors$/\1/p' | tail -n 1)
 run 1 --resume killed --steps $((last + 2))
 result "the last checkpoint resumes" "$([ $status = 0 ] && [ -e "$(checkpoint killed $((last + 2)))" ] || cat err)"

@@ -565,8 +565,7 @@ static ncclResult_t ncclCommWindowDeregister(ncclComm_t, ncclWindow_t window) {
 }
 // While a rank waits for the others, its card goes on with what they may be waiting for.
 #define MPI_Allgather(...) (streams_run(true), MPI_Allgather(__VA_ARGS__))
-#define MPI_Allreduce(...) (streams_run(true), MPI_Allreduce(__VA_ARGS__))
 #define MPI_Bcast(...) (streams_run(true), MPI_Bcast(__VA_ARGS__))
-#define MPI_Reduce(...) (streams_run(true), MPI_Reduce(__VA_ARGS__))
+#define MPI_Sendrecv(...) (streams_run(true), MPI_Sendrecv(__VA_ARGS__))
 #define MPI_Finalize() (streams_run(true), MPI_Finalize())
 #endif
