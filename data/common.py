@@ -210,15 +210,16 @@ def rules_of(charsmap):
             found.append((bytes([c]), child, text))
         return found
 
-    rules, nodes = [], [(b"", offset(int(units[0])))] if charsmap else []
+    rules, nodes, visited = [], [(b"", offset(int(units[0])))] if charsmap else [], 0
     while nodes:
         before, base = nodes.pop()
         for byte, child, text in children(base):
             nodes.append((before + byte, child))
             if text is not None:
                 rules.append((before + byte, text))
-        if len(before) >= MAX_RULE_SIZE or len(rules) > MAX_RULES:
-            raise ValueError # a node that is its own descendant
+        visited += 1
+        if len(before) >= MAX_RULE_SIZE or visited > MAX_RULES:
+            raise ValueError # not a tree: a node may be its own descendant
     return sorted(rules)
 
 
