@@ -33,10 +33,7 @@ class Tok:
         first, rules = 1 + len(keys), int(self.rules) if self.version == 2 else 0
         assert len(lines) == first + int(self.pieces) + rules + 1
         self.types, self.scores, self.bytes = [], [], []
-        rules = [map(unquoted, re.fullmatch(b'("[^"]+") ("[^"]*")', line).groups()) for line in lines[-1 - rules:-1]]
-        self.replacements = dict(rules)
-        assert list(self.replacements) == sorted(self.replacements) and len(self.replacements) == len(rules)
-        self.longest_rule = max(map(len, self.replacements), default=0)
+        self.replacements, self.longest_rule = rules_from(tuple(lines[-1 - rules:-1]))
         for line in lines[first:first + int(self.pieces)]:
             kind, score, quoted = line.split(b" ", 2)
             assert len(kind) == 1
@@ -141,7 +138,17 @@ class Tok:
 
 def unquoted(quoted):
     assert re.fullmatch(rb'"([^\x00-\x1f"\\\x7f]|\\x[0-9a-f]{2})*"', quoted)
-    return re.sub(rb"\\x(..)", lambda found: bytes([int(found[1], 16)]), quoted[1:-1])
+    data = quoted[1:-1]
+    return re.sub(rb"\\x(..)", lambda found: bytes([int(found[1], 16)]), data) if b"\\" in data else data
+
+
+@functools.cache # several models have the same 225,000 rules
+def rules_from(lines):
+    pairs = [[unquoted(text) for text in re.findall(b'"[^"]*"', line)] for line in lines]
+    rules = dict(pairs)
+    assert list(rules) == sorted(rules) and len(rules) == len(lines) and b"" not in rules
+    assert all(line.count(b'"') == 4 and b'" "' in line for line in lines)
+    return rules, max(map(len, rules), default=0)
 
 
 class TokInC:
@@ -352,12 +359,14 @@ STRANGE = ("a  b\u2581c \u2581 d\n\n \t x\ty\r\n\x01\x7f \"quoted\\ \u00e9\u00df
            "<0x41> \u200b\ufeff\u0301 12345 tail without newline ").encode()
 
 
-ODD = r"""the| of|int|for (|static|THE|Parameter|CamelCase|x1234|<s2>|<b|1/2|abc|\t|\r|\v|\f| |  |     |\x00|\x01|\x7f|"|\\
+# What odd lines are made of: parts, with | between them.
+ODD = r"""the| of|int|for (|static|THE|Parameter|CamelCase|x1234|<s2>|<b|1/2|abc|\t|\r|\v|\f| |  |     |\x00|\x01|\x7f|"
 e\u0301|E\u0301\u0323|\u00e9|a\u0308\u0301|\u0130|\u1e9e|\u00df|\u01c6|\ufb01|\ufb03x|\uff21\uff22|\uff11\uff12|\u3000
-\u201cq\u201d|\u2019s|\u2026|\u00bd|\u00b4|\u2460|\u2126|\ufdfa|\ufdfb\u0651|\u0627\u0644\u0651|\u06cc|\u0958|\u6f22\u5b57
+\\|\u201cq\u201d|\u2019s|\u2026|\u00bd|\u00b4|\u2460|\u2126|\ufdfa|\ufdfb\u0651|\u0627\u0644\u0651|\u06cc|\u0958
 \u30ab\u3099|\uff76\uff9e|\u1112\u1161\u11ab|\ud55c\uae00|\uae00\u11a8|\uffbe\uffc2\uffa4|\u0345\u03b1|\u03a3\u03c2
 \U0001f600\ufe0f|\U0001f1e9\U0001f1ea|\U0001d400|\U0001d7d8|\u0301|\u0300\u0345|\u200b|\u200d|\u00ad|\u2028|\u0085
-\u00a0|\u202f|\ufeff|\ufffd|\uffff|\x9f|\u2581|\u2581 """.encode().decode("unicode_escape").replace("\n", "|").split("|")
+\u00a0|\u202f|\ufeff|\ufffd|\uffff|\x9f|\u6f22\u5b57|\u2581|\u2581 """
+ODD = ODD.encode().decode("unicode_escape").replace("\n", "|").split("|")
 
 
 def odd_lines(count):
@@ -366,9 +375,10 @@ def odd_lines(count):
              for _ in range(count)]
     lines += ["".join(chr(draw.randrange(1, high)).replace("\n", "") for _ in range(20))
               for high in (128, 0x250, 0x3000, 0xd800) for _ in range(20)]
-    return "\n".join(lines + [" ", "\r", "Ab\ufb01" * 500, "\u1112\u1161" * 300 + "end"])
+    return "\n".join(lines + [" ", "\r", "Ab\ufb01" * 150, "\u1112\u1161" * 150 + "end"])
 
 
+# Rules with spaces in what they give, one that gives nothing, and one that is the start of another.
 OWN_RULES = b"""61 62\t78 20 20 79
 61\t41
 62 63\t20
@@ -412,7 +422,7 @@ def test_tokenizers(folder, text, strange, long):
         "bpe nfkc": dict(bpe, normalization_rule_name="nfkc"),
         "rules of its own": dict(unigram, normalization_rule_tsv=write(folder + "/rules.tsv", OWN_RULES)),
     }
-    common.rules_of = functools.cache(common.rules_of) # several models have the same rules
+    common.rules_of = functools.cache(common.rules_of)
     tok_in_c = TokInC(folder)
     odd = write(folder + "/odd.txt", odd_lines(300).encode())
     plain = write(folder + "/plain.txt", odd_lines(300).replace("\u2581", "_").encode())
@@ -433,10 +443,10 @@ def test_tokenizers(folder, text, strange, long):
         expected = name in ("own", "bpe")
         result(f"tokenizer {name}: lossless is {int(expected)}", "" if tokenizer.lossless == expected
                and int(tok.lossless) == expected else "it is not")
-        again = common.SentencePiece(open(folder + "/tokenizer.model", "rb").read(), name)
-        again.write(folder + "/..")
-        same = open(folder + "/../tokenizer.tok", "rb").read() == open(folder + "/tokenizer.tok", "rb").read()
-        result(f"tokenizer {name}: tokenizer.model makes the same .tok again", "" if same else "it differs")
+        if name in ("own", "t5-like"):
+            common.SentencePiece(open(folder + "/tokenizer.model", "rb").read(), name).write(folder + "/..")
+            same = open(folder + "/../tokenizer.tok", "rb").read() == open(folder + "/tokenizer.tok", "rb").read()
+            result(f"tokenizer {name}: tokenizer.model makes the same .tok again", "" if same else "it differs")
         # What we change in a model changes nothing for lines without U+2581. Where whitespace is kept, a line's newline
         # is text; where it is folded, SentencePiece is given lines without.
         original = sentencepiece.SentencePieceProcessor(model_proto=contents)
@@ -480,7 +490,8 @@ def test_settings(folder, text):
             (trained(text, **keep, **spaces), "note: a.model: no line gets a space in front, which SentencePiece adds"),
             (trained(text, **keep, user_defined_symbols=["a b"]), "a piece with a space that is not U+2581"),
             (trained(text, **rules, add_dummy_prefix=False), "note: a.model: each line gets a space in front"),
-            (trained(text, **rules, denormalization_rule_tsv=folder + "/rules.tsv"), "note: a.model: denormalizer_spec"),
+            (trained(text, **rules, denormalization_rule_tsv=folder + "/rules.tsv"),
+             "note: a.model: denormalizer_spec"),
             (changed(trained(text, **rules, model_type="bpe"), lambda _, model: setattr(model.pieces[300], "type", 5)),
              "a bpe model with unused pieces")):
         said = said_of(contents)
@@ -488,9 +499,12 @@ def test_settings(folder, text):
                said.count("\n") <= 1 else said)
 
     whole, draw, refused = trained(text, **rules), random.Random(0), 0
-    result("a model whose rules are cut off", "" if all("is damaged" in said_of(changed(
-        whole, lambda normalizer, _: setattr(normalizer, "precompiled_charsmap", normalizer.precompiled_charsmap[:size])))
-        for size in (1, 4, 5, 1000)) else "is not refused")
+    for size in (1, 4, 5, 1000):
+
+        def cut(normalizer, _):
+            normalizer.precompiled_charsmap = normalizer.precompiled_charsmap[:size]
+        said = said_of(changed(whole, cut))
+        result(f"a model whose rules are cut to {size} bytes", "" if "is damaged" in said else f"said: {said}")
     for _ in range(100): # nothing but a Failure may be raised
 
         def flip(normalizer, _):
