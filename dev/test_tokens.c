@@ -311,7 +311,8 @@ static void test_rules(void) {
     static const char rules[] =
         "\"b\" \"\"\n\"bc\" \"  x  y  \"\n\"\xef\xac\" \"f\"\n\"\xef\xac\x81\" \"fi\"\n";
     static const struct { const char *text, *kept, *folded; } rows[] = {
-        {"abcd\n", "a  x  y  d\n", " a  x  y  d"}, {"b\n", "\n", ""}, {"bb", "", ""}, {" bc \n", "   x  y   \n", " x  y"},
+        {"abcd\n", "a  x  y  d\n", " a  x  y  d"}, {"b\n", "\n", ""}, {"bb", "", ""},
+        {" bc \n", "   x  y   \n", " x  y"},
         {"\xef\xac\x81", "fi", " fi"}, {"\xef\xac", "f", " f"}, {"\xef", "\xef", " \xef"},
         {"\xef" "bc", "\xef" "bc", " \xef" "bc"}, {" b  a b\n", "   a \n", " a"}, {"a\n\n b", "a\n\n ", " a"},
         {"\t a\r\n", "\t a\r\n", " \t a\r"}, {"\n", "\n", ""}
