@@ -40,11 +40,12 @@ are summed in float32, which a whole book would wear out. A character is 1 byte 
 
 1. With `collapse` the newline at the end of the line is dropped, and the result starts as one space, else as nothing.
 2. The line is read part by part, from left to right. A part is the longest u piece that the rest of the line begins
-   with; else the longest rule; else one character. What a rule replaces it by, or else the part as it is, is appended
-   to the result. With `collapse` the spaces that it begins with are not appended if the result ends with a space.
+   with; else the longest rule; else one byte. What a rule replaces it by, or else the part as it is, is appended to
+   the result. With `collapse` the spaces that this begins with are left out if the result ends with a space.
 3. With `collapse` the spaces at the end of the result are dropped.
 
-In version 1 with `collapse`, tabs and carriage returns are spaces, and u pieces are no parts.
+In version 1 with `collapse`, tabs and carriage returns are spaces, and u pieces are no parts. So files that were
+written before there was a version 2 mean what they did.
 
 unigram: the best path over positions; all scores are floats and each sum is rounded to one. best[0] = 0, the others are
     unset. From each character's start s on, in order: for each n or u piece that the text from s begins with, shortest
@@ -220,6 +221,8 @@ def rules_of(charsmap):
         visited += 1
         if len(before) >= MAX_RULE_SIZE or visited > MAX_RULES:
             raise ValueError # not a tree: a node may be its own descendant
+    for rule in rules:
+        rule[0].decode(), rule[1].decode() # raises a ValueError if one is not UTF-8
     return sorted(rules)
 
 
@@ -250,7 +253,8 @@ class SentencePiece:
             raise Failure(f"{source}: treat_whitespace_as_suffix, which a .tok cannot hold")
         if self.bpe and any(piece.type == 5 for piece in model.pieces):
             raise Failure(f"{source}: a bpe model with unused pieces, which a .tok cannot hold")
-        # SentencePiece protects a user-defined piece from normalization by its bytes, with U+2581 for each space.
+        # SentencePiece looks for user-defined pieces before it normalizes, when spaces in the text are not U+2581 yet,
+        # so it does not find these pieces there. Where spaces are spaces it would.
         if any("\u2581" in piece or " " in piece for piece in user) and (self.rules or self.collapse):
             raise Failure(f"{source}: a user-defined piece with a space in a model that normalizes text")
         if self.escaped and any(" " in piece.piece for piece in model.pieces):
@@ -267,7 +271,7 @@ class SentencePiece:
         for piece in model.pieces:
             if self.escaped and piece.type not in (2, 3, 6): # unknown, control, byte
                 piece.piece = piece.piece.replace("\u2581", " ")
-        self.model, self.source = model, source
+        self.model = model
         self.processor = sentencepiece.SentencePieceProcessor()
         try:
             self.processor.LoadFromSerializedProto(model.SerializeToString())
@@ -278,7 +282,10 @@ class SentencePiece:
         self.eod = next((i for i in ends if i >= 0), None)
         if self.eod is None:
             raise Failure(f"{source}: no end-of-sentence piece to end documents with")
-        self.lossless = bool(not self.collapse and trainer.byte_fallback and not self.rules)
+        self.lost = ["line ends and runs of spaces"] * self.collapse \
+            + ["what its normalization replaces"] * bool(self.rules) \
+            + ["characters that are no piece"] * (not trainer.byte_fallback)
+        self.lossless = not self.lost
 
     def encode(self, data, path):
         try:
@@ -373,8 +380,8 @@ def tokenizer_of(name, vocab_size, train_paths):
     if vocab_size and vocab_size != tokenizer.vocab_size:
         raise Failure(f"--vocab-size {vocab_size}: {name} has {tokenizer.vocab_size:,} tokens")
     if not tokenizer.lossless:
-        lost = "line ends and runs of spaces" if tokenizer.collapse else "rare characters or their forms"
-        print(f"note: {name} loses {lost}: perplexity per word is comparable, bits per byte are not those of the text")
+        print(f"note: {name} loses {', '.join(tokenizer.lost)}: perplexity per word is comparable, bits per byte are "
+              "not those of the text")
     return tokenizer
 
 

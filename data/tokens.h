@@ -45,8 +45,10 @@ Files come from strangers. Nothing in them is believed before it was checked.
 enum { MAX_PIECES = 1 << 24, MAX_RULES = 1 << 22, MAX_PIECE_SIZE = 1024 };
 
 typedef struct { const unsigned char* bytes; int size, id; char type; float score; } TokenPiece;
-typedef struct { TokenPiece* sorted; int count, first[257]; } TokenIndex; // sorted by bytes; those of
-                                                                          // [first[c],first[c+1]) begin with byte c
+typedef struct {
+    TokenPiece* sorted;          // by their bytes
+    int count, first[257];       // sorted[first[c]..first[c+1]) begin with byte c
+} TokenIndex;
 typedef struct {
     const char* path;
     int version, pieces, eod, unknown;
@@ -69,7 +71,8 @@ Tokenizer* tokenizer_open(const char* path);
 // Frees a tokenizer. NULL is allowed.
 void tokenizer_close(Tokenizer* t);
 
-// Adds the tokens of a text of n bytes to a list. Without a tokenizer (NULL) these are its bytes.
+// Adds the tokens of a text of n bytes to a list. Without a tokenizer (NULL) these are its bytes. The text need not be
+// UTF-8.
 void encode(const Tokenizer* t, const unsigned char* text, size_t n, Tokens* out);
 
 // Returns the tokens that a sample continues: the end-of-document token, if documents have one (eod is not -1), and
@@ -555,7 +558,7 @@ void encode_bpe(const Tokenizer* t, const unsigned char* text, size_t n, Place* 
     free(heap.pairs);
 }
 
-// Normalizes one line: replaces its parts, and white space if the tokenizer collapses that. Returns a text of *size
+// Normalizes one line: applies the rules, and collapses white space if the tokenizer says so. Returns a text of *size
 // bytes, which the caller frees; NULL may stand for an empty one.
 unsigned char* normalize(const Tokenizer* t, const unsigned char* text, size_t n, size_t* size) {
     unsigned char* out = NULL;
@@ -568,7 +571,7 @@ unsigned char* normalize(const Tokenizer* t, const unsigned char* text, size_t n
     for (size_t s = 0, taken; s < n; s += taken) {
         const TokenPiece* user = t->version > 1 ? index_longest(&t->user, text, s, n) : NULL;
         const TokenPiece* rule = user ? NULL : index_longest(&t->rules, text, s, n);
-        taken = user ? (size_t)user->size : rule ? (size_t)rule->size : character_size(text, s, n);
+        taken = user ? (size_t)user->size : rule ? (size_t)rule->size : 1;
         const unsigned char* part = rule ? t->replacement[rule->id].bytes : text + s;
         size_t part_size = rule ? (size_t)t->replacement[rule->id].size : taken;
         bool starts = true; // nothing of this part was added yet

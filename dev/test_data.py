@@ -76,7 +76,7 @@ class Tok:
         while line:
             users = [piece for piece in self.users if line.startswith(piece) and self.version > 1]
             rules = [line[:n] for n in range(1, self.longest_rule + 1) if line[:n] in self.replacements]
-            part = max(users, key=len) if users else rules[-1] if rules else line[:char_length(line[0])]
+            part = max(users, key=len) if users else rules[-1] if rules else line[:1]
             new = part if users else self.replacements.get(part, part)
             out += new.lstrip(b" ") if collapse and out.endswith(b" ") else new
             line = line[len(part):]

@@ -314,7 +314,7 @@ static void test_rules(void) {
         {"abcd\n", "a  x  y  d\n", " a  x  y  d"}, {"b\n", "\n", ""}, {"bb", "", ""},
         {" bc \n", "   x  y   \n", " x  y"},
         {"\xef\xac\x81", "fi", " fi"}, {"\xef\xac", "f", " f"}, {"\xef", "\xef", " \xef"},
-        {"\xef" "bc", "\xef" "bc", " \xef" "bc"}, {" b  a b\n", "   a \n", " a"}, {"a\n\n b", "a\n\n ", " a"},
+        {"\xef" "bc", "\xef  x  y  ", " \xef  x  y"}, {" b  a b\n", "   a \n", " a"}, {"a\n\n b", "a\n\n ", " a"},
         {"\t a\r\n", "\t a\r\n", " \t a\r"}, {"\n", "\n", ""}
     };
     for (int fold = 0; fold < 2; fold++) {

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Writes data/reference/tokens: small tokenizers of several kinds, and what they make of text.txt, by SentencePiece; for
+"""Writes data/reference/tokens: small tokenizers of three kinds, and what they make of text.txt, by SentencePiece; for
 dev/test_tokens.sh, which needs neither. From the project folder: dev/tokens_reference.py [KIND...]
 
-fold.tok and fold.bin in the same folder are not written any more. They show that the version 1 of a .tok with collapsed
-whitespace, which data/common.py does not write any more, is still read."""
+fold.tok and fold.bin in the same folder are older. They show that a .tok of version 1 with folded whitespace, which
+data/common.py does not write any more, is still read."""
 import io, os, sys, tempfile
 
 import sentencepiece
