@@ -560,7 +560,7 @@ void encode_bpe(const Tokenizer* t, const unsigned char* text, size_t n, Place* 
 
 // Normalizes one line: applies the rules, and collapses white space if the tokenizer says so. Returns a text of *size
 // bytes, which the caller frees; NULL may stand for an empty one.
-unsigned char* normalize(const Tokenizer* t, const unsigned char* text, size_t n, size_t* size) {
+unsigned char* normalize_line(const Tokenizer* t, const unsigned char* text, size_t n, size_t* size) {
     unsigned char* out = NULL;
     size_t count = 0;
     if (t->collapse) {
@@ -592,7 +592,7 @@ unsigned char* normalize(const Tokenizer* t, const unsigned char* text, size_t n
 // Adds the tokens of one line.
 void encode_line(const Tokenizer* t, const unsigned char* text, size_t n, Tokens* out) {
     unsigned char* normalized = NULL;
-    if (t->collapse || t->rules.count) { text = normalized = normalize(t, text, n, &n); }
+    if (t->collapse || t->rules.count) { text = normalized = normalize_line(t, text, n, &n); }
     Place* at = (Place*)xcalloc(n + 1, sizeof(Place));
     (t->bpe ? encode_bpe : encode_unigram)(t, text, n, at);
     for (size_t s = 0, e; s < n; s = e) { // unknown segments become bytes, or one token for neighbouring ones
