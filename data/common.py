@@ -21,17 +21,31 @@ OUT/tokenizer.tok holds all that encoding and decoding need. It is a text file; 
     unknown_score -24.5          unigram: what a character that is no piece scores
     whitespace keep              or collapse: see below
     lossless 1
+    rules 225276                 in version 2 only: the number of normalization rules
     n -3.7163 " the"             then one line per id: type, score, bytes
+    "\\x0c" " "                   then one line per rule: bytes, what they become
+
+Version 1 is written for a model without rules that keeps whitespace, version 2 for any other.
 
 Types: n normal, u user-defined, b byte (one byte; all 256 or none), c control or unknown (no bytes; never found in
 text), x unused (never found in text, but decoded). Scores are floats. In the bytes \\xHH is a byte below 0x20, ", \\,
 0x7f, or one of a byte piece from 0x80 on; every other byte stands for itself. Decoding joins the bytes of the pieces.
 
+Rules are the model's Unicode normalization. Each has at least one byte to replace, and may replace it by nothing. They
+are sorted by these bytes, compared as unsigned numbers, and no two rules replace the same bytes.
+
 Encoding. The text is cut after each newline, and lines are encoded one by one (a line's newline belongs to it): scores
-are summed in float32, which a whole book would wear out. With `whitespace collapse` (T5's model and its like), runs of
-space, tab, newline and carriage return in the line become one space, none at its ends; if anything is left, a space is
-put in front. SentencePiece then also applies the model's Unicode normalization, of which the .tok knows nothing: there
-ASCII is exact. A character is 1 byte if its first is below 0xc0, 2 below 0xe0, 3 below 0xf0, else 4.
+are summed in float32, which a whole book would wear out. A character is 1 byte if its first is below 0xc0, 2 below
+0xe0, 3 below 0xf0, else 4. With rules or `whitespace collapse` (T5's model has both), a line is first normalized:
+
+1. With `collapse` the newline at the end of the line is dropped, and the result starts as one space, else as nothing.
+2. The line is read part by part, from left to right. A part is the longest u piece that the rest of the line begins
+   with; else the longest rule; else one byte. What a rule replaces it by, or else the part as it is, is appended to
+   the result. With `collapse` the spaces that this begins with are left out if the result ends with a space.
+3. With `collapse` the spaces at the end of the result are dropped.
+
+In version 1 with `collapse`, tabs and carriage returns are spaces, and u pieces are no parts. So files that were
+written before there was a version 2 mean what they did.
 
 unigram: the best path over positions; all scores are floats and each sum is rounded to one. best[0] = 0, the others are
     unset. From each character's start s on, in order: for each n or u piece that the text from s begins with, shortest
@@ -43,7 +57,7 @@ bpe: the symbols are characters; but the longest u piece at a position is one sy
     in the end is `unknown`.
 Last: an `unknown` becomes its bytes' byte pieces; without these, neighbouring ones become a single `unknown`.
 """
-import argparse, contextlib, glob, hashlib, io, os, random, sys, time, urllib.error, urllib.request
+import argparse, contextlib, functools, glob, hashlib, io, os, random, re, sys, time, urllib.error, urllib.request
 
 try:
     import numpy
@@ -53,7 +67,7 @@ except ImportError as e:
 
 SHARD = 1 << 30             # tokens in a .bin; its header counts in int32
 TRAINING_TEXT = 100_000_000 # bytes that a tokenizer is trained on, at most
-SPACE = " \t\n\r"
+MAX_RULES, MAX_RULE_SIZE = 1 << 22, 1024 # of normalization, as in tokens.h
 
 
 class Failure(Exception):
@@ -171,6 +185,47 @@ class Bytes:
         return numpy.frombuffer(data, numpy.uint8)
 
 
+def rules_of(charsmap):
+    """The rules of a model's normalizer_spec.precompiled_charsmap: sorted pairs (bytes, what they become).
+
+    The field holds the size of a trie, the trie, and texts that end with a zero byte. The trie is a Darts double array:
+    units of 32 bits. A node has a base; its child for byte c is the unit at base ^ c, if the low byte of this unit is c
+    and its highest bit is 0. The child's own base is this place ^ an offset: the bits from 10 on, times 256 if bit 9 is
+    set. If bit 8 is set, the bytes up to here have a rule, and the unit at the child's base says where its text starts.
+    Raises ValueError or IndexError if the field is damaged."""
+    size, every_byte = int.from_bytes(charsmap[:4], "little"), numpy.arange(1, 256)
+    units, texts = numpy.frombuffer(charsmap[4:4 + size], "<u4").astype(int), charsmap[4 + size:]
+
+    def offset(unit):
+        return unit >> 10 << (8 if unit & 1 << 9 else 0)
+
+    @functools.cache # most nodes are reached in several ways
+    def children(base):
+        found = []
+        for c in every_byte[units[base ^ every_byte] & 0x800000ff == every_byte].tolist():
+            unit = int(units[base ^ c])
+            child, text = base ^ c ^ offset(unit), None
+            if unit & 1 << 8:
+                start = int(units[child]) & 0x7fffffff
+                text = texts[start:texts.index(b"\0", start)]
+            found.append((bytes([c]), child, text))
+        return found
+
+    rules, nodes, visited = [], [(b"", offset(int(units[0])))] if charsmap else [], 0
+    while nodes:
+        before, base = nodes.pop()
+        for byte, child, text in children(base):
+            nodes.append((before + byte, child))
+            if text is not None:
+                rules.append((before + byte, text))
+        visited += 1
+        if len(before) >= MAX_RULE_SIZE or visited > MAX_RULES:
+            raise ValueError # not a tree: a node may be its own descendant
+    for rule in rules:
+        rule[0].decode(), rule[1].decode() # raises a ValueError if one is not UTF-8
+    return sorted(rules)
+
+
 class SentencePiece:
     """A SentencePiece model, from its file's contents."""
     tok = "tokenizer.tok"
@@ -181,46 +236,67 @@ class SentencePiece:
         model = sentencepiece_model_pb2.ModelProto()
         try:
             model.ParseFromString(contents)
-            known = model.pieces and model.trainer_spec.model_type in (1, 2)
+            known = any(piece.type == 1 for piece in model.pieces) and model.trainer_spec.model_type in (1, 2)
         except Exception:
             known = False
         if not known:
             raise Failure(f"{source}: not a SentencePiece model of kind unigram or bpe")
+        normalizer, trainer = model.normalizer_spec, model.trainer_spec
+        try:
+            self.rules = rules_of(normalizer.precompiled_charsmap)
+        except (IndexError, ValueError):
+            raise Failure(f"{source}: precompiled_charsmap, the normalization rules, is damaged") from None
+        self.bpe, self.collapse = trainer.model_type == 2, normalizer.remove_extra_whitespaces
+        self.escaped = normalizer.escape_whitespaces
+        user = [piece.piece for piece in model.pieces if piece.type == 4]
+        if trainer.treat_whitespace_as_suffix:
+            raise Failure(f"{source}: treat_whitespace_as_suffix, which a .tok cannot hold")
+        if self.bpe and any(piece.type == 5 for piece in model.pieces):
+            raise Failure(f"{source}: a bpe model with unused pieces, which a .tok cannot hold")
+        # SentencePiece looks for user-defined pieces before it normalizes, when spaces in the text are not U+2581 yet,
+        # so it does not find these pieces there. Where spaces are spaces it would.
+        if any("\u2581" in piece or " " in piece for piece in user) and (self.rules or self.collapse):
+            raise Failure(f"{source}: a user-defined piece with a space in a model that normalizes text")
+        if self.escaped and any(" " in piece.piece for piece in model.pieces):
+            raise Failure(f"{source}: a piece with a space that is not U+2581, which SentencePiece finds in no text")
         # Spaces are spaces, not U+2581, so that text which holds U+2581 comes back. What has whitespace of its own
         # needs no space added in front; where a line's is folded, words must not grow together across lines.
-        collapse = model.normalizer_spec.remove_extra_whitespaces
-        model.normalizer_spec.escape_whitespaces = False
-        model.normalizer_spec.add_dummy_prefix = collapse
-        model.trainer_spec.treat_whitespace_as_suffix = False
+        if normalizer.add_dummy_prefix != self.collapse:
+            print(f"note: {source}: no line gets a space in front, which SentencePiece adds" if not self.collapse else
+                  f"note: {source}: each line gets a space in front, which SentencePiece does not add")
+        if model.denormalizer_spec.precompiled_charsmap:
+            print(f"note: {source}: denormalizer_spec is not used: samples are not changed as SentencePiece does")
+        normalizer.escape_whitespaces = False
+        normalizer.add_dummy_prefix = self.collapse
         for piece in model.pieces:
-            if piece.type not in (2, 3, 6): # unknown, control, byte
+            if self.escaped and piece.type not in (2, 3, 6): # unknown, control, byte
                 piece.piece = piece.piece.replace("\u2581", " ")
-        self.collapse, self.model = collapse, model
+        self.model = model
         self.processor = sentencepiece.SentencePieceProcessor()
         try:
             self.processor.LoadFromSerializedProto(model.SerializeToString())
         except RuntimeError as e:
             raise Failure(f"{source}: {e}") from None
-        self.bpe = model.trainer_spec.model_type == 2
-        if self.bpe and any(piece.type == 5 for piece in model.pieces):
-            raise Failure(f"{source}: a bpe model with unused pieces, which a .tok cannot hold")
         self.vocab_size = len(model.pieces)
         ends = [self.processor.eos_id(), self.processor.bos_id(), self.processor.pad_id()]
         self.eod = next((i for i in ends if i >= 0), None)
         if self.eod is None:
             raise Failure(f"{source}: no end-of-sentence piece to end documents with")
-        self.lossless = bool(not collapse and model.trainer_spec.byte_fallback
-                             and not model.normalizer_spec.precompiled_charsmap)
+        self.lost = ["line ends and runs of spaces"] * self.collapse \
+            + ["what its normalization replaces"] * bool(self.rules) \
+            + ["characters that are no piece"] * (not trainer.byte_fallback)
+        self.lossless = not self.lost
 
     def encode(self, data, path):
         try:
             lines = data.decode("utf-8").split("\n")
         except UnicodeDecodeError as e:
             raise Failure(f"{path}: byte {e.start:,} is not UTF-8; only --tokenizer bytes takes that") from None
-        lines = [line + "\n" for line in lines[:-1]] + lines[-1:]
-        if self.collapse:
-            fold = str.maketrans(dict.fromkeys(SPACE, " "))
-            lines = [line.translate(fold).strip(" ") for line in lines]
+        if self.escaped and any("\u2581" in line for line in lines):
+            print(f"note: {path}: U+2581 is a character of its own, not a space as SentencePiece has it")
+            self.escaped = False # this is said once
+        if not self.collapse:
+            lines = [line + "\n" for line in lines[:-1]] + lines[-1:]
         ids = self.processor.encode(lines)
         return numpy.fromiter((i for line in ids for i in line), numpy.uint32, sum(map(len, ids)))
 
@@ -236,16 +312,23 @@ class SentencePiece:
         head = {"kind": "bpe" if self.bpe else "unigram", "pieces": self.vocab_size, "eod": self.eod,
                 "unknown": self.processor.unk_id(), "unknown_score": repr(unknown),
                 "whitespace": "collapse" if self.collapse else "keep", "lossless": int(self.lossless)}
-        lines = ["megalodon.c tokenizer 1"] + [f"{key} {value}" for key, value in head.items()]
+        version = 2 if self.rules or self.collapse else 1
+        if version == 2:
+            head["rules"] = len(self.rules)
+        lines = [f"megalodon.c tokenizer {version}"] + [f"{key} {value}" for key, value in head.items()]
         text = [line.encode() for line in lines]
+
+        def quoted(data, odd=rb'[\x00-\x1f"\\\x7f]'):
+            return b'"%s"' % re.sub(odd, lambda found: b"\\x%02x" % ord(found[0]), data)
+
         for piece in self.model.pieces:
             data = self.bytes_of(piece)
             score = piece.score
             if piece.type == 4: # as SentencePiece has it: user-defined pieces always win
                 score = score if self.bpe else float(numpy.float32(0.1 * (len(data) - 1)))
-            quoted = b"".join(b"\\x%02x" % c if c < 0x20 or c in b'"\\\x7f' or (piece.type == 6 and c >= 0x80)
-                              else bytes([c]) for c in data)
-            text.append(b'%s %s "%s"' % (b"?nccuxb"[piece.type:piece.type + 1], repr(score).encode(), quoted))
+            text.append(b"%s %s %s" % (b"?nccuxb"[piece.type:piece.type + 1], repr(score).encode(),
+                                       quoted(data, rb'[^ !#-\[\]-~]') if piece.type == 6 else quoted(data)))
+        text += [quoted(before) + b" " + quoted(after) for before, after in self.rules]
         with replacing(os.path.join(folder, self.tok)) as f:
             f.write(b"\n".join(text) + b"\n")
         with replacing(os.path.join(folder, "tokenizer.model")) as f:
@@ -297,8 +380,8 @@ def tokenizer_of(name, vocab_size, train_paths):
     if vocab_size and vocab_size != tokenizer.vocab_size:
         raise Failure(f"--vocab-size {vocab_size}: {name} has {tokenizer.vocab_size:,} tokens")
     if not tokenizer.lossless:
-        lost = "line ends and runs of spaces" if tokenizer.collapse else "rare characters or their forms"
-        print(f"note: {name} loses {lost}: perplexity per word is comparable, bits per byte are not those of the text")
+        print(f"note: {name} loses {', '.join(tokenizer.lost)}: perplexity per word is comparable, bits per byte are "
+              "not those of the text")
     return tokenizer
 
 

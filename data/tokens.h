@@ -2,21 +2,28 @@
 Texts and tokens: tokenizers, files of tokens, the documents in them, and what losses say about a text. This header
 needs nothing but base.h. Without a tokenizer, a byte is a token.
 
-A tokenizer is a text file, NAME.tok, written by the scripts of this folder. It has eight lines, then one for each id:
+A tokenizer is a text file, NAME.tok, written by the scripts of this folder. It has nine lines, then one for each id,
+then one for each rule:
 
-    megalodon.c tokenizer 1
+    megalodon.c tokenizer 2
     kind unigram              or bpe
     pieces 32000              the number of ids, which are 0 to pieces - 1
     eod 1                     the id that follows each document (end of document); no text is encoded with it
     unknown 0                 the id of what cannot be encoded; not used if there are byte pieces
     unknown_score -24.81      unigram: the score of a character that is no piece
-    whitespace keep           collapse: white space becomes single spaces, and each line starts with one
+    whitespace keep           collapse: spaces become single ones, and each line starts with one and has no newline
     lossless 1                0: decoding may give a text that differs from the original
+    rules 225276              the number of rules, by which a text is normalized before it is cut into pieces
     n -3.7163 " the"          type, score, bytes; \xHH is a byte that does not stand for itself in a line
+    "\x0c" " "                a rule: bytes, and what they become
 
 The types are n normal, u user-defined, b a byte (256 of them or none), c control, and x unused. Pieces of the types c
 and x are never found in a text. A text is encoded line by line, so encoding needs memory for one line only. A line
 includes the newline that ends it.
+
+Rules are sorted by their bytes. At each place of a text the longest rule applies, unless a user-defined piece stands
+there. Version 1 of the format has no line "rules" and no rules. Where it collapses white space, tabs and carriage
+returns are spaces too. The top of common.py specifies all of this in detail.
 
 A file of tokens, NAME.bin, has llm.c's format: 256 int32 (magic, version, number of tokens, zeros), then the tokens.
 They are uint16 (magic 20240520, version 1) or uint32 (magic 20240801, version 7). The scripts write NAME.info beside
@@ -34,19 +41,26 @@ Files come from strangers. Nothing in them is believed before it was checked.
 // ---------------------------------------------------------------------------------------------------------------------
 // Interface: tokenizers
 
-enum { MAX_PIECES = 1 << 24, MAX_PIECE_SIZE = 1024 }; // limits: pieces of a tokenizer, bytes of a piece
+// Limits: the pieces and rules of a tokenizer, and the bytes of a piece and of each side of a rule.
+enum { MAX_PIECES = 1 << 24, MAX_RULES = 1 << 22, MAX_PIECE_SIZE = 1024 };
 
 typedef struct { const unsigned char* bytes; int size, id; char type; float score; } TokenPiece;
 typedef struct {
+    TokenPiece* sorted;          // by their bytes
+    int count, first[257];       // sorted[first[c]..first[c+1]) begin with byte c
+} TokenIndex;
+typedef struct {
     const char* path;
-    int pieces, eod, unknown;
+    int version, pieces, eod, unknown;
     bool bpe, collapse, lossless;
     float unknown_score;
     TokenPiece* piece;           // by id
-    TokenPiece* sorted;          // the pieces that may be found in a text (n and u), sorted by their bytes
-    int num_sorted, first[257];  // sorted[first[c]..first[c+1]) begin with byte c
+    TokenIndex found;            // the pieces that may be found in a text (n and u)
+    TokenIndex user;             // the user-defined ones of them
+    TokenIndex rules;            // what the rules replace; the id of a rule is its number
+    TokenPiece* replacement;     // by the number of the rule
     int byte_piece[256];         // the id of each byte; -1 if there are no byte pieces
-    unsigned char* text;         // the contents of the file, which the bytes of pieces point into
+    unsigned char* text;         // the contents of the file, which the bytes of pieces and rules point into
     char crc32[9];               // the CRC-32 of the file, as 8 hexadecimal digits: tells tokenizers apart
 } Tokenizer;
 
@@ -58,7 +72,8 @@ Tokenizer* tokenizer_open(const char* path);
 // Frees a tokenizer. NULL is allowed.
 void tokenizer_close(Tokenizer* t);
 
-// Adds the tokens of a text of n bytes to a list. Without a tokenizer (NULL) these are its bytes.
+// Adds the tokens of a text of n bytes to a list. Without a tokenizer (NULL) these are its bytes. The text need not be
+// UTF-8.
 void encode(const Tokenizer* t, const unsigned char* text, size_t n, Tokens* out);
 
 // Returns the tokens that a sample continues: the end-of-document token, if documents have one (eod is not -1), and
@@ -270,15 +285,11 @@ float tok_score(TokReader* r, char* text, char** end) {
     return x;
 }
 
-// Reads a line that is a piece: TYPE SCORE "BYTES". The bytes are decoded in place.
-TokenPiece tok_piece(TokReader* r, int id) {
-    char *line = tok_line(r), *p = line;
-    TokenPiece piece = {NULL, 0, id, *line, 0};
-    bool good = *line && strchr("nubcx", *line) && line[1] == ' ';
-    if (good) { piece.score = tok_score(r, line + 2, &p); }
-    good = good && p[0] == ' ' && p[1] == '"';
-    unsigned char *from = (unsigned char*)p + 2, *to = from;
-    piece.bytes = to;
+// Parses "BYTES" at *text, and moves *text to what follows. Returns the bytes, which are decoded in place, or NULL if
+// something is wrong. *size receives their number.
+const unsigned char* tok_bytes(unsigned char** text, int* size) {
+    unsigned char *from = *text + 1, *to = from, *bytes = from;
+    bool good = **text == '"';
     for (; good && *from != '"'; from++) {
         unsigned c = *from;
         good = c >= 0x20 && c != 0x7f; // this also refuses the zero byte at the end of the line
@@ -291,12 +302,35 @@ TokenPiece tok_piece(TokReader* r, int id) {
         }
         *to++ = c;
     }
-    good = good && from + 2 == r->p && to - piece.bytes <= MAX_PIECE_SIZE;
+    good = good && to - bytes <= MAX_PIECE_SIZE;
+    *text = from + 1;
+    *size = to - bytes;
+    return good ? bytes : NULL;
+}
+
+// Reads a line that is a piece: TYPE SCORE "BYTES".
+TokenPiece tok_piece(TokReader* r, int id) {
+    char *line = tok_line(r), *p = line;
+    TokenPiece piece = {NULL, 0, id, *line, 0};
+    bool good = *line && strchr("nubcx", *line) && line[1] == ' ';
+    if (good) { piece.score = tok_score(r, line + 2, &p); }
+    unsigned char* rest = (unsigned char*)p + 1;
+    good = good && *p == ' ' && (piece.bytes = tok_bytes(&rest, &piece.size)) && rest + 1 == r->p;
     if (!good) { die("%s: line %d: expected a piece: n, u, b, c or x, score, \"bytes\"", r->path, r->line); }
-    piece.size = to - piece.bytes;
     bool fits = piece.type == 'b' ? piece.size == 1 : (piece.type == 'c') == (piece.size == 0);
     if (!fits) { die("%s: line %d: %d bytes in a piece of type %c", r->path, r->line, piece.size, piece.type); }
     return piece;
+}
+
+// Reads a line that is a rule: "BYTES" "BYTES". Returns what it replaces; *replacement receives what by.
+TokenPiece tok_rule(TokReader* r, int id, TokenPiece* replacement) {
+    unsigned char* p = (unsigned char*)tok_line(r);
+    TokenPiece rule = {NULL, 0, id, 'r', 0};
+    *replacement = rule;
+    bool good = (rule.bytes = tok_bytes(&p, &rule.size)) && rule.size > 0 && *p++ == ' ' &&
+                (replacement->bytes = tok_bytes(&p, &replacement->size)) && p + 1 == r->p;
+    if (!good) { die("%s: line %d: expected a rule: \"bytes\" \"bytes\"", r->path, r->line); }
+    return rule;
 }
 
 int piece_by_bytes(const void* a, const void* b) {
@@ -307,13 +341,18 @@ int piece_by_bytes(const void* a, const void* b) {
 
 // All of sorted[low..high) begin with the same k bytes. Returns the first of them whose next byte is c or more, or high
 // if there is none.
-int tokenizer_bound(const Tokenizer* t, int low, int high, int k, int c) {
+int index_bound(const TokenIndex* x, int low, int high, int k, int c) {
     while (low < high) {
         int middle = (low + high) / 2;
-        const TokenPiece* p = &t->sorted[middle];
+        const TokenPiece* p = &x->sorted[middle];
         if (p->size > k && p->bytes[k] >= c) { high = middle; } else { low = middle + 1; }
     }
     return low;
+}
+
+// Finds where each byte starts in a sorted index.
+void index_finish(TokenIndex* x) {
+    for (int c = 0; c <= 256; c++) { x->first[c] = index_bound(x, 0, x->count, 0, c); }
 }
 
 Tokenizer* tokenizer_open(const char* path) {
@@ -324,9 +363,11 @@ Tokenizer* tokenizer_open(const char* path) {
     t->text = file_read(path, &size);
     snprintf(t->crc32, sizeof(t->crc32), "%08x", crc32_of(t->text, size));
     TokReader r = {path, t->text, t->text + size, 0};
-    static const char magic[] = "megalodon.c tokenizer 1\n";
-    if (size < strlen(magic) || memcmp(r.p, magic, strlen(magic))) { die("%s: not a tokenizer file (.tok)", path); }
-    tok_line(&r);
+    static const char magic[] = "megalodon.c tokenizer ";
+    bool known = size > strlen(magic) && !memcmp(r.p, magic, strlen(magic));
+    const char* version = known ? tok_line(&r) + strlen(magic) : "";
+    t->version = !strcmp(version, "1") ? 1 : 2;
+    if (t->version == 2 && strcmp(version, "2")) { die("%s: not a tokenizer file (.tok) of version 1 or 2", path); }
     t->bpe = tok_choice(&r, "kind", "unigram", "bpe");
     t->pieces = tok_int(&r, "pieces", 2, MAX_PIECES);
     t->eod = tok_int(&r, "eod", 0, t->pieces - 1);
@@ -336,36 +377,51 @@ Tokenizer* tokenizer_open(const char* path) {
     if (*end) { die("%s: line %d: expected \"unknown_score\" and a number", path, r.line); }
     t->collapse = tok_choice(&r, "whitespace", "keep", "collapse");
     t->lossless = tok_choice(&r, "lossless", "0", "1");
-    size_t most = (r.end - r.p) / strlen("c 0 \"\"\n");
-    if ((size_t)t->pieces > most) { die("%s: truncated: no room for %d pieces", path, t->pieces); }
+    int rules = t->version > 1 ? tok_int(&r, "rules", 0, MAX_RULES) : 0;
+    size_t most = (r.end - r.p) / strlen("c 0 \"\"\n"); // the shortest line of a piece; that of a rule is as long
+    bool room = (size_t)t->pieces + rules <= most;
+    if (!room) { die("%s: truncated: no room for %d pieces and %d rules", path, t->pieces, rules); }
     t->piece = (TokenPiece*)xcalloc(t->pieces, sizeof(TokenPiece));
-    t->sorted = (TokenPiece*)xcalloc(t->pieces, sizeof(TokenPiece));
+    t->found.sorted = (TokenPiece*)xcalloc(t->pieces, sizeof(TokenPiece));
+    t->rules.sorted = (TokenPiece*)xcalloc(rules, sizeof(TokenPiece));
+    t->replacement = (TokenPiece*)xcalloc(rules, sizeof(TokenPiece));
     memset(t->byte_piece, -1, sizeof(t->byte_piece));
     for (int i = 0; i < t->pieces; i++) {
         TokenPiece p = t->piece[i] = tok_piece(&r, i);
-        if (p.type == 'n' || p.type == 'u') { t->sorted[t->num_sorted++] = p; }
+        if (p.type == 'n' || p.type == 'u') { t->found.sorted[t->found.count++] = p; }
         if (p.type != 'b') { continue; }
         if (t->byte_piece[*p.bytes] >= 0) { die("%s: line %d: this byte has a piece already", path, r.line); }
         t->byte_piece[*p.bytes] = i;
         num_bytes++;
     }
-    if (r.p < r.end) { die("%s: something follows the last of %d pieces", path, t->pieces); }
+    for (int i = 0; i < rules; i++) {
+        TokenPiece* p = &t->rules.sorted[t->rules.count++];
+        *p = tok_rule(&r, i, &t->replacement[i]);
+        if (i && piece_by_bytes(p - 1, p) >= 0) {
+            die("%s: line %d: rules must be sorted by the bytes that they replace", path, r.line);
+        }
+    }
+    if (r.p < r.end) { die("%s: something follows the last of %d pieces and %d rules", path, t->pieces, rules); }
     if (num_bytes % 256) { die("%s: %d byte pieces: expected all 256 or none", path, num_bytes); }
     if (t->piece[t->eod].type != 'c' || t->piece[t->unknown].type != 'c' || t->eod == t->unknown) {
         die("%s: eod %d and unknown %d must be two pieces of type c", path, t->eod, t->unknown);
     }
-    qsort(t->sorted, t->num_sorted, sizeof(TokenPiece), piece_by_bytes);
-    for (int i = 1; i < t->num_sorted; i++) {
-        const TokenPiece* p = &t->sorted[i];
-        if (!piece_by_bytes(p - 1, p)) { die("%s: pieces %d and %d have the same bytes", path, p[-1].id, p->id); }
+    qsort(t->found.sorted, t->found.count, sizeof(TokenPiece), piece_by_bytes);
+    for (int i = 0; i < t->found.count; i++) {
+        const TokenPiece* p = &t->found.sorted[i];
+        if (i && !piece_by_bytes(p - 1, p)) { die("%s: pieces %d and %d have the same bytes", path, p[-1].id, p->id); }
+        if (p->type != 'u') { continue; }
+        t->user.sorted = (TokenPiece*)list_grow(t->user.sorted, t->user.count, sizeof(TokenPiece));
+        t->user.sorted[t->user.count++] = *p;
     }
-    for (int c = 0; c <= 256; c++) { t->first[c] = tokenizer_bound(t, 0, t->num_sorted, 0, c); }
+    index_finish(&t->found); index_finish(&t->user); index_finish(&t->rules);
     return t;
 }
 
 void tokenizer_close(Tokenizer* t) {
     if (!t) { return; }
-    free(t->text); free(t->piece); free(t->sorted); free(t);
+    free(t->text); free(t->piece); free(t->found.sorted); free(t->user.sorted); free(t->rules.sorted);
+    free(t->replacement); free(t);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -387,29 +443,40 @@ typedef struct {
     bool frozen;       // bpe: the segment that starts here is not joined with others
 } Place;
 
-// A search for pieces that a text begins with, byte by byte: sorted[low..high) begin with the first `size` bytes.
+// A search in an index for what a text begins with, byte by byte: sorted[low..high) begin with the first `size` bytes.
 typedef struct { int low, high, size; } Match;
 
-// Goes on with the next byte, c. Returns false if no piece begins with the bytes so far.
-bool match_next(const Tokenizer* t, Match* m, int c) {
+// Goes on with the next byte, c. Returns false if nothing begins with the bytes so far.
+bool match_next(const TokenIndex* x, Match* m, int c) {
     int low = m->low, high = m->high, k = m->size++;
-    m->low = k ? tokenizer_bound(t, low, high, k, c) : t->first[c];
-    m->high = k ? tokenizer_bound(t, m->low, high, k, c + 1) : t->first[c + 1];
+    m->low = k ? index_bound(x, low, high, k, c) : x->first[c];
+    m->high = k ? index_bound(x, m->low, high, k, c + 1) : x->first[c + 1];
     return m->low < m->high;
 }
 
-// Returns the piece that is exactly the bytes so far, or NULL. It is the first of those that begin with them.
-const TokenPiece* match_piece(const Tokenizer* t, const Match* m) {
-    return t->sorted[m->low].size == m->size ? &t->sorted[m->low] : NULL;
+// Returns what is exactly the bytes so far, or NULL. It is the first of those that begin with them.
+const TokenPiece* match_exact(const TokenIndex* x, const Match* m) {
+    return x->sorted[m->low].size == m->size ? &x->sorted[m->low] : NULL;
+}
+
+// Returns the longest piece or rule of an index that the text [s,n) begins with, or NULL.
+const TokenPiece* index_longest(const TokenIndex* x, const unsigned char* text, size_t s, size_t n) {
+    const TokenPiece* longest = NULL;
+    Match m = {0, 0, 0};
+    for (size_t e = s; e < n && match_next(x, &m, text[e]); e++) {
+        const TokenPiece* p = match_exact(x, &m);
+        if (p) { longest = p; }
+    }
+    return longest;
 }
 
 // Returns the piece that is exactly these n bytes, or NULL.
 const TokenPiece* piece_find(const Tokenizer* t, const unsigned char* bytes, size_t n) {
     Match m = {0, 0, 0};
     for (size_t k = 0; k < n; k++) {
-        if (!match_next(t, &m, bytes[k])) { return NULL; }
+        if (!match_next(&t->found, &m, bytes[k])) { return NULL; }
     }
-    return match_piece(t, &m);
+    return match_exact(&t->found, &m);
 }
 
 // Returns the size in bytes of the character at s, which its first byte tells.
@@ -436,8 +503,8 @@ void encode_unigram(const Tokenizer* t, const unsigned char* text, size_t n, Pla
         size = character_size(text, s, n);
         bool single = false; // is there a piece that is exactly this character?
         Match m = {0, 0, 0};
-        for (size_t e = s; e < n && match_next(t, &m, text[e]);) {
-            const TokenPiece* p = match_piece(t, &m);
+        for (size_t e = s; e < n && match_next(&t->found, &m, text[e]);) {
+            const TokenPiece* p = match_exact(&t->found, &m);
             if (e++, !p) { continue; }
             place_offer(&at[e], s, p->id, at[s].best + p->score);
             single = single || e == s + size;
@@ -488,12 +555,9 @@ void heap_push_at(Heap* h, const Tokenizer* t, const unsigned char* text, size_t
 void encode_bpe(const Tokenizer* t, const unsigned char* text, size_t n, Place* at) {
     Heap heap = {NULL, 0};
     for (size_t s = 0, size; s < n; s += size) { // the longest user-defined piece is a segment that stays as it is
-        size = character_size(text, s, n);
-        Match m = {0, 0, 0};
-        for (size_t e = s; e < n && match_next(t, &m, text[e]);) {
-            const TokenPiece* p = match_piece(t, &m);
-            if (e++, p && p->type == 'u') { size = e - s; at[s].frozen = true; }
-        }
+        const TokenPiece* user = index_longest(&t->user, text, s, n);
+        size = user ? (size_t)user->size : character_size(text, s, n);
+        at[s].frozen = user;
         at[s].end = s + size;
         at[s + size].start = s;
     }
@@ -514,21 +578,41 @@ void encode_bpe(const Tokenizer* t, const unsigned char* text, size_t n, Place* 
     free(heap.pairs);
 }
 
+// Normalizes one line: applies the rules, and collapses white space if the tokenizer says so. Returns a text of *size
+// bytes, which the caller frees; NULL may stand for an empty one.
+unsigned char* normalize_line(const Tokenizer* t, const unsigned char* text, size_t n, size_t* size) {
+    unsigned char* out = NULL;
+    size_t count = 0;
+    if (t->collapse) {
+        out = (unsigned char*)list_grow(out, count, 1);
+        out[count++] = ' ';
+        n -= text[n - 1] == '\n';
+    }
+    for (size_t s = 0, taken; s < n; s += taken) {
+        const TokenPiece* user = t->version > 1 ? index_longest(&t->user, text, s, n) : NULL;
+        const TokenPiece* rule = user ? NULL : index_longest(&t->rules, text, s, n);
+        taken = user ? (size_t)user->size : rule ? (size_t)rule->size : 1;
+        const unsigned char* part = rule ? t->replacement[rule->id].bytes : text + s;
+        size_t part_size = rule ? (size_t)t->replacement[rule->id].size : taken;
+        bool starts = true; // nothing of this part was added yet
+        for (size_t k = 0; k < part_size; k++) {
+            unsigned char c = part[k];
+            if (t->version == 1 && (c == '\t' || c == '\r')) { c = ' '; }
+            if (t->collapse && starts && c == ' ' && out[count - 1] == ' ') { continue; }
+            out = (unsigned char*)list_grow(out, count, 1);
+            out[count++] = c;
+            starts = false;
+        }
+    }
+    while (t->collapse && count > 0 && out[count - 1] == ' ') { count--; }
+    *size = count;
+    return out;
+}
+
 // Adds the tokens of one line.
 void encode_line(const Tokenizer* t, const unsigned char* text, size_t n, Tokens* out) {
-    unsigned char* folded = NULL;
-    if (t->collapse) {
-        folded = (unsigned char*)xcalloc(n + 1, 1);
-        size_t to = 0;
-        bool space = true;
-        for (size_t k = 0; k < n; k++) {
-            bool after = space;
-            space = text[k] && strchr(" \t\n\r", text[k]);
-            if (after && !space) { folded[to++] = ' '; }
-            if (!space) { folded[to++] = text[k]; }
-        }
-        text = folded; n = to;
-    }
+    unsigned char* normalized = NULL;
+    if (t->collapse || t->rules.count) { text = normalized = normalize_line(t, text, n, &n); }
     Place* at = (Place*)xcalloc(n + 1, sizeof(Place));
     (t->bpe ? encode_bpe : encode_unigram)(t, text, n, at);
     for (size_t s = 0, e; s < n; s = e) { // unknown segments become bytes, or one token for neighbouring ones
@@ -538,7 +622,7 @@ void encode_line(const Tokenizer* t, const unsigned char* text, size_t n, Tokens
         for (size_t k = s; in_bytes && k < e; k++) { tokens_add(out, t->byte_piece[text[k]]); }
         if (!in_bytes && !again) { tokens_add(out, at[e].id); }
     }
-    free(at); free(folded);
+    free(at); free(normalized);
 }
 
 void encode(const Tokenizer* t, const unsigned char* text, size_t n, Tokens* out) {

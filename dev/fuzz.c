@@ -89,7 +89,7 @@ static void read_file(const char* path) {
     Tokens out = {NULL, 0};
     const unsigned char* text = file + min_size(head + 5, size);
     size_t n = file + size - text;
-    bool exact = !t->collapse && t->byte_piece[0] >= 0;
+    bool exact = !t->rules.count && !t->collapse && t->byte_piece[0] >= 0;
     encode(t, text, n, &out);
     for (size_t i = 0; i < out.count; i++) {
         const TokenPiece* p = &t->piece[out.ids[i]];

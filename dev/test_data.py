@@ -7,8 +7,8 @@
 
 Needs what dev/requirements.txt lists, and gcc for the comparison with train_megalodon.c.
 """
-import array, base64, glob, hashlib, http.server, io, json, os, subprocess, sys, tempfile, threading, urllib.parse
-import zipfile
+import array, base64, contextlib, functools, glob, hashlib, http.server, io, json, os, random, re, subprocess, sys
+import tempfile, threading, urllib.parse, zipfile
 
 import numpy
 
@@ -25,22 +25,19 @@ class Tok:
     def __init__(self, path):
         with open(path, "rb") as f:
             lines = f.read().split(b"\n")
-        assert lines[0] == b"megalodon.c tokenizer 1" and lines[-1] == b""
-        head = [line.decode().split(" ") for line in lines[1:8]]
-        assert [key for key, _ in head] == "kind pieces eod unknown unknown_score whitespace lossless".split()
+        self.version = {b"megalodon.c tokenizer 1": 1, b"megalodon.c tokenizer 2": 2}[lines[0]]
+        keys = "kind pieces eod unknown unknown_score whitespace lossless rules".split()[:6 + self.version]
+        head = [line.decode().split(" ") for line in lines[1:1 + len(keys)]]
+        assert [key for key, _ in head] == keys and lines[-1] == b""
         self.__dict__.update(head)
-        assert len(lines) == 8 + int(self.pieces) + 1
+        first, rules = 1 + len(keys), int(self.rules) if self.version == 2 else 0
+        assert len(lines) == first + int(self.pieces) + rules + 1
         self.types, self.scores, self.bytes = [], [], []
-        for line in lines[8:-1]:
+        self.replacements, self.longest_rule = rules_from(tuple(lines[-1 - rules:-1]))
+        for line in lines[first:first + int(self.pieces)]:
             kind, score, quoted = line.split(b" ", 2)
-            assert quoted[:1] == quoted[-1:] == b'"' and len(kind) == 1
-            data, rest = b"", quoted[1:-1]
-            while rest:
-                if rest[:2] == b"\\x":
-                    data, rest = data + bytes([int(rest[2:4], 16)]), rest[4:]
-                else:
-                    assert rest[0] >= 0x20 and rest[:1] not in b'"\\\x7f'
-                    data, rest = data + rest[:1], rest[1:]
+            assert len(kind) == 1
+            data = unquoted(quoted)
             self.types.append(kind.decode())
             self.scores.append(float(score))
             self.bytes.append(data)
@@ -50,15 +47,15 @@ class Tok:
         self.ids = {self.bytes[i]: i for i in ids if self.types[i] in "nu"}
         assert len(self.ids) == sum(t in "nu" for t in self.types) and b"" not in self.ids
         self.prefixes = {piece[:n] for piece in self.ids for n in range(1, len(piece) + 1)}
+        self.users = [piece for piece in self.ids if self.types[self.ids[piece]] == "u"]
 
     def encode(self, text):
         lines = text.split(b"\n")
         return [i for line in [line + b"\n" for line in lines[:-1]] + lines[-1:] for i in self.encode_line(line)]
 
     def encode_line(self, line):
-        if self.whitespace == "collapse":
-            line = line.translate(bytes.maketrans(b"\t\r\n", b"   "))
-            line = b"".join(b" " + word for word in line.split(b" ") if word)
+        if self.whitespace == "collapse" or self.replacements:
+            line = self.normalize(line)
         parts = self.viterbi(line) if self.kind == "unigram" else self.merge(line)
         out, unknown, last = [], int(self.unknown), None
         for i, piece in parts:
@@ -70,6 +67,20 @@ class Tok:
                 out.append(i)
             last = i
         return out
+
+    def normalize(self, line):
+        collapse = self.whitespace == "collapse"
+        line, out = (line.removesuffix(b"\n"), b" ") if collapse else (line, b"")
+        if self.version == 1:
+            line = line.translate(bytes.maketrans(b"\t\r", b"  "))
+        while line:
+            users = [piece for piece in self.users if line.startswith(piece) and self.version > 1]
+            rules = [line[:n] for n in range(1, self.longest_rule + 1) if line[:n] in self.replacements]
+            part = max(users, key=len) if users else rules[-1] if rules else line[:1]
+            new = part if users else self.replacements.get(part, part)
+            out += new.lstrip(b" ") if collapse and out.endswith(b" ") else new
+            line = line[len(part):]
+        return out.rstrip(b" ") if collapse else out
 
     def viterbi(self, text):
         size, unknown_score, rounded = len(text), float(self.unknown_score), array.array("f", [0])
@@ -105,7 +116,7 @@ class Tok:
     def merge(self, text):
         symbols, s = [], 0 # (bytes, frozen)
         while s < len(text):
-            users = [n for n in range(1, len(text) - s + 1) if self.types[self.ids.get(text[s:s + n], 0)] == "u"]
+            users = [len(piece) for piece in self.users if text.startswith(piece, s)]
             n = max(users, default=char_length(text[s]))
             symbols.append((text[s:s + n], bool(users)))
             s += n
@@ -123,6 +134,47 @@ class Tok:
 
     def decode(self, ids):
         return b"".join(self.bytes[i] for i in ids)
+
+
+def unquoted(quoted):
+    assert re.fullmatch(rb'"([^\x00-\x1f"\\\x7f]|\\x[0-9a-f]{2})*"', quoted)
+    data = quoted[1:-1]
+    return re.sub(rb"\\x(..)", lambda found: bytes([int(found[1], 16)]), data) if b"\\" in data else data
+
+
+@functools.cache # several models have the same 225,000 rules
+def rules_from(lines):
+    pairs = [[unquoted(text) for text in re.findall(b'"[^"]*"', line)] for line in lines]
+    rules = dict(pairs)
+    assert list(rules) == sorted(rules) and len(rules) == len(lines) and b"" not in rules
+    assert all(line.count(b'"') == 4 and b'" "' in line for line in lines)
+    return rules, max(map(len, rules), default=0)
+
+
+class TokInC:
+    """The same by data/tokens.h."""
+
+    def __init__(self, folder):
+        self.path, self.program = folder + "/tokenizer.tok", folder + "/encode"
+        write(self.program + ".c", b'''#include "data/tokens.h"
+int main(int argc, char** argv) {
+    size_t size;
+    Tokens out = {NULL, 0};
+    Tokenizer* t = tokenizer_open(argv[argc - 2]);
+    unsigned char* text = file_read(argv[argc - 1], &size);
+    encode(t, text, size, &out);
+    fwrite(out.ids, sizeof(int), out.count, stdout);
+}
+''')
+        subprocess.run(["gcc", "-std=gnu11", "-O1", "-w", "-I", ROOT, self.program + ".c", "-o", self.program, "-lm"],
+                       check=True)
+
+    def encode(self, text):
+        command = [self.program, self.path, write(self.program + ".txt", text)]
+        return numpy.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, "<i4").tolist()
+
+    def decode(self, ids):
+        return Tok(self.path).decode(ids)
 
 
 def char_length(first):
@@ -307,48 +359,160 @@ STRANGE = ("a  b\u2581c \u2581 d\n\n \t x\ty\r\n\x01\x7f \"quoted\\ \u00e9\u00df
            "<0x41> \u200b\ufeff\u0301 12345 tail without newline ").encode()
 
 
-def test_tokenizers(folder, text, strange, long):
-    """Kinds of models: our own; like T5's (NFKC, folded whitespace, no byte pieces); bpe like Llama's."""
+# What odd lines are made of: parts, with | between them.
+ODD = r"""the| of|int|for (|static|THE|Parameter|CamelCase|x1234|<s2>|<b|1/2|abc|\t|\r|\v|\f| |  |     |\x00|\x01|\x7f|"
+e\u0301|E\u0301\u0323|\u00e9|a\u0308\u0301|\u0130|\u1e9e|\u00df|\u01c6|\ufb01|\ufb03x|\uff21\uff22|\uff11\uff12|\u3000
+\\|\u201cq\u201d|\u2019s|\u2026|\u00bd|\u00b4|\u2460|\u2126|\ufdfa|\ufdfb\u0651|\u0627\u0644\u0651|\u06cc|\u0958
+\u30ab\u3099|\uff76\uff9e|\u1112\u1161\u11ab|\ud55c\uae00|\uae00\u11a8|\uffbe\uffc2\uffa4|\u0345\u03b1|\u03a3\u03c2
+\U0001f600\ufe0f|\U0001f1e9\U0001f1ea|\U0001d400|\U0001d7d8|\u0301|\u0300\u0345|\u200b|\u200d|\u00ad|\u2028|\u0085
+\u00a0|\u202f|\ufeff|\ufffd|\uffff|\x9f|\u6f22\u5b57|\u2581|\u2581 """
+ODD = ODD.encode().decode("unicode_escape").replace("\n", "|").split("|")
+
+
+def odd_lines(count):
+    draw = random.Random(5)
+    lines = ["".join(draw.choice(ODD) * draw.choice((1, 1, 1, 1, 2, 5)) for _ in range(draw.randrange(12)))
+             for _ in range(count)]
+    lines += ["".join(chr(draw.randrange(1, high)).replace("\n", "") for _ in range(20))
+              for high in (128, 0x250, 0x3000, 0xd800) for _ in range(20)]
+    return "\n".join(lines + [" ", "\r", "Ab\ufb01" * 150, "\u1112\u1161" * 150 + "end"])
+
+
+# Rules with spaces in what they give, one that gives nothing, and one that is the start of another.
+OWN_RULES = b"""61 62\t78 20 20 79
+61\t41
+62 63\t20
+64\t
+65\t20 20 7A 20 20
+74 68 65\t54 48 45
+20 6F\t6F
+"""
+
+
+def trained(text, **arguments):
+    """The contents of the file of a new SentencePiece model."""
     import sentencepiece
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(input=text, model_writer=model, vocab_size=700, minloglevel=2, **arguments)
+    return model.getvalue()
+
+
+def test_tokenizers(folder, text, strange, long):
+    """Kinds of models: our own; like those of T5, ALBERT and Llama; and others, so that settings occur together."""
+    import sentencepiece
+    unigram, bpe = dict(model_type="unigram"), dict(model_type="bpe")
+    keep, users = dict(remove_extra_whitespaces=False, add_dummy_prefix=False), ["static", "<s2>", "\ufb01", "THE"]
     kinds = {
         "own": None,
-        "t5-like": dict(model_type="unigram", normalization_rule_name="nmt_nfkc", pad_id=0, eos_id=1, unk_id=2,
-                        bos_id=-1),
-        "bpe": dict(model_type="bpe", byte_fallback=True, normalization_rule_name="identity", split_digits=True,
-                    remove_extra_whitespaces=False, user_defined_symbols=["static", "<s2>"]),
-        "bpe without bytes": dict(model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False),
+        "t5-like": dict(unigram, normalization_rule_name="nmt_nfkc", pad_id=0, eos_id=1, unk_id=2, bos_id=-1),
+        "unigram nmt_nfkc_cf": dict(unigram, normalization_rule_name="nmt_nfkc_cf",
+                                    user_defined_symbols=users + ["\t"]),
+        "unigram nfkc kept": dict(unigram, normalization_rule_name="nfkc", **keep, byte_fallback=True,
+                                  user_defined_symbols=users),
+        "unigram nfkc_cf bytes": dict(unigram, normalization_rule_name="nfkc_cf", byte_fallback=True),
+        "unigram identity": dict(unigram, normalization_rule_name="identity", user_defined_symbols=users + ["\r"]),
+        "bpe": dict(bpe, byte_fallback=True, normalization_rule_name="identity", split_digits=True, **keep,
+                    user_defined_symbols=["static", "<s2>", "\u2581\u2581\u2581"]),
+        "bpe without bytes": dict(bpe, normalization_rule_name="identity", **keep),
+        "bpe nmt_nfkc bytes": dict(bpe, normalization_rule_name="nmt_nfkc", byte_fallback=True,
+                                   user_defined_symbols=users),
+        "bpe nmt_nfkc_cf kept": dict(bpe, normalization_rule_name="nmt_nfkc_cf", **keep),
+        "bpe nfkc_cf kept": dict(bpe, normalization_rule_name="nfkc_cf", **keep, byte_fallback=True,
+                                 user_defined_symbols=users),
+        "bpe nfkc": dict(bpe, normalization_rule_name="nfkc"),
+        "rules of its own": dict(unigram, normalization_rule_tsv=write(folder + "/rules.tsv", OWN_RULES)),
     }
+    common.rules_of = functools.cache(common.rules_of)
+    tok_in_c = TokInC(folder)
+    odd = write(folder + "/odd.txt", odd_lines(300).encode())
+    plain = write(folder + "/plain.txt", odd_lines(300).replace("\u2581", "_").encode())
     for name, arguments in kinds.items():
-        if arguments is None:
-            contents = common.train_sentencepiece([text], 800)
-        else:
-            buffer = io.BytesIO()
-            sentencepiece.SentencePieceTrainer.train(input=text, model_writer=buffer, vocab_size=800, minloglevel=2,
-                                                     **arguments)
-            contents = buffer.getvalue()
+        contents = common.train_sentencepiece([text], 800) if arguments is None else trained(text, **arguments)
         tokenizer = common.SentencePiece(contents, name)
         tokenizer.write(folder)
         tok = Tok(folder + "/tokenizer.tok")
-        paths = [text, strange]
-        if name == "t5-like": # its Unicode rules are not in the .tok
-            paths = [text]
+        paths = [text, strange, odd]
         if name == "own": # one long line: scores are set back
             paths.append(long)
-        result(f"tokenizer {name}: the .tok alone encodes as SentencePiece does", compare(tokenizer, tok, paths))
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            why, why_in_c = compare(tokenizer, tok, paths), compare(tokenizer, tok_in_c, paths)
+        result(f"tokenizer {name}: the .tok alone encodes as SentencePiece does", why)
+        result(f"tokenizer {name}: so does C", why_in_c)
+        note = f"note: {strange}: U+2581 is a character of its own, not a space as SentencePiece has it\n"
+        result(f"tokenizer {name}: U+2581 is noted once", "" if said.getvalue() == note else said.getvalue())
         expected = name in ("own", "bpe")
         result(f"tokenizer {name}: lossless is {int(expected)}", "" if tokenizer.lossless == expected
                and int(tok.lossless) == expected else "it is not")
-        again = common.SentencePiece(open(folder + "/tokenizer.model", "rb").read(), name)
-        again.write(folder + "/..")
-        same = open(folder + "/../tokenizer.tok", "rb").read() == open(folder + "/tokenizer.tok", "rb").read()
-        result(f"tokenizer {name}: tokenizer.model makes the same .tok again", "" if same else "it differs")
-        if name == "t5-like": # what we change in a model changes nothing for a line of text
-            original = sentencepiece.SentencePieceProcessor(model_proto=contents)
-            lines = open(text).read().split("\n")
-            expected = [i for line in lines for i in original.encode(line)]
-            got = tokenizer.encode(open(text, "rb").read(), text).tolist()
-            result("tokenizer t5-like: the ids are those of the model as it was",
-                   "" if got == expected else "they differ")
+        if name in ("own", "t5-like"):
+            common.SentencePiece(open(folder + "/tokenizer.model", "rb").read(), name).write(folder + "/..")
+            same = open(folder + "/../tokenizer.tok", "rb").read() == open(folder + "/tokenizer.tok", "rb").read()
+            result(f"tokenizer {name}: tokenizer.model makes the same .tok again", "" if same else "it differs")
+        # What we change in a model changes nothing for lines without U+2581. Where whitespace is kept, a line's newline
+        # is text; where it is folded, SentencePiece is given lines without.
+        original = sentencepiece.SentencePieceProcessor(model_proto=contents)
+        for path in (text, plain):
+            data = open(path, "rb").read()
+            lines = data.decode().split("\n")
+            lines = lines if tokenizer.collapse else [line + "\n" for line in lines[:-1]] + lines[-1:]
+            wrong = [line for line in lines if original.encode(line) != tokenizer.processor.encode(line)]
+            same = tokenizer.encode(data, path).tolist() == [i for line in lines for i in original.encode(line)]
+            result(f"tokenizer {name}: {os.path.basename(path)} has the ids of the model as it was",
+                   "" if same else repr(wrong[:1])[:300] or "they differ")
+
+
+def test_settings(folder, text):
+    """What a .tok cannot hold is refused, and what we change is noted, both by name."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    def said_of(contents):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            try:
+                common.SentencePiece(contents, "a.model")
+            except common.Failure as e:
+                print(e)
+        return said.getvalue()
+
+    def changed(contents, change):
+        model = sentencepiece_model_pb2.ModelProto()
+        model.ParseFromString(contents)
+        change(model.normalizer_spec, model)
+        return model.SerializeToString()
+
+    rules = dict(normalization_rule_tsv=write(folder + "/rules.tsv", OWN_RULES))
+    keep = dict(remove_extra_whitespaces=False, normalization_rule_name="identity")
+    spaces = dict(user_defined_symbols=["\u2581\u2581"])
+    for contents, expected in (
+            (trained(text, **rules), ""),
+            (trained(text, **rules, treat_whitespace_as_suffix=True), "treat_whitespace_as_suffix"),
+            (trained(text, model_type="char", hard_vocab_limit=False), "not a SentencePiece model of kind"),
+            (trained(text, model_type="word", hard_vocab_limit=False), "not a SentencePiece model of kind"),
+            (trained(text, **rules, **spaces), "a user-defined piece with a space in a model that normalizes"),
+            (trained(text, **keep, **spaces), "note: a.model: no line gets a space in front, which SentencePiece adds"),
+            (trained(text, **keep, user_defined_symbols=["a b"]), "a piece with a space that is not U+2581"),
+            (trained(text, **rules, add_dummy_prefix=False), "note: a.model: each line gets a space in front"),
+            (trained(text, **rules, denormalization_rule_tsv=folder + "/rules.tsv"),
+             "note: a.model: denormalizer_spec"),
+            (changed(trained(text, **rules, model_type="bpe"), lambda _, model: setattr(model.pieces[300], "type", 5)),
+             "a bpe model with unused pieces")):
+        said = said_of(contents)
+        result(f"a model: {expected or 'nothing to say'}", "" if expected in said and bool(expected) == bool(said) and
+               said.count("\n") <= 1 else said)
+
+    whole, draw, refused = trained(text, **rules), random.Random(0), 0
+    for size in (1, 4, 5, 1000):
+
+        def cut(normalizer, _):
+            normalizer.precompiled_charsmap = normalizer.precompiled_charsmap[:size]
+        said = said_of(changed(whole, cut))
+        result(f"a model whose rules are cut to {size} bytes", "" if "is damaged" in said else f"said: {said}")
+    for _ in range(100): # nothing but a Failure may be raised
+
+        def flip(normalizer, _):
+            rules = bytearray(normalizer.precompiled_charsmap)
+            rules[draw.choice((draw.randrange(8), draw.randrange(len(rules))))] ^= 1 << draw.randrange(8)
+            normalizer.precompiled_charsmap = bytes(rules)
+        refused += "is damaged" in said_of(changed(whole, flip))
+    result("models whose rules have a wrong bit", "" if 5 < refused < 95 else f"{refused} of 100 are refused")
 
 
 def test_files(folder, text):
@@ -622,6 +786,7 @@ def main():
             test_tokenizers(new("tokenizers/x"), write(folder + "/t.txt", text[:40000]),
                             write(folder + "/s.txt", STRANGE),
                             write(folder + "/long.txt", (2 * text).replace(b"\n", b" ")))
+            test_settings(new("settings"), folder + "/t.txt")
             test_files(new("files"), text)
             test_text(new("text"), text)
             test_downloads(new("downloads"), text)

@@ -303,6 +303,41 @@ static void test_prompt(void) {
     group("prompts and samples");
 }
 
+// Normalization by rules, also of texts that are not UTF-8. All pieces are bytes, so the tokens show what it gives.
+static void test_rules(void) {
+    static const char head[] =
+        "megalodon.c tokenizer 2\nkind unigram\npieces 258\neod 0\nunknown 1\nunknown_score -9.5\n";
+    // The rules: "b" is removed, "bc" becomes "  x  y  ", two bytes of U+FB01 become "f", and U+FB01 becomes "fi".
+    static const char rules[] =
+        "\"b\" \"\"\n\"bc\" \"  x  y  \"\n\"\xef\xac\" \"f\"\n\"\xef\xac\x81\" \"fi\"\n";
+    static const struct { const char *text, *kept, *folded; } rows[] = {
+        {"abcd\n", "a  x  y  d\n", " a  x  y  d"}, {"b\n", "\n", ""}, {"bb", "", ""},
+        {" bc \n", "   x  y   \n", " x  y"},
+        {"\xef\xac\x81", "fi", " fi"}, {"\xef\xac", "f", " f"}, {"\xef", "\xef", " \xef"},
+        {"\xef" "bc", "\xef  x  y  ", " \xef  x  y"}, {" b  a b\n", "   a \n", " a"}, {"a\n\n b", "a\n\n ", " a"},
+        {"\t a\r\n", "\t a\r\n", " \t a\r"}, {"\n", "\n", ""}
+    };
+    for (int fold = 0; fold < 2; fold++) {
+        FILE* f = fopen(text_of("%s/rules.tok", folder), "w");
+        fprintf(f, "%swhitespace %s\nlossless 0\nrules 4\nc 0 \"\"\nc 0 \"\"\n", head, fold ? "collapse" : "keep");
+        for (int c = 0; c < 256; c++) { fprintf(f, "b 0 \"\\x%02x\"\n", c); }
+        fputs(rules, f);
+        fclose(f);
+        Tokenizer* t = tokenizer_open(text_of("%s/rules.tok", folder));
+        for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+            const char* expected = fold ? rows[i].folded : rows[i].kept;
+            Tokens out = {NULL, 0};
+            encode(t, (const unsigned char*)rows[i].text, strlen(rows[i].text), &out);
+            bool same = out.count == strlen(expected);
+            for (size_t k = 0; same && k < out.count; k++) { same = out.ids[k] == 2 + (unsigned char)expected[k]; }
+            expect(same, rows[i].text);
+            free(out.ids);
+        }
+        tokenizer_close(t);
+    }
+    group("normalization by rules");
+}
+
 // WikiText-2's published numbers, words and ends of lines, where the texts are.
 static void test_words(const char* path, size_t words, size_t published) {
     Counts c = {0, 0, 0, true, true};
@@ -313,9 +348,9 @@ static void test_words(const char* path, size_t words, size_t published) {
 }
 
 int main(void) {
-    static const char* kinds[] = {"own", "fold", "bpe"};
+    static const char* kinds[] = {"own", "fold", "bpe", "rules"};
     if (!mkdtemp(folder)) { die("%s: %s", folder, strerror(errno)); }
-    for (int i = 0; i < 3; i++) { test_kind(kinds[i], "data/reference/tokens"); }
+    for (int i = 0; i < 4; i++) { test_kind(kinds[i], "data/reference/tokens"); }
     for (int T = 1; T < 12; T++) { test_stretches(T, 1 + T % 4); }
     group("documents in stretches of 1 to 11 tokens");
     test_names();
@@ -323,6 +358,7 @@ int main(void) {
     test_info();
     test_losses();
     test_prompt();
+    test_rules();
     test_words("../shared/data/wikitext2/valid.txt", 213886, 217646);
     test_words("../shared/data/wikitext2/test.txt", 241211, 245569);
     if (system(text_of("rm -r '%s'", folder))) { printf("%s: not removed\n", folder); }

@@ -19,7 +19,8 @@ head -c 1000 own.tok > cut.tok
 head -n 400 own.tok > lines.tok
 : > empty.tok
 printf 'megalodon.c tokenizer 1' > first.tok
-broken magic '1s/1/2/'; broken kind '2s/unigram/other/'; broken many '3s/500/16000000/'; broken few '3s/500/499/'
+broken magic '1s/1/3/'; broken old '1s/1/2/'; broken kind '2s/unigram/other/'; broken few '3s/500/499/'
+broken many '3s/500/16000000/'
 broken zero '3s/500/0/'; broken sign '3s/500/+500/'; broken eod '4s/1/500/'; broken both '4s/1/0/'; broken end '4s/1/7/'
 broken score '6s/ .*/ nan/'; broken space '7s/ keep/  keep/'; broken type '20s/^b/q/'; broken number '20s/0.0/0.0x/'
 broken quote '20s/"$//'; broken escape '20s/x/y/'; broken digit '20s/x0/xA/'; broken byte '20s/"\\x..*"/"ab"/'
@@ -28,8 +29,16 @@ broken raw '20s/"\\x..*"/"	"/'
 broken twice '400s/ ".*"/ " the"/; 401s/ ".*"/ " the"/'; broken nothing '400s/ ".*"/ ""/'
 broken more '$s/$/\nc 0.0 ""/'
 sed "400s/\"\$/$(printf '%01100d' 7)\"/" own.tok > long.tok
+# Rules: line 9 counts them, and they are the lines 510 to 552
+broken() { sed "$2" rules.tok > "$1.tok"; } # NAME SED
+broken new '1s/2/1/'; broken no_rules 9d; broken many_rules '9s/43/5000000/'; broken more_rules '9s/43/3000/'
+broken few_rules '9s/43/42/'; broken sign_rules '9s/43/-1/'; broken from_nothing '520s/".*" /"" /'
+broken no_quote '520s/"$//'; broken no_second '520s/ .*//'; broken one_space '520s/ /  /'; broken rest '520s/$/ /'
+broken rule_escape '520s/" "/" "\\xg/'; broken raw_rule '520s/" "/" "	/'; broken piece_for_rule '520s/.*/n 0.0 "a"/'
+broken order '520h; 520d; 521G'; broken same_rule '520p'; broken last_rule '552d'
+sed "520s/\"\$/$(printf '%01100d' 7)\"/" rules.tok > long_rule.tok
 tok() { refuses "$1.tok: $2" --tokenizer "$1.tok" --train text.txt $model; }
-tok missing "No such file"; tok empty "not a tokenizer"; tok first "not a tokenizer"; tok magic "not a tokenizer"
+tok missing "No such file"; tok empty "not a tokenizer"; tok first "truncated: line 1"; tok magic "not a tokenizer"
 tok cut truncated
 tok lines "truncated: line 401 does not end or is missing"; tok many "truncated: no room for 16000000"
 tok kind "line 2: expected \"kind unigram\" or bpe"; tok few "something follows the last of 499"
@@ -38,6 +47,15 @@ tok space "line 7"; for name in type number quote escape digit byte raw again; d
 tok bytes "255 byte pieces"; tok control "line 9: 1 bytes in a piece of type c"
 tok twice "pieces .* have the same bytes"
 tok nothing "line 400: 0 bytes"; tok more "something follows"; tok long "line 400"; tok both ".*two pieces of type c"
+tok old "line 9: expected \"rules \.\.\.\""; tok new "line 9: expected a piece"; tok no_rules "line 9: expected \"rules"
+tok many_rules "line 9: .*whole number from 0"; tok sign_rules "line 9: .*whole number from 0"
+tok more_rules "truncated: no room for 500 pieces and 3000 rules"; tok few_rules "something follows the last of 500"
+tok last_rule "truncated: line 552 does not end or is missing"
+for name in from_nothing no_quote no_second one_space rest rule_escape raw_rule piece_for_rule long_rule; do
+    tok $name "line 520: expected a rule"
+done
+tok order "line 521: rules must be sorted"; tok same_rule "line 521: rules must be sorted"
+tok end ".*two pieces of type c"; refuses "\.: not a regular file" --tokenizer . --train text.txt $model
 
 # Files that belong together: .bin and .info, a tokenizer, the weights that were trained with it
 mkdir pair
@@ -69,7 +87,6 @@ cp own.tok pair/moved.tok
 works "a tokenizer that was moved" "tok/s" $paired --generate 5 --tokenizer pair/moved.tok
 works "a text without a tokenizer is named" "^note: pair/text.txt is read as bytes, although vocab_size is 500" \
     --train pair/text.txt $model --vocab-size 500 --seq 16 --steps 1 --out none
-tok end ".*two pieces of type c"; refuses "\.: not a regular file" --tokenizer . --train text.txt $model
 
 # Flags
 documents="--train text.txt --batch 1"
@@ -85,7 +102,7 @@ works "and takes all of them" "read once in 1.0 steps" \
     --eod 0 --seq 32 --batch 45 --accum 2 --train text.txt --steps 1 $model
 
 # A text and its .bin; what a checkpoint remembers; samples
-for kind in own fold bpe; do
+for kind in own fold bpe rules; do
     eod=$(sed -n 's/^eod //p' $kind.tok)
     run $model --tokenizer $kind.tok --eod "$eod" --train $kind.bin --steps 20 --seq 32 --lr 1e-2 --warmup 0 \
         --out run_$kind

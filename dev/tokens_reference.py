@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
 """Writes data/reference/tokens: small tokenizers of three kinds, and what they make of text.txt, by SentencePiece; for
-dev/test_tokens.sh, which needs neither. From the project folder: dev/tokens_reference.py"""
-import io, os, sys
+dev/test_tokens.sh, which needs neither. From the project folder: dev/tokens_reference.py [KIND...]
+
+fold.tok and fold.bin in the same folder are older. They show that a .tok of version 1 with folded whitespace, which
+data/common.py does not write any more, is still read."""
+import io, os, sys, tempfile
 
 import sentencepiece
 
@@ -10,20 +13,31 @@ import common
 
 FOLDER = "data/reference/tokens"
 TEXT = FOLDER + "/text.txt"
-KINDS = { # own: what data/*.py train; fold: whitespace folded, no bytes, like T5's; bpe: like Llama's
+# What is replaced by what: longer and shorter rules, rules with spaces, rules that remove, a rule inside a user-defined
+# piece, and letters of which one is a prefix of another rule.
+RULES = {"\t": " ", "\r": " ", "\f": " ", "\v": "", "\x01": "", "\u200b": " ", "\ufeff": "", "\u00df": "ss",
+         "\u2500": "-", "\u2500\u2500": "=", "\u2500\u2500\u2500\u2500": " == ", "--": "  -  - ", "`": "", ".": " .",
+         "un": "UN", "\u00e9": "e\u0301", **{c: c.lower() for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}, "Me": "ME"}
+KINDS = { # own: what data/*.py train; bpe: like Llama's; rules: whitespace folded and no bytes, like T5's, and RULES
     "own": None,
-    "fold": dict(model_type="unigram", normalization_rule_name="identity", pad_id=0, eos_id=1, unk_id=2, bos_id=-1),
     "bpe": dict(model_type="bpe", byte_fallback=True, normalization_rule_name="identity", split_digits=True,
                 remove_extra_whitespaces=False, user_defined_symbols=["chunk", "\n"]),
+    "rules": dict(model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, user_defined_symbols=["chunk"]),
 }
 
-for name, arguments in KINDS.items():
+for name in sys.argv[1:] or KINDS:
+    arguments = KINDS[name]
     if arguments is None:
         contents = common.train_sentencepiece(["README.md"], 500)
     else:
         model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(input="README.md", model_writer=model, vocab_size=500, minloglevel=2,
-                                                 character_coverage=0.99, **arguments)
+        with tempfile.NamedTemporaryFile("w", suffix=".tsv") as f:
+            for pair in RULES.items() if name == "rules" else ():
+                f.write("\t".join(" ".join(f"{ord(c):X}" for c in text) for text in pair) + "\n")
+            f.flush()
+            sentencepiece.SentencePieceTrainer.train(
+                input="README.md", model_writer=model, vocab_size=500, minloglevel=2, character_coverage=0.99,
+                **arguments, **(dict(normalization_rule_tsv=f.name) if name == "rules" else {}))
         contents = model.getvalue()
     tokenizer = common.SentencePiece(contents, name)
     tokenizer.tok = name + ".tok"
