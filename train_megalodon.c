@@ -2439,7 +2439,7 @@ void share_last(void* x, size_t bytes) {
     (void)x; (void)bytes;
 }
 
-// SUMS. MPI may add in another order from call to call, and the last bits depend on the order. So MPI only moves
+// Sums. MPI may add in another order from call to call, and the last bits depend on the order. So MPI only moves
 // numbers, and they are added here, in the order of ranks: a resumed run goes on with the same bits.
 
 void all_sum(double* x, int n) { // nobody returns before all are here

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Which choices in initialization and recipe are worth changing: one at a time, on tiny Shakespeare, with two seeds.
 
-    dev/experiments/search.py input.txt --out search            both rows; --rows cpu or --rows gpu for one
+    dev/experiments/search.py input.txt --out out/search             both rows; --rows cpu or --rows gpu for one
 
-Row `cpu` is the README's command for CPUs with half the steps, row `gpu` the one for GPUs with a quarter. A variant is
-a set of flags, or a factor on tensors of the initial weights. The results are in OUT/results.tsv: row, variant, seed, and
-the last validation loss. A call again goes on where the last one stopped, and prints the table."""
+Row `cpu` is the README's command for CPUs with half the steps, row `gpu` the one for GPUs with a quarter (--full: with
+all). A variant is a set of flags, or a factor on tensors of the initial weights. OUT/results.tsv has row, variant, seed,
+and the lowest validation loss. A call again goes on where the last one stopped, and prints the table."""
 import argparse, concurrent.futures, json, os, re, subprocess, sys
 
 import numpy
@@ -84,8 +84,10 @@ def run(row, name, seed, options):
         path = folder + "_initial/step_00000001.safetensors"
         change_tensors(path, *variant)
         flags += ["--load", path]
+    if options.full:
+        flags = flags_of(" ".join(flags), f"--steps {2000 if row == 'cpu' else 2500} --val-every 125")
     out = subprocess.run([program] + flags + ["--out", "none"], check=True, env=env, stdout=subprocess.PIPE, text=True)
-    return row, name, seed, re.findall(r"val loss ([\d.]+)", out.stdout)[-1]
+    return row, name, seed, min(re.findall(r"val loss ([\d.]+)", out.stdout))
 
 
 def main():
@@ -93,13 +95,15 @@ def main():
     parser.add_argument("text")
     parser.add_argument("--out", required=True)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--full", action="store_true")
     parser.add_argument("--at-a-time", type=int, default=max(1, (os.cpu_count() - 2) // 2), help="runs on CPUs")
     options = parser.parse_args()
     os.makedirs(options.out, exist_ok=True)
     results = os.path.join(options.out, "results.tsv")
     lines = open(results).read().splitlines() if os.path.exists(results) else []
     known = {tuple(line.split("\t")[:3]): float(line.split("\t")[3]) for line in lines}
-    todo = [(row, name, seed) for name in VARIANTS for seed in SEEDS for row in options.rows
+    todo = [(row, name, seed) for name in options.only for seed in SEEDS for row in options.rows
             if (row, name, str(seed)) not in known]
     pools = {"cpu": concurrent.futures.ThreadPoolExecutor(options.at_a_time),
              "gpu": concurrent.futures.ThreadPoolExecutor(1)}
@@ -109,7 +113,7 @@ def main():
         with open(results, "a") as f:
             f.write(f"{row}\t{name}\t{seed}\t{loss}\n")
     print(f"{'variant':24}" + "".join(f"{row + ' ' + str(seed):>12}" for row in options.rows for seed in SEEDS))
-    for name in VARIANTS:
+    for name in options.only:
         print(f"{name:24}" + "".join(f"{known.get((row, name, str(seed)), float('nan')):12.4f}"
                                      for row in options.rows for seed in SEEDS))
 
