@@ -2606,16 +2606,17 @@ void options_print(const Options* o, bool training, FILE* f) {
 
 // The name of a flag for messages about its files. A resumed run has it from its checkpoint.
 const char* data_flag(const Options* o, const char* flag) {
-    return *o->resume ? strdup(text_of("%s (start in the folder where the run began, or give it again)", flag)) : flag;
+    if (!*o->resume) { return flag; }
+    return text_keep(text_of("%s (start in the folder where the run began, or give it again)", flag));
 }
 
 // The tokenizer that the .info of the data names, or "".
 const char* data_tokenizer(const Options* o) {
     const char* found = "";
     if (o->generate) { return found; }
-    if (*o->eval) { return paths_tokenizer(paths_find("--eval", o->eval, "")); }
-    if (strcmp(o->train, OWN_SOURCES)) { found = paths_tokenizer(paths_find(data_flag(o, "--train"), o->train, "")); }
-    return *found || !*o->val ? found : paths_tokenizer(paths_find(data_flag(o, "--val"), o->val, ""));
+    if (*o->eval) { return paths_tokenizer("--eval", o->eval, ""); }
+    if (strcmp(o->train, OWN_SOURCES)) { found = paths_tokenizer(data_flag(o, "--train"), o->train, ""); }
+    return *found || !*o->val ? found : paths_tokenizer(data_flag(o, "--val"), o->val, "");
 }
 
 void checkpoint_open(SafeTensors* st, const char* folder);
@@ -2810,7 +2811,7 @@ void out_open(Options* o) {
     bool named = strcmp(o->out, NEW_FOLDER);
     double number = 0;
     while (*o->out && ranks.rank == 0) {
-        if (!named) { o->out = strdup(text_of("runs/%.0f", ++number)); }
+        if (!named) { o->out = text_keep(text_of("runs/%.0f", ++number)); }
         for (const char* slash = strchr(o->out + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
             mkdir(text_of("%.*s", (int)(slash - o->out), o->out), 0777); // errors show below
         }
@@ -2818,7 +2819,7 @@ void out_open(Options* o) {
         if (errno != EEXIST) { die("--out %s: %s", o->out, strerror(errno)); }
     }
     all_sum(&number, 1);
-    if (number) { o->out = strdup(text_of("runs/%.0f", number)); }
+    if (number) { o->out = text_keep(text_of("runs/%.0f", number)); }
     if (number) { printf("folder: %s\n", o->out); }
 }
 

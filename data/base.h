@@ -99,6 +99,16 @@ __attribute__((format(printf, 1, 2))) char* text_of(const char* format, ...) {
     return text;
 }
 
+// Returns a copy of a text that stays until the program ends.
+char* text_keep(const char* text) {
+    static char** kept;
+    static size_t count;
+    kept = (char**)list_grow(kept, count, sizeof(char*));
+    kept[count] = strdup(text);
+    if (!kept[count]) { die("out of memory: a name of %zu bytes", strlen(text)); }
+    return kept[count++];
+}
+
 size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 int min_int(int a, int b) { return a < b ? a : b; }
 

@@ -119,7 +119,7 @@ typedef struct { char** names; size_t count; } Paths; // a list that grows; it s
 // Finds files. `patterns` is a list of paths and shell patterns, separated by commas. Relative ones are looked for in
 // `folder`; "" is the current folder. A name that exists is that file, even if it holds commas or the characters of
 // patterns; among names that differ in where they end, the longest one counts. Dies if a pattern finds nothing, and
-// names `flag`, the option that the list comes from.
+// names `flag`, the option that the list comes from. The caller frees the list; the names in it stay.
 Paths paths_find(const char* flag, const char* patterns, const char* folder);
 
 // Adds the files that paths_find finds to the data, whose tokenizer and eod must be set. If held_out is not NULL, it
@@ -127,8 +127,9 @@ Paths paths_find(const char* flag, const char* patterns, const char* folder);
 // another tokenizer than this one, or another token that ends documents.
 void dataset_open(Dataset* d, Dataset* held_out, const char* flag, const char* patterns, const char* folder);
 
-// Returns the path of the tokenizer that the .info of the first .bin among the files names, or "".
-const char* paths_tokenizer(Paths paths);
+// Returns the path of the tokenizer that the .info of the first .bin among the files names, or "". The arguments are
+// those of paths_find.
+const char* paths_tokenizer(const char* flag, const char* patterns, const char* folder);
 
 // Reads the tokens [at, at+n) of the data into out. Dies if one is not below vocab.
 void dataset_read(const Dataset* d, size_t at, size_t n, int* out, int vocab);
@@ -751,12 +752,12 @@ char* name_end(char* list, const char* folder) {
 
 void paths_add(Paths* p, const char* name) {
     p->names = (char**)list_grow(p->names, p->count, sizeof(char*));
-    p->names[p->count++] = strdup(name);
+    p->names[p->count++] = text_keep(name);
 }
 
 Paths paths_find(const char* flag, const char* patterns, const char* folder) {
     Paths found = {NULL, 0};
-    char *list = strdup(patterns), *next;
+    char *list = text_keep(patterns), *next;
     for (char* part = list; part; part = next) {
         char* end = name_end(part, folder);
         bool exists = end;
@@ -775,7 +776,6 @@ Paths paths_find(const char* flag, const char* patterns, const char* folder) {
         else { die("%s: no file is named %s", flag, path); }
     }
     if (!found.count) { die("%s '%s': expected names of files", flag, patterns); }
-    free(list);
     return found;
 }
 
@@ -843,15 +843,18 @@ void info_check(const Segment* s, const Tokenizer* t, int eod) {
     }
 }
 
-const char* paths_tokenizer(Paths paths) {
-    for (size_t i = 0; i < paths.count; i++) {
+const char* paths_tokenizer(const char* flag, const char* patterns, const char* folder) {
+    const char* tokenizer = "";
+    Paths paths = paths_find(flag, patterns, folder);
+    for (size_t i = 0; i < paths.count && !*tokenizer; i++) {
         const char *path = paths.names[i], *slash = strrchr(path, '/');
         if (!is_token_file(path)) { continue; }
         TokenInfo info = info_read(path);
-        const char* folder = slash ? text_of("%.*s", (int)(slash - path), path) : "";
-        if (*info.tokenizer) { return strdup(path_in(folder, info.tokenizer, false)); }
+        const char* beside = slash ? text_of("%.*s", (int)(slash - path), path) : "";
+        if (*info.tokenizer) { tokenizer = text_keep(path_in(beside, info.tokenizer, false)); }
     }
-    return "";
+    free(paths.names);
+    return tokenizer;
 }
 
 void dataset_open(Dataset* d, Dataset* held_out, const char* flag, const char* patterns, const char* folder) {
@@ -863,6 +866,7 @@ void dataset_open(Dataset* d, Dataset* held_out, const char* flag, const char* p
         dataset_add(d, s, 0, cut);
         if (held_out) { dataset_add(held_out, s, cut, s.end); }
     }
+    free(paths.names);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
