@@ -336,7 +336,9 @@ class SentencePiece:
 
 
 def train_sentencepiece(paths, vocab_size):
-    """A unigram model of the texts that can write any text: nothing normalized, unknown characters as bytes."""
+    """A BPE model of the texts that can write any text: nothing normalized, unknown characters as bytes. The trainer for
+    unigram models draws its candidates from the different words, not from the text. So in a text of few different words,
+    as WikiText-2, it splits even frequent ones: " been" becomes " be" "en", and the text has 24% more tokens."""
     import sentencepiece
     sizes = sum(os.path.getsize(path) for path in paths)
     share, draw = TRAINING_TEXT / max(sizes, 1), random.Random(0)
@@ -354,7 +356,7 @@ def train_sentencepiece(paths, vocab_size):
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines(), model_writer=model, model_type="unigram", vocab_size=vocab_size,
+            sentence_iterator=lines(), model_writer=model, model_type="bpe", vocab_size=vocab_size,
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True, byte_fallback=True, character_coverage=0.9999, split_digits=True,
             user_defined_symbols=["\n"], max_sentence_length=1 << 16, minloglevel=2,

@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 """A Llama-style Transformer in PyTorch to compare train_megalodon with: RMS norm, rotary embedding, SwiGLU, full causal
-attention, no biases.
+attention, no biases. Weights start as GPT-2's: normal with standard deviation 0.02, and 0.02 / sqrt(2 x layers) for the
+last product of each residual branch.
 
     dev/transformer.py --train out/books/train.bin --val out/books/valid.bin --vocab-size 32000 --out runs/transformer
+    dev/transformer.py --load runs/transformer/model.safetensors --eval out/books/test.bin --seq 256
 
-Data files, batches (the same tokens for the same --seed, --seq, --batch x --accum), AdamW, schedule, clipping, printed
-lines and DIR/log.tsv are those of train_megalodon, and so are the flags that mean the same. Where there is a GPU it
-trains in bf16 (weights, moments and norms fp32), compiled. Needs torch >= 1.13 and numpy, nothing else.
+Data files, batches (the same tokens for the same --seed, --seq, --eod, --batch x --accum), AdamW, schedule, clipping,
+printed lines and DIR/log.tsv are those of train_megalodon, and so are the flags that mean the same. Where there is a GPU
+it trains in bf16 (weights, moments and norms fp32), compiled. Needs torch >= 1.13, numpy and safetensors.
 
-Validation runs over all the held-out tokens, each scored once but the first: in windows of --seq tokens that do not
-overlap, so a window's first tokens see little. With --val-stride S windows start every S tokens and only what the
+Validation and --eval score each token once, but the first of a text without --eod: in windows of --seq tokens that do
+not overlap, so a window's first tokens see little. With --val-stride S windows start every S tokens and only what the
 window before has not scored counts: each token then sees at least seq - S others, at seq / S times the cost.
 """
 import argparse, functools, glob, math, os, sys, time
@@ -17,6 +19,8 @@ import argparse, functools, glob, math, os, sys, time
 import numpy
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 OPTIONS = [  # name, default, smallest value (text: the choices), help
     ("num-layers", 4, 1, "blocks"),
@@ -31,7 +35,11 @@ OPTIONS = [  # name, default, smallest value (text: the choices), help
     ("train", "", None, "training data: text (a byte is a token) or .bin; commas and * for several files"),
     ("val", "", None, "validation data; without it the last 10%% of each training file"),
     ("val-stride", 0, 0, "tokens between the starts of validation windows; 0 for --seq"),
-    ("out", "", None, "folder for log.tsv"),
+    ("eod", -1, -1, "token that ends a document; -1: all is one text"),
+    ("out", "", None, "folder for log.tsv, and for the trained weights, model.safetensors"),
+    ("load", "", None, "a model.safetensors, to --eval"),
+    ("eval", "", None, "print the loss of these weights on this file, and do not train"),
+    ("losses", "", None, "with --eval: write each token's loss here, as train_megalodon does"),
     ("batch", 4, 1, "sequences in a micro-step"),
     ("seq", 256, 1, "tokens in a sequence"),
     ("accum", 1, 1, "micro-steps in a step"),
@@ -47,9 +55,12 @@ OPTIONS = [  # name, default, smallest value (text: the choices), help
     ("clip", 1.0, 0, "largest global norm of the gradient; 0 for no limit"),
     ("seed", 1337, 0, "initialization, data order and dropout"),
     ("val-every", 250, 0, "validate every so many steps; always after the last"),
+    ("val-tokens", 262144, 0, "validate on so many tokens, the first ones; 0 for all"),
     ("precision", "bf16", ("bf16", "fp32"), "on a GPU: bf16 or fp32"),
     ("compile", 1, 0, "on a GPU: torch.compile, 0 or 1"),
 ]
+MODEL_OPTIONS = ("num_layers", "model_dim", "num_heads", "ffn_hidden_dim", "vocab_size", "rope_base", "norm_eps",
+                 "share_emb")
 
 
 def die(message):
@@ -62,7 +73,7 @@ def parse_options():
                                      allow_abbrev=False)
     parser.error = die
     for name, default, least, text in OPTIONS:
-        parser.add_argument("--" + name, type=type(default), default=default, required=name == "train",
+        parser.add_argument("--" + name, type=type(default), default=default,
                             choices=least if isinstance(least, tuple) else None, metavar="X",
                             help=text + (f" (default {default})" if default != "" else ""))
     parser.add_argument("--dry-run", action="store_true", help="print the number of parameters and stop")
@@ -75,6 +86,8 @@ def parse_options():
         die(f"--model-dim {o.model_dim}: expected an even multiple of --num-heads {o.num_heads}")
     if max(o.beta1, o.beta2, o.dropout) >= 1:
         die("--beta1, --beta2, --dropout: expected numbers below 1")
+    if bool(o.load) != bool(o.eval) or bool(o.train) == bool(o.eval):
+        die("expected --train FILE to train, or --load FILE --eval FILE to evaluate")
     if o.val_stride > o.seq:
         die(f"--val-stride {o.val_stride}: expected at most --seq {o.seq}")
     return o
@@ -83,8 +96,18 @@ def parse_options():
 class Dataset:
     """Parts of token files laid end to end, as train_megalodon reads them."""
 
-    def __init__(self, parts):
-        self.parts, self.size = parts, sum(map(len, parts))
+    def __init__(self, parts, eod, T):
+        """documents: the first token and the size of each. stretches: how many sequences of T stand before each."""
+        self.parts, self.size, self.eod, self.documents, begin = parts, sum(map(len, parts)), eod, [], 0
+        for part in parts if eod >= 0 else []:
+            ends = numpy.append(numpy.flatnonzero(part == eod), len(part))
+            for start, end in zip(numpy.append(0, ends[:-1] + 1), ends):
+                if end > start:
+                    self.documents.append((begin + int(start), int(end - start)))
+            begin += len(part)
+        if eod < 0 and self.size > 1:
+            self.documents = [(0, self.size)]
+        self.stretches = numpy.cumsum([0] + [size // T + 1 for _, size in self.documents])
 
     def read(self, at, n):
         found = []
@@ -95,9 +118,31 @@ class Dataset:
             at = max(at - len(part), 0)
         return numpy.concatenate(found)
 
-    def sample(self, seed, step, row, T):
-        """T + 1 tokens from a random place: sequence `row` of a step, and the token after it."""
-        return self.read(random_bits(seed, (1 << 56) + step, row) % (self.size - T), T + 1)
+    def read_document(self, k, start, n):
+        """The inputs [start,start+n) of a document and the token after them. With EOD, it is read as EOD t0 t1 .. EOD."""
+        at, size = self.documents[k]
+        if self.eod < 0:
+            return self.read(at + start, n + 1)
+        first, last = [self.eod] * (start == 0), [self.eod] * (start + n == size + 1)
+        return numpy.concatenate((first, self.read(at + start - (start > 0), n + 1 - len(first) - len(last)), last))
+
+    def sample(self, seed, step, row, rows, T):
+        """Sequence `row` of a step, and the token after it: from a random place, or, with EOD, the next of the sequences
+        that the documents are cut into, the rows being at equal distances in them."""
+        if self.eod < 0:
+            return self.read(random_bits(seed, (1 << 56) + step, row) % (self.size - T), T + 1)
+        number = (row * int(self.stretches[-1]) // rows + step) % int(self.stretches[-1])
+        k = int(numpy.searchsorted(self.stretches, number, "right")) - 1
+        start = (number - int(self.stretches[k])) * T
+        return self.read_document(k, start, min(T, self.documents[k][1] + 1 - start))
+
+
+def batch_of(pieces, rows, T):
+    """Inputs and targets (rows,T) from pieces of at most T + 1 tokens. Where there is no token the target is -100."""
+    x, y = numpy.zeros((rows, T), numpy.int64), numpy.full((rows, T), -100, numpy.int64)
+    for row, piece in enumerate(pieces):
+        x[row, :len(piece) - 1], y[row, :len(piece) - 1] = piece[:-1], piece[1:]
+    return x, y
 
 
 def random_bits(seed, stream, index):
@@ -120,7 +165,7 @@ def open_tokens(path):
         die(f"{path}: not a text or a token file of llm.c's ({e})")
 
 
-def open_data(flag, patterns, held_out):
+def open_data(flag, patterns, held_out, o):
     """The files that the patterns name, and the last 10% of each as another Dataset if held_out."""
     first, last = [], []
     for pattern in filter(None, patterns.split(",")):
@@ -129,7 +174,7 @@ def open_data(flag, patterns, held_out):
             cut = int(0.9 * len(tokens)) if held_out else len(tokens)
             first.append(tokens[:cut])
             last.append(tokens[cut:])
-    return Dataset(first), Dataset(last)
+    return Dataset(first, o.eod, o.seq), Dataset(last, o.eod, o.seq)
 
 
 class RMSNorm(torch.nn.Module):
@@ -194,12 +239,12 @@ class Transformer(torch.nn.Module):
                 torch.nn.init.normal_(p, std=0.02 / math.sqrt(2 * o.num_layers) if small else 0.02)
 
     def forward(self, tokens, targets):
-        """The sum of the losses in nats over targets that are not -100."""
+        """The loss in nats of each target, 0 for a target of -100."""
         x = F.dropout(self.embed(tokens), self.dropout if self.training else 0.0)
         for block in self.blocks:
-            x = block(x, self.angles)
+            x = block(x, self.angles[:tokens.shape[1]])
         logits = self.output(self.norm(x))
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
 def learning_rate(o, step):
@@ -210,37 +255,60 @@ def learning_rate(o, step):
     return o.lr * (o.lr_end_ratio + (1 - o.lr_end_ratio) * f)
 
 
-def evaluate(loss_of, data, o, device):
-    """Mean loss over data, and the number of tokens scored; see the top of the file."""
-    T, stride, sum, n = o.seq, o.val_stride or o.seq, 0.0, data.size - 1
-    windows, seen = [], 0 # (start, first target that counts)
-    while seen < n:
-        start = 0 if seen == 0 else seen + stride - T
-        windows.append((start, seen))
-        seen = min(start + T, n)
+def evaluate(loss_of, data, o, device, most=0, fixed=True):
+    """Mean loss over the first `most` tokens of data (0: over all), and each token's loss, one array a document; see the
+    top of the file. fixed: windows have o.seq tokens, which a compiled model wants, and not as many as there are."""
+    T, stride, windows = o.seq, o.val_stride or o.seq, []
+    sizes = [size - (o.eod < 0) for _, size in data.documents] # tokens that are scored
+    if most:
+        before = numpy.cumsum([0] + sizes[:-1])
+        sizes = [min(n, most - int(b)) for n, b in zip(sizes, before) if b < most]
+    for k, n in enumerate(sizes):
+        seen = 0
+        while seen < n:
+            start = 0 if seen == 0 else seen + stride - T
+            windows.append((k, start, seen, min(T, n - start))) # seen: the first target that counts
+            seen = min(start + T, n)
+    losses = [[] for _ in sizes]
     for i in range(0, len(windows), o.batch):
-        x = numpy.zeros((o.batch, T), numpy.int64)
-        y = numpy.full((o.batch, T), -100, numpy.int64)
-        for b, (start, first) in enumerate(windows[i:i + o.batch]):
-            piece = data.read(start, min(T, n - start) + 1)
-            x[b, :len(piece) - 1], y[b, :len(piece) - 1] = piece[:-1], piece[1:]
-            y[b, :first - start] = -100
+        some = windows[i:i + o.batch]
+        x, y = batch_of([data.read_document(k, start, n) for k, start, _, n in some], o.batch if fixed else len(some),
+                        T if fixed else max(n for _, _, _, n in some))
         with torch.no_grad():
-            sum += loss_of(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)).item()
-    return sum / n, n
+            found = loss_of(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)).cpu().numpy()
+        for row, (k, start, seen, n) in zip(found, some):
+            losses[k].append(row[seen - start:n])
+    losses = [numpy.concatenate(parts) for parts in losses]
+    return sum(float(part.sum(dtype=float)) for part in losses) / sum(sizes), losses
 
 
 def report(val, scored, path):
-    """The last validation as it is published, if the data's counts are there: data/common.py writes them."""
+    """The loss on a file as it is published, if the file's counts are there: data/common.py writes them."""
     info = path[:-4] + ".info"
     if not (path.endswith(".bin") and os.path.isfile(info)):
         return
     counts = dict(line.split(" ", 1) for line in open(info).read().splitlines())
     words, lines, size = (int(counts[key]) for key in ("words", "lines", "bytes"))
     nats = val * scored
-    print(f"val: {scored} tokens, perplexity {math.exp(val):.4f} per token, {math.exp(nats / words):.4f} per word "
-          f"({words}), {math.exp(nats / (words + lines)):.4f} per word or line end ({words + lines}), "
-          f"{nats / math.log(2) / size:.4f} bits per byte ({size})")
+    print(f"eval: tokens {scored} nats/token {val:.6f} perplexity {math.exp(val):.4f} bits/byte "
+          f"{nats / math.log(2) / size:.4f}")
+    print(f"words {words}: perplexity per word {math.exp(nats / words):.4f}")
+    print(f"words + lines {words + lines}: perplexity per word {math.exp(nats / (words + lines)):.4f}")
+
+
+def evaluate_file(model, o, device):
+    """--eval. With --losses also writes each token's loss, and to FILE.documents how many each document has."""
+    data, _ = open_data("--eval", o.eval, False, o)
+
+    def loss_of(x, y):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and o.precision == "bf16"):
+            return model(x, y)
+
+    val, losses = evaluate(loss_of, data, o, device, fixed=False)
+    report(val, sum(map(len, losses)), o.eval)
+    if o.losses:
+        numpy.concatenate(losses).astype("<f4").tofile(o.losses)
+        numpy.savetxt(o.losses + ".documents", [len(part) for part in losses], "%d")
 
 
 def main():
@@ -248,15 +316,22 @@ def main():
     torch.manual_seed(o.seed)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
+    if o.load:
+        with safe_open(o.load, "pt") as f:
+            vars(o).update({name: type(getattr(o, name))(f.metadata()[name]) for name in MODEL_OPTIONS})
     model = Transformer(o).to(device)
     print(f"num_parameters: {sum(p.numel() for p in model.parameters())}")
     if o.dry_run:
         return
-    data, held_out = open_data("--train", o.train, not o.val)
+    if o.load:
+        model.load_state_dict(load_file(o.load), strict=False) # a shared output layer stands in it once
+        model.eval()
+        return evaluate_file(model, o, device)
+    data, held_out = open_data("--train", o.train, not o.val, o)
     if o.val:
-        held_out, _ = open_data("--val", o.val, False)
+        held_out, _ = open_data("--val", o.val, False, o)
     print(f"tokens: {data.size} to train on, {held_out.size} held out")
-    if data.size <= o.seq:
+    if o.eod < 0 and data.size <= o.seq:
         die(f"--train {o.train}: {data.size} tokens to train on, --seq {o.seq} needs one more than that")
     top = max((int(part[i:i + (1 << 24)].max()) for part in data.parts + held_out.parts
                for i in range(0, len(part), 1 << 24)))
@@ -277,15 +352,16 @@ def main():
         with torch.autocast(device.type, torch.bfloat16, enabled=gpu and o.precision == "bf16"):
             return run(x, y)
 
-    started, tokens = time.time(), o.accum * o.batch * o.seq
+    started, tokens, rows = time.time(), 0, o.accum * o.batch
     for step in range(o.steps):
         step_started, lr, loss = time.time(), learning_rate(o, step), 0.0
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        for micro in range(o.accum):
-            rows = numpy.stack([data.sample(o.seed, step, micro * o.batch + b, o.seq) for b in range(o.batch)])
-            rows = torch.from_numpy(rows).to(device)
-            part = loss_of(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) / tokens
+        pieces = [data.sample(o.seed, step, row, rows, o.seq) for row in range(rows)]
+        predictions = sum(len(piece) - 1 for piece in pieces)
+        for first in range(0, rows, o.batch):
+            x, y = batch_of(pieces[first:first + o.batch], o.batch, o.seq)
+            part = loss_of(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)).sum() / predictions
             part.backward()
             loss += part.detach()
         loss = float(loss)
@@ -296,22 +372,25 @@ def main():
         optimizer.step()
         if gpu:
             torch.cuda.synchronize()
+        tokens += predictions
         ms, val = 1e3 * (time.time() - step_started), None
+        left = int((time.time() - started) / done * (o.steps - done))
+        print(f"step {done}/{o.steps} | loss {loss:.4f} | norm {norm:.3f} | lr {lr:.2e} | "
+              f"{1e3 * predictions / ms:.0f} tok/s | {ms:.1f} ms | {left // 60}:{left % 60:02d} left", flush=True)
         if held_out.size > 1 and (done == o.steps or (o.val_every and done % o.val_every == 0)):
             model.eval()
-            val, scored = evaluate(loss_of, held_out, o, device)
+            val, _ = evaluate(loss_of, held_out, o, device, o.val_tokens)
             model.train()
-        left = int((time.time() - started) / done * (o.steps - done))
-        print(f"step {done}/{o.steps} | loss {loss:.4f} | norm {norm:.3f} | lr {lr:.2e} | {1e3 * tokens / ms:.0f} tok/s"
-              f" | {ms:.1f} ms | {left // 60}:{left % 60:02d} left", flush=True)
-        if val is not None:
             print(f"step {done}: val loss {val:.4f}", flush=True)
         if log:
-            log.write(f"{done}\t{done * tokens}\t{loss:.9g}\t{norm:.9g}\t{lr:.9g}\t{1e3 * tokens / ms:.1f}\t{ms:.3f}\t"
+            log.write(f"{done}\t{tokens}\t{loss:.9g}\t{norm:.9g}\t{lr:.9g}\t{1e3 * predictions / ms:.1f}\t{ms:.3f}\t"
                       + ("\n" if val is None else f"{val:.9g}\n"))
             log.flush()
-    if held_out.size > 1:
-        report(val, scored, o.val)
+    if gpu:
+        print(f"memory: {torch.cuda.max_memory_allocated() / 1e6:.1f} MB")
+    if o.out: # named_parameters() has a shared output layer once, as safetensors wants it
+        save_file({name: p.detach().cpu() for name, p in model.named_parameters()},
+                  os.path.join(o.out, "model.safetensors"), {name: str(getattr(o, name)) for name in MODEL_OPTIONS})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""Books, as in the paper's Figure 1 and Table 5, but small: Megalodon and a Transformer of the same size read the same
+books once.
+
+    data/text.py books --vocab-size 16000 --out out/books
+    dev/experiments/books.py out/books --out out/books-runs
+    dev/experiments/books.py --table dev/experiments/logs/books_results.tsv
+
+Each model is tried with four learning rates on the first quarter of every row's text, and then reads all of it with the
+best. Books are read in order, in sequences of 4,096 tokens; no book is read twice. Further Megalodons take this rate
+too: with carried states, with sequences of 32,768 tokens, and with chunks of 256. The Transformer is evaluated with
+windows of 4,096 tokens that start every 2,048, Megalodon in one stream a book. Needs a GPU; about nine minutes of two.
+To compare another model, add a line to MODELS and one to RATES."""
+import argparse
+
+from runs import Run, best_of, read_table, run_all
+
+TOKENS = 65536 # of a step
+MODELS = {
+    "megalodon": "./train_megalodon_cuda --num-layers 8 --model-dim 640 --z-dim 320 --value-dim 1280 "
+                 "--ffn-hidden-dim 1600 --norm-num-groups 8 --chunk-size 1024 --checkpoint-minutes 0",
+    "transformer": "dev/transformer.py --num-layers 10 --model-dim 640 --num-heads 10 --ffn-hidden-dim 1728",
+}
+RATES = {"megalodon": (1e-3, 2e-3, 4e-3, 8e-3), "transformer": (5e-4, 1e-3, 2e-3, 4e-3)}
+VARIANTS = {"": "", "carry": "--carry 1", "32k": "--seq 32768 --batch 2",
+            "32k-carry": "--seq 32768 --batch 2 --carry 1", "chunk256": "--chunk-size 256"}
+EVALS = {
+    "megalodon": "./train_megalodon_cuda --load {{out}}/step_{steps:08d}.safetensors --eval {file}",
+    "transformer": "dev/transformer.py --load {{out}}/model.safetensors --eval {file} --seq 4096 --val-stride 2048",
+}
+
+
+def flags_of(text, changes):
+    """The text's flags, with those of the changes in their place."""
+    words = text.split()
+    flags = dict(zip(words[1::2], words[2::2]), **dict(zip(changes.split()[::2], changes.split()[1::2])))
+    return words[:1] + [word for pair in flags.items() for word in pair]
+
+
+def run_of(data, model, rate, steps, whole, variant=""):
+    command = f"{MODELS[model]} --train {data}/train.bin --val {data}/valid.bin --eod 1 --seq 4096 --batch 16 " \
+              f"--vocab-size 16000 --lr {rate:g} --steps {steps} --warmup {steps // 10} --val-every {steps // 4}"
+    evals = {split: EVALS[model].format(steps=steps, file=f"{data}/{split}.bin --eod 1").split()
+             for split in ("valid", "test")}
+    return Run(f"{model}_{variant or 'plain'}_{steps}_{rate:g}", "gpu", flags_of(command, VARIANTS[variant]),
+               evals if whole else {})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="?", help="folder with train.bin, valid.bin and test.bin")
+    parser.add_argument("--out")
+    parser.add_argument("--table", metavar="RESULTS", help="only print the table of these results")
+    options = parser.parse_args()
+    if options.table:
+        results = {name: rows[-1] for name, rows in read_table(options.table).items()}
+    else:
+        with open(f"{options.data}/train.info") as f:
+            info = dict(line.split(" ", 1) for line in f.read().splitlines())
+        steps = int(info["tokens"]) // TOKENS
+        search = {model: [run_of(options.data, model, rate, steps // 4, False) for rate in rates]
+                  for model, rates in RATES.items()}
+        results = run_all(sum(search.values(), []), options.out)
+        rate = {model: float(best_of(results, [run.name for run in runs]).split("_")[-1])
+                for model, runs in search.items()}
+        full = [run_of(options.data, model, rate[model], steps, True) for model in MODELS]
+        full += [run_of(options.data, "megalodon", rate["megalodon"], steps, True, variant) for variant in VARIANTS
+                 if variant]
+        results = run_all(full, options.out)
+    print("| model | parameters | steps | learning rate | validation loss per token | perplexity per word: validation | "
+          "test | tokens/s | memory | time |\n" + "|---" * 10 + "|")
+    for name, row in results.items():
+        model, variant, steps, rate = name.split("_")
+        evals = row["evals"].split()
+        valid, test = (evals[1], evals[4]) if evals else ("", "")
+        print(f"| {model}{'' if variant == 'plain' else ', ' + variant} | {float(row['parameters']) / 1e6:.1f} M | {steps}"
+              f" | {rate} | {float(row['val_last']):.4f} | {valid} | {test} | {float(row['tok_s']):.0f} | "
+              f"{float(row['memory_mb'] or 'nan') / 1e3:.1f} GB | {row['seconds']} s |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""WikiText-2: the perplexity per word of Megalodon and of a Transformer of the same size, trained on it alone.
+
+    data/wikitext.py 2 --vocab-size 16000 --out out/wikitext2
+    dev/experiments/wikitext2.py out/wikitext2 --out out/wikitext2-runs
+    dev/experiments/wikitext2.py --table dev/experiments/logs/wikitext2.tsv
+
+Each model has as many trials: three learning rates at a quarter of the length, then at full length three rates of
+dropout with the best of them. Both see the same tokens, at random places. The Transformer is evaluated with windows of
+1024 tokens that start every 256, Megalodon in one stream. Perplexity is per word or line end, over the whole text:
+what a model gives to all the pieces of a word, its spaces included, is what it gives to the word. Needs a GPU; about
+ten minutes of two."""
+import argparse, os
+
+from runs import Run, best_of, read_table, run_all
+
+STEPS, RATES, DROPOUTS, FIRST_DROPOUT = 4400, {"megalodon": (1e-3, 2e-3, 4e-3), "transformer": (5e-4, 1e-3, 2e-3)}, \
+    (0.2, 0.35, 0.5), 0.3
+MODELS = {
+    "megalodon": "./train_megalodon_cuda --num-layers 6 --model-dim 512 --z-dim 256 --value-dim 1024 "
+                 "--ffn-hidden-dim 1024 --norm-num-groups 8 --chunk-size 512 --checkpoint-minutes 0 "
+                 "--hidden-dropout {dropout} --attention-dropout {dropout}",
+    "transformer": "dev/transformer.py --num-layers 7 --model-dim 512 --num-heads 8 --ffn-hidden-dim 1344",
+}
+EVALS = {
+    "megalodon": "./train_megalodon_cuda --load {{out}}/step_{steps:08d}.safetensors --eval {file}",
+    "transformer": "dev/transformer.py --load {{out}}/model.safetensors --eval {file} --seq 1024 --val-stride 256",
+}
+
+
+def run_of(data, model, rate, dropout, steps):
+    command = f"{MODELS[model]} --train {data}/train.bin --val {data}/valid.bin --seq 1024 --batch 16 --beta2 0.99 " \
+              f"--vocab-size 16000 --steps {steps} --warmup {steps // 10} --lr {rate:g} --dropout {{dropout}} " \
+              f"--val-every {steps // 8} --val-tokens 0"
+    evals = {split: EVALS[model].format(steps=steps, file=f"{data}/{split}.bin").split() for split in ("valid", "test")}
+    return Run(f"{model}_{steps}_{rate:g}_{dropout:g}", "gpu", command.format(dropout=dropout).split(),
+               evals if steps == STEPS else {})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="?", help="folder with train.bin, valid.bin and test.bin")
+    parser.add_argument("--out")
+    parser.add_argument("--table", metavar="RESULTS", help="only print the table of these results")
+    options = parser.parse_args()
+    if options.table:
+        results = {name: rows[-1] for name, rows in read_table(options.table).items()}
+    else:
+        search = {model: [run_of(options.data, model, rate, FIRST_DROPOUT, STEPS // 4) for rate in RATES[model]]
+                  for model in MODELS}
+        results = run_all(sum(search.values(), []), options.out)
+        full = []
+        for model, runs in search.items():
+            rate = float(best_of(results, [run.name for run in runs]).split("_")[2])
+            full += [run_of(options.data, model, rate, dropout, STEPS) for dropout in DROPOUTS]
+        results = run_all(full, options.out)
+    print("| model | parameters | steps | learning rate | dropout | validation loss per token | perplexity per word or "
+          "line end: validation | test | tokens/s | time |\n" + "|---" * 10 + "|")
+    for name, row in results.items():
+        model, steps, rate, dropout = name.split("_")
+        evals = row["evals"].split()
+        valid, test = (evals[2], evals[5]) if evals else ("", "")
+        print(f"| {model} | {float(row['parameters']) / 1e6:.1f} M | {steps} | {rate} | {dropout} | "
+              f"{float(row['val_last']):.4f} | {valid} | {test} | {float(row['tok_s']):.0f} | {row['seconds']} s |")
+
+
+if __name__ == "__main__":
+    main()
