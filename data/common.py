@@ -336,9 +336,10 @@ class SentencePiece:
 
 
 def train_sentencepiece(paths, vocab_size):
-    """A BPE model of the texts that can write any text: nothing normalized, unknown characters as bytes. The trainer for
-    unigram models draws its candidates from the different words, not from the text. So in a text of few different words,
-    as WikiText-2, it splits even frequent ones: " been" becomes " be" "en", and the text has 24% more tokens."""
+    """A BPE model of the texts that can write any text: nothing normalized, unknown characters as bytes.
+
+    Not a unigram model, whose trainer draws its candidates from the different words, not from the text. In WikiText-2,
+    which has few different words, it splits even frequent ones: " been" becomes " be" "en". That is 24% more tokens."""
     import sentencepiece
     sizes = sum(os.path.getsize(path) for path in paths)
     share, draw = TRAINING_TEXT / max(sizes, 1), random.Random(0)

@@ -7,8 +7,8 @@ last product of each residual branch.
     dev/transformer.py --load runs/transformer/model.safetensors --eval out/books/test.bin --seq 256
 
 Data files, batches (the same tokens for the same --seed, --seq, --eod, --batch x --accum), AdamW, schedule, clipping,
-printed lines and DIR/log.tsv are those of train_megalodon, and so are the flags that mean the same. Where there is a GPU
-it trains in bf16 (weights, moments and norms fp32), compiled. Needs torch >= 1.13, numpy and safetensors.
+printed lines and DIR/log.tsv are those of train_megalodon, and so are the flags that mean the same. On a GPU it trains
+in bf16 (weights, moments and norms fp32), compiled. Needs torch >= 1.13, numpy and safetensors.
 
 Validation and --eval score each token once, but the first of a text without --eod: in windows of --seq tokens that do
 not overlap, so a window's first tokens see little. With --val-stride S windows start every S tokens and only what the
@@ -119,7 +119,7 @@ class Dataset:
         return numpy.concatenate(found)
 
     def read_document(self, k, start, n):
-        """The inputs [start,start+n) of a document and the token after them. With EOD, it is read as EOD t0 t1 .. EOD."""
+        """Inputs [start,start+n) of a document and the token after them. With EOD it is read as EOD t0 t1 .. EOD."""
         at, size = self.documents[k]
         if self.eod < 0:
             return self.read(at + start, n + 1)
@@ -127,8 +127,8 @@ class Dataset:
         return numpy.concatenate((first, self.read(at + start - (start > 0), n + 1 - len(first) - len(last)), last))
 
     def sample(self, seed, step, row, rows, T):
-        """Sequence `row` of a step, and the token after it: from a random place, or, with EOD, the next of the sequences
-        that the documents are cut into, the rows being at equal distances in them."""
+        """Sequence `row` of a step, and the token after it: from a random place. With EOD it is the next of the
+        sequences that the documents are cut into; the rows of a step are at equal distances in this list."""
         if self.eod < 0:
             return self.read(random_bits(seed, (1 << 56) + step, row) % (self.size - T), T + 1)
         number = (row * int(self.stretches[-1]) // rows + step) % int(self.stretches[-1])
@@ -256,8 +256,8 @@ def learning_rate(o, step):
 
 
 def evaluate(loss_of, data, o, device, most=0, fixed=True):
-    """Mean loss over the first `most` tokens of data (0: over all), and each token's loss, one array a document; see the
-    top of the file. fixed: windows have o.seq tokens, which a compiled model wants, and not as many as there are."""
+    """Mean loss over the first `most` tokens of data (0: over all), and each token's loss, one array a document; see
+    the top of the file. fixed: all windows have o.seq tokens, as a compiled model wants it."""
     T, stride, windows = o.seq, o.val_stride or o.seq, []
     sizes = [size - (o.eod < 0) for _, size in data.documents] # tokens that are scored
     if most:

@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""What a longer past is worth, as in the paper's Figure 5: the same target tokens, predicted after contexts of different
-lengths.
+"""What a longer past is worth, as in the paper's Figure 5: the same target tokens, predicted after contexts of
+different lengths. And the loss by position in a chunk.
 
     dev/experiments/context.py make out/context.bin out/books/test.bin out/books/valid.bin --longest 131072
     ./train_megalodon_cuda --load W --eval out/context.bin --eod 1 --losses out/megalodon.f32
-    dev/experiments/context.py means out/context.tsv out/megalodon.f32
+    dev/experiments/context.py means megalodon.tsv out/megalodon.f32
     dev/experiments/context.py table megalodon.tsv ...
     dev/experiments/context.py memory W          half-lives of CEMA's oscillators
+    dev/experiments/context.py boundary boundary.tsv test.f32 --chunk 1024       from --eval test.bin --losses test.f32
 
-`make` draws places in the books that have `longest` tokens before them. For each place and each context c it writes a
-document: the c tokens before the place, and the 1,024 targets. The model reads the targets after c tokens to c + 1,023.
-Their mean, and the standard error of the difference from the shortest context, count a place as one observation: losses
-inside one place are not independent."""
+`make` draws places in the books that have `longest` tokens before them. For each place and each context c (at most
+--up-to) it writes a document: the c tokens before the place, and the 1,024 targets. So the model reads the targets
+after c to c + 1,023 tokens. The error is the standard error of the difference from a context of 1,024. For it a place
+counts as one observation: the losses of one place are not independent."""
 import argparse, csv, os, sys
 
 import numpy
@@ -24,14 +25,14 @@ def read_tokens(path):
     return numpy.fromfile(path, "<u2" if head[0] == 20240520 else "<u4", offset=1024)
 
 
-def contexts_of(longest):
-    """0.25K, 1K, 2K, 4K, ... longest"""
-    return [SHORTEST] + [1 << i for i in range(10, longest.bit_length())]
+def contexts_of(last):
+    """0.25K, 1K, 2K, 4K, ... last"""
+    return [SHORTEST] + [1 << i for i in range(10, last.bit_length())]
 
 
 def make(options):
     """Documents in the order of places, and of contexts in each."""
-    contexts, places = contexts_of(options.longest), []
+    contexts, places = contexts_of(min(options.up_to or options.longest, options.longest)), []
     for path in options.tokens:
         tokens = read_tokens(path)
         starts = numpy.concatenate(([0], numpy.flatnonzero(tokens == options.eod) + 1))
@@ -82,7 +83,8 @@ def table(options):
 
 
 def memory(options):
-    """Steps until half of what entered an oscillator is gone: radius^n = 1/2, radius = 1 - sigmoid(alpha) sigmoid(delta)."""
+    """Tokens after which half of what entered an oscillator is left: radius^n = 1/2, where the radius is
+    1 - sigmoid(alpha) sigmoid(delta)."""
     from safetensors.numpy import load_file
     for path in options.weights:
         tensors, lives = load_file(path), []
@@ -95,6 +97,24 @@ def memory(options):
             f"{q:g}%: {numpy.percentile(lives, q):.1f}" for q in (50, 90, 99, 99.9, 100)))
 
 
+def boundary(options):
+    """Mean loss by position in the chunk, in ranges that double, over all chunks but the first of each document."""
+    losses = numpy.fromfile(options.losses, "<f4")
+    sizes = numpy.loadtxt(options.losses + ".documents", dtype=int, ndmin=1)
+    chunks = []
+    for document in numpy.split(losses, numpy.cumsum(sizes)[:-1]):
+        whole = len(document) // options.chunk
+        chunks.append(document[:whole * options.chunk].reshape(whole, options.chunk)[1:])
+    chunks = numpy.concatenate(chunks).astype(float)
+    edges = [0] + [1 << i for i in range(options.chunk.bit_length())]
+    with open(options.out, "w", newline="") as f:
+        writer = csv.writer(f, delimiter="\t", lineterminator="\n")
+        writer.writerow(["position", "loss", "error", "chunks"])
+        for a, b in zip(edges, edges[1:]):
+            part = chunks[:, a:b].mean(1)
+            writer.writerow([a, f"{part.mean():.5f}", f"{part.std(ddof=1) / len(part) ** 0.5:.5f}", len(part)])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -103,6 +123,7 @@ def main():
     one.add_argument("out")
     one.add_argument("tokens", nargs="+")
     one.add_argument("--longest", type=int, default=131072)
+    one.add_argument("--up-to", type=int, default=0, help="the longest context in the file; 0 for --longest")
     one.add_argument("--places", type=int, default=100)
     one.add_argument("--eod", type=int, default=1)
     one = commands.add_parser("means")
@@ -115,6 +136,11 @@ def main():
     one = commands.add_parser("memory")
     one.set_defaults(call=memory)
     one.add_argument("weights", nargs="+")
+    one = commands.add_parser("boundary")
+    one.set_defaults(call=boundary)
+    one.add_argument("out")
+    one.add_argument("losses")
+    one.add_argument("--chunk", type=int, required=True)
     options = parser.parse_args()
     options.call(options)
 

@@ -80,7 +80,8 @@ def make(run, out, slots):
     result = {"run": run.name, "card": card, "seconds": f"{seconds:.0f}", "tok_s": speeds[len(speeds) // 2],
               "parameters": found(r"num_parameters: (\d+)", text), "memory_mb": found(r"memory: ([\d.]+) MB", text),
               "val_last": losses[-1], "val_best": min(losses), "command": " ".join(run.command),
-              "evals": " ".join(f"{name} {found(PER_WORD, said)} {found(PER_WORD_AND_LINE, said)}" for name, said in evals.items())}
+              "evals": " ".join(f"{name} {found(PER_WORD, said)} {found(PER_WORD_AND_LINE, said)}"
+                                for name, said in evals.items())}
     every = max(1, len(rows) // 100)
     return result, [dict(row, run=run.name) for i, row in enumerate(rows) if row["val_loss"] or i % every == 0]
 

@@ -4,8 +4,8 @@
     dev/experiments/search.py input.txt --out out/search             both rows; --rows cpu or --rows gpu for one
 
 Row `cpu` is the README's command for CPUs with half the steps, row `gpu` the one for GPUs with a quarter (--full: with
-all). A variant is a set of flags, or a factor on tensors of the initial weights. OUT/results.tsv has row, variant, seed,
-and the lowest validation loss. A call again goes on where the last one stopped, and prints the table."""
+all). A variant is a set of flags, or a factor on tensors of the initial weights. OUT/results.tsv has row, variant,
+seed, and the lowest validation loss. A call again goes on where the last one stopped, and prints the table."""
 import argparse, concurrent.futures, json, os, re, subprocess, sys
 
 import numpy
