@@ -7,7 +7,8 @@ NAME.bin   llm.c's format: 256 int32 (magic 20240520, version 1, number of token
            end-of-document token. What passes 2^30 tokens goes on in NAME_1.bin, NAME_2.bin, ..., at a document's start.
 NAME.info  lines "key value": words (separated by ASCII whitespace), lines (newlines) and bytes (UTF-8), all of the
            original text; documents; tokens (end-of-document tokens included); eod, its id; vocab_size; tokenizer,
-           the .tok file's name in the same folder, absent for bytes; lossless, 0 where decoding changes the text.
+           the .tok file's name in the same folder, and tokenizer_crc32, its CRC-32 in 8 hexadecimal digits, both absent
+           for bytes; lossless, 0 where decoding changes the text.
            WikiText is reported per word and line end (perplexity = exp(nats / (words + lines))), PG19 per word.
 
 Tokenizers: bytes (256 ids, the end of document is byte 0, which text does not hold), or a SentencePiece model, of which
@@ -57,34 +58,18 @@ bpe: the symbols are characters; but the longest u piece at a position is one sy
     in the end is `unknown`.
 Last: an `unknown` becomes its bytes' byte pieces; without these, neighbouring ones become a single `unknown`.
 """
-import argparse, contextlib, functools, glob, hashlib, io, os, random, re, sys, time, urllib.error, urllib.request
+import contextlib, functools, glob, hashlib, io, os, random, re, shlex, sys, time, urllib.error, urllib.request, zlib
 
 try:
     import numpy
     from tqdm import tqdm
 except ImportError as e:
-    sys.exit(f"error: {e}: pip install -r dev/requirements.txt")
+    sys.exit(f"error: {e}: pip install -r data/requirements.txt")
+from base import Failure, Parser, main_of, regular, text_bytes, texts_in # the scripts take some of these from here
 
 SHARD = 1 << 30             # tokens in a .bin; its header counts in int32
 TRAINING_TEXT = 100_000_000 # bytes that a tokenizer is trained on, at most
 MAX_RULES, MAX_RULE_SIZE = 1 << 22, 1024 # of normalization, as in tokens.h
-
-
-class Failure(Exception):
-    """A message for the user; see main_of."""
-
-
-def main_of(main):
-    try:
-        main()
-    except Failure as e:
-        sys.exit(f"error: {e}")
-    except ImportError as e:
-        sys.exit(f"error: {e}: pip install -r dev/requirements.txt")
-    except OSError as e:
-        sys.exit(f"error: {e.filename}: {e.strerror}" if e.filename else f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted; the same command goes on")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,10 +314,18 @@ class SentencePiece:
             text.append(b"%s %s %s" % (b"?nccuxb"[piece.type:piece.type + 1], repr(score).encode(),
                                        quoted(data, rb'[^ !#-\[\]-~]') if piece.type == 6 else quoted(data)))
         text += [quoted(before) + b" " + quoted(after) for before, after in self.rules]
-        with replacing(os.path.join(folder, self.tok)) as f:
-            f.write(b"\n".join(text) + b"\n")
+        contents, path = b"\n".join(text) + b"\n", os.path.join(folder, self.tok)
+        if os.path.exists(path) and file_crc32(path) != zlib.crc32(contents):
+            print(f"note: {path} was another tokenizer: checkpoints that were trained with it need the old one")
+        with replacing(path) as f:
+            f.write(contents)
         with replacing(os.path.join(folder, "tokenizer.model")) as f:
             f.write(self.model.SerializeToString())
+
+
+def file_crc32(path):
+    with open(path, "rb") as f:
+        return zlib.crc32(f.read())
 
 
 def train_sentencepiece(paths, vocab_size):
@@ -341,18 +334,23 @@ def train_sentencepiece(paths, vocab_size):
     Not a unigram model, whose trainer draws its candidates from the different words, not from the text. In WikiText-2,
     which has few different words, it splits even frequent ones: " been" becomes " be" "en". That is 24% more tokens."""
     import sentencepiece
-    sizes = sum(os.path.getsize(path) for path in paths)
+    sizes, texts = sum(os.path.getsize(path) for path in paths), f"{paths[0]}{', ...' * (len(paths) > 1)}"
+    if not any(text_bytes(path).strip() for path in paths):
+        raise Failure(f"{texts}: nothing but spaces and ends of lines, on which no tokenizer can be trained")
     share, draw = TRAINING_TEXT / max(sizes, 1), random.Random(0)
     print(f"training a SentencePiece model of {vocab_size:,} pieces on {min(sizes, TRAINING_TEXT):,} bytes of text")
 
     def lines():
         for path in paths:
-            with open(path, encoding="utf-8", newline="\n") as f:
-                for line in f:
-                    if share >= 1 or draw.random() < share:
-                        line = line.rstrip("\n").replace("\0", " ")
-                        for i in range(0, len(line), 8000): # the trainer leaves out what is too long
-                            yield line[i:i + 8000]
+            try:
+                text = text_bytes(path).decode()
+            except UnicodeDecodeError as e:
+                raise Failure(f"{path}: byte {e.start:,} is not UTF-8; only --tokenizer bytes takes that") from None
+            for line in text.split("\n"):
+                if share >= 1 or draw.random() < share:
+                    line = line.replace("\0", " ")
+                    for i in range(0, len(line), 8000): # the trainer leaves out what is too long
+                        yield line[i:i + 8000]
 
     model = io.BytesIO()
     try:
@@ -362,10 +360,9 @@ def train_sentencepiece(paths, vocab_size):
             allow_whitespace_only_pieces=True, byte_fallback=True, character_coverage=0.9999, split_digits=True,
             user_defined_symbols=["\n"], max_sentence_length=1 << 16, minloglevel=2,
             unk_id=0, eos_id=1, bos_id=-1, pad_id=-1, unk_piece="<|unknown|>", eos_piece="<|endofdocument|>")
-    except UnicodeDecodeError as e:
-        raise Failure(f"the training text is not UTF-8: {e}") from None
     except RuntimeError as e:
-        raise Failure(f"--vocab-size {vocab_size}: {' '.join(str(e).split('] ')[-1].split())}") from None
+        said = " ".join(str(e).split("] ")[-1].split()) # without the place in SentencePiece's sources
+        raise Failure(f"--vocab-size {vocab_size:,}, trained on {texts}: SentencePiece says: {said}") from None
     return model.getvalue()
 
 
@@ -378,7 +375,7 @@ def tokenizer_of(name, vocab_size, train_paths):
     elif name == "train":
         tokenizer = SentencePiece(train_sentencepiece(train_paths, vocab_size or 32000), "the new model")
     else:
-        with open(name, "rb") as f:
+        with open(regular(name), "rb") as f:
             tokenizer = SentencePiece(f.read(), name)
     if vocab_size and vocab_size != tokenizer.vocab_size:
         raise Failure(f"--vocab-size {vocab_size}: {name} has {tokenizer.vocab_size:,} tokens")
@@ -413,8 +410,7 @@ def write_split(out, name, paths, tokenizer):
             while queue or pending:
                 if not pending:
                     path = queue.pop()
-                    with open(path, "rb") as text:
-                        data = text.read()
+                    data = text_bytes(path)
                     pending = data, tokenizer.encode(data, path)
                 data, ids = pending
                 if len(ids) >= 2 ** 31 - 1:
@@ -433,12 +429,21 @@ def write_split(out, name, paths, tokenizer):
             header.tofile(f)
         for key, value in info.items():
             sums[key] = sums.get(key, 0) + value
+        crc32 = f"{file_crc32(os.path.join(out, tokenizer.tok)):08x}" if tokenizer.tok else None
         info.update({"eod": tokenizer.eod, "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.tok,
-                     "lossless": int(tokenizer.lossless)})
+                     "tokenizer_crc32": crc32, "lossless": int(tokenizer.lossless)})
         with replacing(file + ".info") as f:
             f.write("".join(f"{key} {value}\n" for key, value in info.items() if value is not None).encode())
         shard += 1
     progress.close()
+    old = [path for path in glob.glob(os.path.join(glob.escape(out), f"{name}_*.bin"))
+           if re.fullmatch(r"[1-9]\d*", os.path.basename(path)[len(name) + 1:-4])
+           and int(os.path.basename(path)[len(name) + 1:-4]) >= shard]
+    for path in sorted(old): # of a larger text, by an earlier call
+        print(f"note: {path} is removed: it belonged to a larger {name} split")
+        os.remove(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path[:-4] + ".info")
     return sums
 
 
@@ -461,30 +466,21 @@ def prepare(out, splits, options, published=None):
             key, number = published[name]
             found = n["words"] + n["lines"] if key == "words + lines" else n[key]
             print(f"{name}: {key} {found:,}, published {number:,}" + ("" if found == number else ": NOT THE SAME"))
-    print(f"vocab_size {tokenizer.vocab_size}, written to {out}")
+    several = os.path.exists(os.path.join(out, "train_1.bin"))
+    shards = os.path.join(out, "train*.bin" if several else "train.bin")
+    command = ["./train_megalodon", "--train", shards]
+    if "valid" in splits:
+        command += ["--val", os.path.join(out, "valid.bin")]
+    print(f"written to {out}; to train on it: {shlex.join(command)}")
 
 
 def parser_of(description, out, tokenizer):
     """The flags all scripts have."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description)
     parser.add_argument("--out", default=out, required=out is None, metavar="DIR",
                         help="folder to write to" + (f" (default {out})" if out else ""))
     parser.add_argument("--tokenizer", default=tokenizer, metavar="bytes|train|FILE.model",
                         help="bytes; a SentencePiece model to be trained on the training texts; or the file of one "
                              f"(default {tokenizer})")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="pieces of a model to be trained (default 32000)")
-    parser.error = lambda message: sys.exit(f"error: {message}")
     return parser
-
-
-def texts_in(names):
-    """The paths that files, patterns, or folders (all *.txt below them) name, sorted."""
-    paths = []
-    for name in names:
-        found = [name] if os.path.isfile(name) else glob.glob(os.path.join(name, "**", "*.txt"), recursive=True) \
-            if os.path.isdir(name) else [path for path in glob.glob(name, recursive=True) if os.path.isfile(path)]
-        if not found:
-            raise Failure(f"{name}: " + ("no .txt files in this folder" if os.path.isdir(name) else "no such file"))
-        paths += sorted(found)
-    return paths

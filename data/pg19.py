@@ -7,7 +7,7 @@ Papers on PG19 use T5's SentencePiece model (32,000 pieces): --tokenizer spiece.
 Hugging Face. It drops line ends and knows no braces, so it does not give the text back.
 
     data/pg19.py --books 500
-    ./train_megalodon --train 'out/pg19/train*.bin' --val out/pg19/valid.bin --vocab-size 32000
+    ./train_megalodon --train 'out/pg19/train*.bin' --val out/pg19/valid.bin
 """
 import base64, concurrent.futures, json, os, urllib.parse
 

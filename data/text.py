@@ -3,7 +3,7 @@
 
     data/text.py books --out out/books                     a folder with train/, valid/ and test/ in it
     data/text.py 'novels/*.txt' --val late.txt --out out/novels --vocab-size 8192
-    ./train_megalodon --train out/books/train.bin --val out/books/valid.bin --vocab-size 32000
+    ./train_megalodon --train out/books/train.bin --val out/books/valid.bin
 """
 import os
 

@@ -4,7 +4,7 @@ perplexities count words and line ends: 217,646 in the validation split, 245,569
 both sizes. Needs pyarrow. 5 or 300 MB to download.
 
     data/wikitext.py 2
-    ./train_megalodon --train out/wikitext2/train.bin --val out/wikitext2/valid.bin --vocab-size 32000
+    ./train_megalodon --train out/wikitext2/train.bin --val out/wikitext2/valid.bin
 """
 import json, os
 

@@ -6,7 +6,10 @@
 The picture is read from top to bottom. The names beside its arrows are those of the equations in README.md and in
 train_megalodon.c.
 """
-import argparse, os
+import os, sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "data"))
+from base import Parser, main_of
 
 WIDTH, HEIGHT = 516, 856
 LEFT, CENTER, RIGHT, OUTER = 52, 194, 324, 410 # columns: v; the main path; the gate r; Wh1
@@ -142,7 +145,7 @@ def draw():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     default = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pictures", "block.svg")
     parser.add_argument("-o", "--out", default=default, help="file to write (block.svg in the folder pictures here)")
     options = parser.parse_args()
@@ -158,4 +161,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main_of(main)

@@ -12,16 +12,22 @@ It does what the released implementation (XuezheMax/megalodon) does; where the p
 B batch, T time, D model_dim, Z z_dim, V value_dim, F ffn_hidden_dim, H num_heads, N cema_ndim, G norm_num_groups,
 c chunk_size. Needs torch >= 1.13 and safetensors.
 """
-import argparse, json, math, os, statistics, sys, time
+import argparse, json, math, os, pickle, statistics, sys, time
 
 # PyTorch's OpenMP threads and OpenBLAS's own, where that is its BLAS, else spin while the others work: twice the time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
-import numpy
-import torch
-import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "data"))
+from base import Failure, Parser, main_of, regular
+
+try:
+    import numpy
+    import torch
+    import torch.nn.functional as F
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save
+except ImportError as e:
+    sys.exit(f"error: {e}: pip install -r dev/requirements.txt")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration and parameters: one table each
@@ -55,7 +61,7 @@ class Config(argparse.Namespace):
         for name, multiple in ("z_dim", 2 * H), ("value_dim", H), ("model_dim", G):
             value = getattr(self, name)
             if multiple < 1 or value % multiple:
-                raise SystemExit(f"reference.py: {name} is {value}, but should be a multiple of {multiple}")
+                raise Failure(f"{name} is {value}, but should be a multiple of {multiple}")
 
     def strings(self):
         return {name: str(getattr(self, name)) for name, *_ in CONFIG}
@@ -327,8 +333,11 @@ def adamw(model, lr, weight_decay, betas, eps):  # one group: every parameter de
 # Files
 
 def read(path):
-    with safe_open(path, "pt") as f:
-        return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+    try:
+        with safe_open(regular(path), "pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+    except SafetensorError as e:
+        raise Failure(f"{path}: not a safetensors file: {e}") from None
 
 def write(path, tensors, metadata):
     data = save({name: t.contiguous() for name, t in tensors.items()}, metadata)
@@ -342,14 +351,20 @@ def write(path, tensors, metadata):
     print(f"{path}: {len(tensors)} tensors, {os.path.getsize(path):,} bytes")
 
 def config_of(metadata):
-    return Config(**{name: kind(metadata[name]) for name, _, kind, *_ in CONFIG if name in metadata})
+    fields = {}
+    for name, _, kind, *_ in CONFIG:
+        try:
+            fields.update({name: kind(metadata[name])} if name in metadata else {})
+        except ValueError:
+            raise Failure(f"{name} is {metadata[name]!r}, expected a number") from None
+    return Config(**fields)
 
 def matching(path, config, tensors):
     """the parameters of a config out of a file's tensors, or a line about the first that is not as it should be"""
     for name, (shape, _) in parameters(config).items():
-        if name not in tensors: raise SystemExit(f"{path}: no tensor {name}")
+        if name not in tensors: raise Failure(f"{path}: no tensor {name}")
         if tensors[name].shape != shape:
-            raise SystemExit(f"{path}: {name} is {tuple(tensors[name].shape)}, but the config asks for {shape}")
+            raise Failure(f"{path}: {name} is {tuple(tensors[name].shape)}, but the config asks for {shape}")
     return {name: tensors[name].float() for name in parameters(config)}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -469,7 +484,7 @@ def check(args):
             kind, a, bound = name.split(".")[0], ours.get(name), bound_of(name)
             if kind in ("x", "y", "param", "state"): continue
             if a is None: skipped += 1; continue
-            if a.shape != b.shape: raise SystemExit(f"{path}: {name} is {tuple(b.shape)}, not {tuple(a.shape)}")
+            if a.shape != b.shape: raise Failure(f"{path}: {name} is {tuple(b.shape)}, not {tuple(a.shape)}")
             diff, b, where = (a.double() - b.double()).abs(), b.double(), ""
             if kind == "final":  # no single entries: Adam turns a gradient of rounding size into a step of lr
                 squares = diff.square().sum().item(), (b - given["param." + name[6:]]).square().sum().item()
@@ -494,27 +509,30 @@ def given_fields(args):
     return {name: getattr(args, name) for name, *_ in CONFIG if getattr(args, name) is not None}
 
 def convert(args):
-    try: weights = torch.load(args.input, map_location="cpu", weights_only=True)
-    except TypeError: weights = torch.load(args.input, map_location="cpu")  # a torch without weights_only
+    try:  # weights_only: a file of strangers must not run code
+        weights = torch.load(regular(args.input), map_location="cpu", weights_only=True)
+        weights = {name: t for name, t in weights.items() if torch.is_tensor(t)}
+    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, KeyError):
+        raise Failure(f"{args.input}: not a .pth file that holds tensors by name, and nothing else") from None
     buffers = "rope.freqs", ".prior_count", ".prior_mean", ".prior_logv"
     weights = {name: t for name, t in weights.items() if not name.endswith(buffers)}
     mega, nffn, head, fields = "layers.0.mega.", "layers.0.nffn.", weights.get("output.output.weight"), {}
     for field, name, i in (("vocab_size", "embed.weight", 0), ("model_dim", "embed.weight", 1),
                            ("z_dim", mega + "wz.weight", 0), ("value_dim", mega + "wv.weight", 0),
                            ("ffn_hidden_dim", nffn + "fc1.weight", 0), ("cema_ndim", mega + "cema.alpha", 1)):
-        if name not in weights: raise SystemExit(f"{args.input}: no tensor {name}, so not a released state_dict")
+        if name not in weights: raise Failure(f"{args.input}: no tensor {name}, so not a released state_dict")
         fields[field] = weights[name].shape[i]
     fields["num_layers"] = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
     fields["swiglu"], fields["rescale_nffn"] = int(nffn + "fc3.weight" in weights), int(nffn + "alpha" in weights)
     fields["share_emb"] = int(head is None or torch.equal(head, weights["embed.weight"]))
     for field, value in given_fields(args).items():
         if fields.setdefault(field, value) != value:
-            raise SystemExit(f"{args.input}: {field} is {fields[field]} by its tensors, but {value} was asked for")
+            raise Failure(f"{args.input}: {field} is {fields[field]} by its tensors, but {value} was asked for")
     for field in "num_heads", "chunk_size", "norm_num_groups":  # a wrong one would load, and compute something else
-        if field not in fields: raise SystemExit(f"{args.input}: no tensor shows {field}, so give it")
+        if field not in fields: raise Failure(f"{args.input}: no tensor shows {field}, so give it")
     c = Config(**fields)
     if c.share_emb: weights.pop("output.output.weight", None)
-    for name in weights.keys() - parameters(c).keys(): raise SystemExit(f"{args.input}: unknown tensor {name}")
+    for name in weights.keys() - parameters(c).keys(): raise Failure(f"{args.input}: unknown tensor {name}")
     write(args.output, matching(args.input, c, weights), c.strings())
     print(" ".join(f"{name}={value}" for name, value in c.strings().items()))
 
@@ -527,10 +545,10 @@ def init(args):
 def evaluate(args):
     weights, meta = read(args.file)
     c = config_of({**meta, **given_fields(args)})
-    with open(args.text, "rb") as f:
+    with open(regular(args.text), "rb") as f:
         text = torch.tensor(list(f.read(args.seq + 1 if args.seq else -1)))
-    if len(text) < 2: raise SystemExit(f"{args.text}: {len(text)} bytes, but at least 2 are needed")
-    if text.max() >= c.vocab_size: raise SystemExit(f"{args.text}: byte {text.max()}, vocab_size {c.vocab_size}")
+    if len(text) < 2: raise Failure(f"{args.text}: {len(text)} bytes, but at least 2 are needed")
+    if text.max() >= c.vocab_size: raise Failure(f"{args.text}: byte {text.max()}, vocab_size {c.vocab_size}")
     dtype, params = getattr(torch, args.dtype), matching(args.file, c, weights)
     model = Megalodon(c, {name: w.to(dtype) for name, w in params.items()})
     with torch.no_grad():
@@ -550,12 +568,12 @@ def bench(args):
     print(f"reference.py: step {statistics.median(times[args.warmup:]):.1f} ms")
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(function, help, config=None):
         name = function.__name__.replace("evaluate", "eval")
-        p = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        p = commands.add_parser(name, help=help, description=help)
         p.set_defaults(function=function)
         group = config and p.add_argument_group("config", config)
         for field, other, kind, default, text in CONFIG if config else ():
@@ -591,4 +609,4 @@ def main():
     args.function(args)
 
 if __name__ == "__main__":
-    main()
+    main_of(main, "dev")

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""What the scripts of data/, dev/plot.py and dev/transformer.py must do. Offline: downloads come from a server in here.
+"""What the scripts of data/ and dev/ must do. Offline: downloads come from a server in here.
 
     dev/test_data.py                        all tests, on the project's own sources as text; under a minute
     dev/test_data.py FILE.model TEXT...     only: the .tok made of this SentencePiece model encodes these texts just as
                                             SentencePiece does, and decoding gives them back
 
-Needs what dev/requirements.txt lists, and gcc for the comparison with train_megalodon.c.
+Needs what data/requirements.txt and dev/requirements.txt list, and gcc for the comparison with train_megalodon.c.
 """
-import array, base64, contextlib, functools, glob, hashlib, http.server, io, json, os, random, re, subprocess, sys
-import tempfile, threading, urllib.parse, zipfile
+import array, base64, contextlib, functools, glob, hashlib, http.server, io, json, os, random, re, shlex, subprocess
+import sys, tempfile, threading, urllib.parse, zipfile, zlib
 
 import numpy
 
@@ -409,6 +409,8 @@ def test_tokenizers(folder, text, strange, long):
                                     user_defined_symbols=users + ["\t"]),
         "unigram nfkc kept": dict(unigram, normalization_rule_name="nfkc", **keep, byte_fallback=True,
                                   user_defined_symbols=users),
+        "unigram kept bytes": dict(unigram, normalization_rule_name="identity", split_digits=True, **keep,
+                                   byte_fallback=True, allow_whitespace_only_pieces=True, user_defined_symbols=["\n"]),
         "unigram nfkc_cf bytes": dict(unigram, normalization_rule_name="nfkc_cf", byte_fallback=True),
         "unigram identity": dict(unigram, normalization_rule_name="identity", user_defined_symbols=users + ["\r"]),
         "bpe": dict(bpe, byte_fallback=True, normalization_rule_name="identity", split_digits=True, **keep,
@@ -440,7 +442,7 @@ def test_tokenizers(folder, text, strange, long):
         result(f"tokenizer {name}: so does C", why_in_c)
         note = f"note: {strange}: U+2581 is a character of its own, not a space as SentencePiece has it\n"
         result(f"tokenizer {name}: U+2581 is noted once", "" if said.getvalue() == note else said.getvalue())
-        expected = name in ("own", "bpe")
+        expected = name in ("own", "bpe", "unigram kept bytes")
         result(f"tokenizer {name}: lossless is {int(expected)}", "" if tokenizer.lossless == expected
                and int(tok.lossless) == expected else "it is not")
         if name in ("own", "t5-like"):
@@ -559,6 +561,59 @@ def test_text(folder, text):
     out = ("--out", folder + "/bad")
     os.makedirs(folder + "/none")
     refuses("no such file", script, folder + "/nowhere.txt", *out)
+    ends = write(folder + "/ends.txt", b"\r\n\r \n")
+    refuses(f"{ends}: nothing but spaces and ends of lines", script, ends, *out)
+    for name in "UTF-16", "UTF-16LE", "UTF-32LE":
+        wide = write(folder + "/wide.txt", text[:4000].decode().encode(name))
+        for more in (), ("--tokenizer", "bytes"):
+            refuses(f"this text is {name[:6]}, expected UTF-8: iconv", script, wide, *out, *more)
+    os.mkfifo(folder + "/fifo.txt")
+    refuses("fifo.txt: not a regular file", script, folder + "/fifo.txt", *out)
+    os.remove(folder + "/fifo.txt")
+    refuses("/dev/full", script, folder + "/books", "--out", "/dev/full")
+
+    # Names that look like patterns, lists or no text at all, a loop of links, and locales without their characters.
+    odd = os.fsencode(folder + "/a[1]*,b")
+    os.makedirs(odd)
+    os.symlink(b".", odd + b"/loop")
+    for name in b"x?.txt", b"\xff\xe9.txt", "\u00e9,.txt".encode():
+        write(odd + b"/" + name, text[:100])
+    for names in [odd], [odd + b"/\xff\xe9.txt", odd + b"/x?.txt", odd + b"/\xc3\xa9,.txt", odd]:
+        for settings in {"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}:
+            done = subprocess.run([sys.executable, script, *names, "--out", odd + b"/out", "--tokenizer", "bytes"],
+                                  cwd=ROOT, capture_output=True, env={**os.environ, **settings})
+            why = done.stderr.decode() if done.returncode else b"train: 3 documents" not in done.stdout and "not 3"
+            result(f"text.py with odd names, {len(names)}, {settings}", why or "")
+    done = subprocess.run([sys.executable, script, odd + b"/\xfe.txt", "--out", folder + "/bad"], cwd=ROOT,
+                          capture_output=True, env={**os.environ, "LC_ALL": "C"})
+    good = done.returncode == 1 and done.stderr.endswith(b".txt: no such file\n") and done.stderr.count(b"\n") == 1
+    result("text.py names a file whose name is not UTF-8", "" if good else str(done.stderr))
+
+    # Closed standard files, a reader that goes away, and a full disk.
+    one = f"{sys.executable} {script} {folder}/books/train/a.txt --out {folder}/closed --tokenizer bytes"
+    for redirection, code in (">&-", 0), ("2>&-", 0), ("<&- >&- 2>&-", 0), ("> /dev/full", 1), ("| true", 0):
+        done = subprocess.run(["bash", "-c", f"{one} {redirection}"], cwd=ROOT, capture_output=True, text=True)
+        why = check_files(folder + "/closed", "train", splits["train"][:1])
+        result(f"text.py {redirection}", why or ("" if done.returncode == code and "Traceback" not in done.stderr
+                                                 and done.stderr.count("error: ") <= 1 else done.stderr))
+
+    # What belongs together: the tokenizer's fingerprint, and files that an earlier call left.
+    again = (script, folder + "/books/train/a.txt", "--out", folder + "/again", "--vocab-size")
+    works("text.py", *again, "500")
+    info = dict(line.split(" ", 1) for line in open(folder + "/again/train.info").read().splitlines())
+    crc32 = f"{zlib.crc32(open(folder + '/again/tokenizer.tok', 'rb').read()):08x}"
+    result("text.py writes tokenizer_crc32", "" if info["tokenizer_crc32"] == crc32 else str(info))
+    for name in "train_1.bin", "train_1.info", "train_x.bin":
+        write(f"{folder}/again/{name}", b"")
+    out_again = works("text.py again, another tokenizer", *again, "400", expects=[
+        "tokenizer.tok was another tokenizer", "train_1.bin is removed"])
+    left = sorted(os.listdir(folder + "/again"))
+    result("text.py again: its files", "" if left == ["tokenizer.model", "tokenizer.tok", "train.bin", "train.info",
+                                                      "train_x.bin"] else str(left))
+    command = shlex.split(out_again.split("to train on it: ")[-1])
+    done = subprocess.run(command + ["--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    result("text.py: the command that it prints", done.stderr if done.returncode else
+           "" if "vocab_size 400" in done.stdout else done.stdout)
     refuses("no .txt files", script, folder + "/none", *out)
     refuses("empty", script, write(folder + "/empty.txt", b""), *out)
     refuses("byte 3 is not UTF-8", script, write(folder + "/latin.txt", b"abc\xe9t\xe9"), *out, "--tokenizer",
@@ -567,7 +622,7 @@ def test_text(folder, text):
     refuses("byte 4 is 0", script, write(folder + "/nul.txt", b"text\0"), *out, "--tokenizer", "bytes")
     refuses("not a SentencePiece model", script, folder + "/books", *out, "--tokenizer", __file__)
     refuses("No such file", script, folder + "/books", *out, "--tokenizer", "nowhere.model")
-    refuses("--vocab-size 1000000", script, folder + "/books", *out, "--vocab-size", "1000000")
+    refuses("trained on", script, folder + "/books", *out, "--vocab-size", "1000000")
     refuses("has 600 tokens", script, folder + "/books", *out, "--vocab-size", "601", "--tokenizer",
             folder + "/train/tokenizer.model")
     refuses("--vocab-size 0", script, folder + "/books", *out, "--vocab-size", "0")
@@ -619,8 +674,8 @@ def test_downloads(folder, text):
     works("wikitext.py 2", *wikitext, folder + "/wikitext", expects=["words + lines 300, published 217,646"])
     result("wikitext.py 2: files", "".join(check_files(folder + "/wikitext", name, [splits[theirs]]) for name, theirs in
                                             (("train", "train"), ("valid", "validation"), ("test", "test"))))
-    refuses("pip install", "-c", "import sys; sys.modules['pyarrow'] = None; sys.path.insert(0, 'data'); import wikitext;"
-            f"sys.argv[1:] = {wikitext[1:] + (folder + '/nopyarrow',)}; wikitext.main_of(wikitext.main)")
+    refuses("pip install", "-c", "import sys; sys.modules['pyarrow'] = None; sys.path.insert(0, 'data'); import "
+            f"wikitext; sys.argv[1:] = {wikitext[1:] + (folder + '/nopyarrow',)}; wikitext.main_of(wikitext.main)")
     listing[-1]["lfs"]["oid"] = "0" * 64
     server.files[f"/api/datasets/Salesforce/wikitext/tree/{REVISION}/wikitext-2-v1"] = json.dumps(listing).encode()
     refuses("sha256 is", *wikitext, folder + "/wikitextbad")
@@ -766,11 +821,35 @@ def test_plots(folder, log):
         result(f"plot.py {name}: a picture", "" if good else f"{len(data)} bytes")
         os.remove(png)
     refuses("No such file", script, "loss", folder + "/nowhere", "-o", png)
+    refuses("a folder, expected a file", script, "context", folder, "-o", png)
     refuses("not a log", script, "loss", log + "/../sample.c", "-o", png)
-    refuses("70,000 losses, 80,000 are needed", script, "boundary", losses, "--chunk", "40000", "-o", png)
+    refuses("no document has 80,000 losses", script, "boundary", losses, "--chunk", "40000", "-o", png)
+    # With the borders of documents, positions count from each document's start, and no chunk crosses a border.
+    program = ("import sys; sys.path.insert(0, 'dev'); import plot, numpy\n"
+               "d = plot.read_losses(sys.argv[1]); print(list(map(len, d)), plot.bucket_means(d, [0, 2, 5])[0])")
+    numpy.array([1, 2, 3, 5, 5, 7], "<f4").tofile(folder + "/few")
+    write(folder + "/few.documents", b"2\n4\n")
+    works("plot.py reads FILE.documents", "-c", program, folder + "/few", expects=["[2, 4] [2.75 6.  ]"])
+    write(folder + "/few.documents", b"2\n5\n")
+    refuses("expected numbers whose sum is 6", script, "context", folder + "/few", "-o", png)
     refuses("not a file of float32", script, "context", write(folder + "/odd", b"12345"), "-o", png)
     refuses("1 files, 2 names", script, "context", losses, "--names", "a", "b", "-o", png)
     refuses("p.what", script, "context", losses, "-o", folder + "/p.what")
+
+
+def test_reference(folder):
+    script, damaged = "dev/reference.py", write(folder + "/damaged", b"12345678901")
+    with open(os.path.join(ROOT, "data/reference/one.safetensors"), "rb") as f:
+        dump = write(folder + "/cut.safetensors", f.read()[:-1])
+    refuses("No such file", script, "check", folder + "/nowhere")
+    refuses("not a safetensors file", script, "check", damaged)
+    refuses("not a safetensors file", script, "check", dump)
+    refuses("not a .pth file", script, "convert", damaged, folder + "/out")
+    refuses("a folder, expected a file", script, "convert", folder, folder + "/out")
+    refuses("not a regular file", script, "eval", "/dev/null", damaged)
+    refuses("invalid int value", script, "init", folder + "/out", "--num-layers", "x")
+    refuses("pip install -r dev/requirements.txt", "-c", "import sys; sys.modules['safetensors'] = None; "
+            "sys.path.insert(0, 'dev'); import reference")
 
 
 def main():
@@ -790,7 +869,7 @@ def main():
             with open(os.path.join(ROOT, path), "rb") as f:
                 text += f.read()
         for script in ("data/text.py", "data/pg19.py", "data/wikitext.py", "data/enwik8.py", "dev/transformer.py",
-                       "dev/plot.py"):
+                       "dev/plot.py", "dev/block.py", "dev/reference.py"):
             works(f"{script} --help", script, "--help", expects=["usage: ", "options:"])
         with tempfile.TemporaryDirectory() as folder:
             new = lambda name: os.makedirs(f"{folder}/{name}") or f"{folder}/{name}"
@@ -802,6 +881,7 @@ def main():
             test_text(new("text"), text)
             test_downloads(new("downloads"), text)
             test_plots(new("plots"), test_transformer(new("transformer"), text))
+            test_reference(new("reference"))
     print(f"{passes} passed, {failures} failed")
     sys.exit(failures > 0)
 

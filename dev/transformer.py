@@ -3,7 +3,7 @@
 attention, no biases. Weights start as GPT-2's: normal with standard deviation 0.02, and 0.02 / sqrt(2 x layers) for the
 last product of each residual branch.
 
-    dev/transformer.py --train out/books/train.bin --val out/books/valid.bin --vocab-size 32000 --out runs/transformer
+    dev/transformer.py --train out/books/train.bin --val out/books/valid.bin --out runs/transformer
     dev/transformer.py --load runs/transformer/model.safetensors --eval out/books/test.bin --seq 256
 
 Data files, batches (the same tokens for the same --seed, --seq, --eod, --batch x --accum), AdamW, schedule, clipping,
@@ -14,20 +14,26 @@ Validation and --eval score each token once, but the first of a text without --e
 not overlap, so a window's first tokens see little. With --val-stride S windows start every S tokens and only what the
 window before has not scored counts: each token then sees at least seq - S others, at seq / S times the cost.
 """
-import argparse, functools, glob, math, os, sys, time
+import functools, glob, math, os, signal, sys, time
 
-import numpy
-import torch
-import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "data"))
+from base import Failure, Parser, main_of, regular
+
+try:
+    import numpy
+    import torch
+    import torch.nn.functional as F
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file, save_file
+except ImportError as e:
+    sys.exit(f"error: {e}: pip install -r dev/requirements.txt")
 
 OPTIONS = [  # name, default, smallest value (text: the choices), help
     ("num-layers", 4, 1, "blocks"),
     ("model-dim", 128, 2, "features of the residual stream"),
     ("num-heads", 4, 1, "attention heads"),
     ("ffn-hidden-dim", 344, 1, "hidden features of the feed-forward layer"),
-    ("vocab-size", 256, 2, "tokens; 256 for bytes"),
+    ("vocab-size", 0, 0, "tokens; 0: what the .info beside a .bin says, else 256"),
     ("rope-base", 10000.0, 1, "wavelengths of the rotary embedding"),
     ("norm-eps", 1e-5, 0, "added to every variance"),
     ("share-emb", 1, 0, "use the embedding as the output layer too"),
@@ -63,34 +69,37 @@ MODEL_OPTIONS = ("num_layers", "model_dim", "num_heads", "ffn_hidden_dim", "voca
                  "share_emb")
 
 
-def die(message):
-    sys.stdout.flush()
-    sys.exit(f"error: {message}")
-
-
 def parse_options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.error = die
+    parser = Parser(__doc__)
     for name, default, least, text in OPTIONS:
         parser.add_argument("--" + name, type=type(default), default=default,
                             choices=least if isinstance(least, tuple) else None, metavar="X",
                             help=text + (f" (default {default})" if default != "" else ""))
     parser.add_argument("--dry-run", action="store_true", help="print the number of parameters and stop")
     o = parser.parse_args()
+    o.vocab_size = o.vocab_size or int(info_of(o.train).get("vocab_size", 256))
     for name, default, least, _ in OPTIONS:
         value = getattr(o, name.replace("-", "_"))
         if isinstance(least, (int, float)) and not least <= value < math.inf:
-            die(f"--{name} {value}: expected a number of {least} or more")
+            raise Failure(f"--{name} {value}: expected a number of {least} or more")
     if o.model_dim % o.num_heads or o.model_dim // o.num_heads % 2:
-        die(f"--model-dim {o.model_dim}: expected an even multiple of --num-heads {o.num_heads}")
+        raise Failure(f"--model-dim {o.model_dim}: expected an even multiple of --num-heads {o.num_heads}")
     if max(o.beta1, o.beta2, o.dropout) >= 1:
-        die("--beta1, --beta2, --dropout: expected numbers below 1")
+        raise Failure("--beta1, --beta2, --dropout: expected numbers below 1")
     if bool(o.load) != bool(o.eval) or bool(o.train) == bool(o.eval):
-        die("expected --train FILE to train, or --load FILE --eval FILE to evaluate")
+        raise Failure("expected --train FILE to train, or --load FILE --eval FILE to evaluate")
     if o.val_stride > o.seq:
-        die(f"--val-stride {o.val_stride}: expected at most --seq {o.seq}")
+        raise Failure(f"--val-stride {o.val_stride}: expected at most --seq {o.seq}")
     return o
+
+
+def info_of(path):
+    """What the .info beside a .bin says: {key: value}. It is empty where there is none."""
+    info = path[:-4] + ".info"
+    if not (path.endswith(".bin") and os.path.isfile(info)):
+        return {}
+    with open(info) as f:
+        return dict(line.split(" ", 1) for line in f.read().splitlines() if " " in line)
 
 
 class Dataset:
@@ -157,19 +166,21 @@ def random_bits(seed, stream, index):
 
 def open_tokens(path):
     try:
-        if not path.endswith(".bin"):
+        if not regular(path).endswith(".bin"):
             return numpy.memmap(path, numpy.uint8, "r")
         magic, version, count = numpy.fromfile(path, "<i4", 256)[:3]
         return numpy.memmap(path, {(20240520, 1): "<u2", (20240801, 7): "<u4"}[magic, version], "r", 1024, (count,))
-    except (OSError, ValueError, KeyError) as e:
-        die(f"{path}: not a text or a token file of llm.c's ({e})")
+    except (ValueError, KeyError):
+        raise Failure(f"{path}: not a text or a token file of llm.c's") from None
 
 
 def open_data(flag, patterns, held_out, o):
     """The files that the patterns name, and the last 10% of each as another Dataset if held_out."""
     first, last = [], []
-    for pattern in filter(None, patterns.split(",")):
-        paths = sorted(glob.glob(pattern)) or die(f"{flag}: no file is named {pattern}")
+    for pattern in [patterns] if os.path.exists(patterns) else filter(None, patterns.split(",")):
+        paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+        if not paths:
+            raise Failure(f"{flag}: no file is named {pattern}")
         for tokens in map(open_tokens, paths):
             cut = int(0.9 * len(tokens)) if held_out else len(tokens)
             first.append(tokens[:cut])
@@ -284,16 +295,13 @@ def evaluate(loss_of, data, o, device, most=0, fixed=True):
 
 def report(val, scored, path):
     """The loss on a file as it is published, if the file's counts are there: data/common.py writes them."""
-    info = path[:-4] + ".info"
-    if not (path.endswith(".bin") and os.path.isfile(info)):
-        return
-    counts = dict(line.split(" ", 1) for line in open(info).read().splitlines())
-    words, lines, size = (int(counts[key]) for key in ("words", "lines", "bytes"))
-    nats = val * scored
-    print(f"eval: tokens {scored} nats/token {val:.6f} perplexity {math.exp(val):.4f} bits/byte "
-          f"{nats / math.log(2) / size:.4f}")
-    print(f"words {words}: perplexity per word {math.exp(nats / words):.4f}")
-    print(f"words + lines {words + lines}: perplexity per word {math.exp(nats / (words + lines)):.4f}")
+    nats, counts = val * scored, info_of(path)
+    print(f"eval: tokens {scored} nats/token {val:.6f} perplexity {math.exp(val):.4f}")
+    if counts:
+        words, lines, size = (int(counts[key]) for key in ("words", "lines", "bytes"))
+        print(f"words {words}: perplexity per word {math.exp(nats / words):.6g}\n"
+              f"words + lines {words + lines}: perplexity per word {math.exp(nats / (words + lines)):.6g}\n"
+              f"bytes {size}: bits/byte {nats / math.log(2) / size:.4f}")
 
 
 def evaluate_file(model, o, device):
@@ -317,8 +325,11 @@ def main():
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     if o.load:
-        with safe_open(o.load, "pt") as f:
-            vars(o).update({name: type(getattr(o, name))(f.metadata()[name]) for name in MODEL_OPTIONS})
+        try:
+            with safe_open(regular(o.load), "pt") as f:
+                vars(o).update({name: type(getattr(o, name))(f.metadata()[name]) for name in MODEL_OPTIONS})
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            raise Failure(f"{o.load}: not a model.safetensors that dev/transformer.py wrote") from None
     model = Transformer(o).to(device)
     print(f"num_parameters: {sum(p.numel() for p in model.parameters())}")
     if o.dry_run:
@@ -332,11 +343,11 @@ def main():
         held_out, _ = open_data("--val", o.val, False, o)
     print(f"tokens: {data.size} to train on, {held_out.size} held out")
     if o.eod < 0 and data.size <= o.seq:
-        die(f"--train {o.train}: {data.size} tokens to train on, --seq {o.seq} needs one more than that")
+        raise Failure(f"--train {o.train}: {data.size} tokens to train on, --seq {o.seq} needs one more than that")
     top = max((int(part[i:i + (1 << 24)].max()) for part in data.parts + held_out.parts
                for i in range(0, len(part), 1 << 24)))
     if top >= o.vocab_size:
-        die(f"the data holds token {top}, vocab_size is {o.vocab_size}")
+        raise Failure(f"the data holds token {top}, vocab_size is {o.vocab_size}")
     log = None
     if o.out:
         os.makedirs(o.out, exist_ok=True)
@@ -352,7 +363,15 @@ def main():
         with torch.autocast(device.type, torch.bfloat16, enabled=gpu and o.precision == "bf16"):
             return run(x, y)
 
-    started, tokens, rows = time.time(), 0, o.accum * o.batch
+    stopped = [] # signals: the step is finished, and the weights are saved; a second Ctrl-C ends at once
+
+    def on_signal(number, _):
+        stopped.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1:
+        signal.signal(number, on_signal)
+    started, tokens, rows, terminal = time.time(), 0, o.accum * o.batch, sys.stdout.isatty()
     for step in range(o.steps):
         step_started, lr, loss = time.time(), learning_rate(o, step), 0.0
         optimizer.param_groups[0]["lr"] = lr
@@ -368,16 +387,20 @@ def main():
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, o.clip or math.inf))
         done = step + 1
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            die(f"step {done}: loss {loss:g}, gradient norm {norm:g}: stopped")
+            raise Failure(f"step {done}: loss {loss:g}, gradient norm {norm:g}: stopped")
         optimizer.step()
         if gpu:
             torch.cuda.synchronize()
         tokens += predictions
         ms, val = 1e3 * (time.time() - step_started), None
         left = int((time.time() - started) / done * (o.steps - done))
-        print(f"step {done}/{o.steps} | loss {loss:.4f} | norm {norm:.3f} | lr {lr:.2e} | "
-              f"{1e3 * predictions / ms:.0f} tok/s | {ms:.1f} ms | {left // 60}:{left % 60:02d} left", flush=True)
-        if held_out.size > 1 and (done == o.steps or (o.val_every and done % o.val_every == 0)):
+        validates = held_out.size > 1 and (done == o.steps or (o.val_every and done % o.val_every == 0))
+        last = validates or stopped or done == o.steps
+        if terminal or last or done == 1 or done % 10 == 0: # on a terminal a line replaces the one before
+            print(f"{chr(13) * terminal}step {done}/{o.steps} | loss {loss:.4f} | norm {norm:.3f} | lr {lr:.2e} | "
+                  f"{1e3 * predictions / ms:.0f} tok/s | {ms:.1f} ms | {left // 60}:{left % 60:02d} left",
+                  end="\n" if last or not terminal else "\033[K", flush=True)
+        if validates:
             model.eval()
             val, _ = evaluate(loss_of, held_out, o, device, o.val_tokens)
             model.train()
@@ -386,6 +409,9 @@ def main():
             log.write(f"{done}\t{tokens}\t{loss:.9g}\t{norm:.9g}\t{lr:.9g}\t{1e3 * predictions / ms:.1f}\t{ms:.3f}\t"
                       + ("\n" if val is None else f"{val:.9g}\n"))
             log.flush()
+        if stopped:
+            print(f"stopped by signal {stopped[0]}")
+            break
     if gpu:
         print(f"memory: {torch.cuda.max_memory_allocated() / 1e6:.1f} MB")
     if o.out: # named_parameters() has a shared output layer once, as safetensors wants it
@@ -394,4 +420,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main_of(main, "dev")

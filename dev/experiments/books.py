@@ -8,8 +8,9 @@ books once.
 
 Each model is tried with three learning rates on the first quarter of every row's text, and then reads all of it with
 the best. Books are read in order, in sequences of 4,096 tokens; no book is read twice. Further Megalodons take this
-rate too: with carried states, with sequences of 32,768 tokens, and with chunks of 256. The Transformer is evaluated with
-windows of 4,096 tokens that start every 2,048, Megalodon in one stream a book. Needs a GPU; about nine minutes of two.
+rate too: with carried states, with sequences of 32,768 tokens, and with chunks of 256. The Transformer is evaluated
+with windows of 4,096 tokens that start every 2,048, Megalodon in one stream a book. Needs a GPU; about nine minutes of
+two.
 To compare another model, add a line to MODELS and one to RATES."""
 import argparse
 
