@@ -4,7 +4,7 @@
     dev/experiments/search.py input.txt --out out/search             both rows; --rows cpu or --rows gpu for one
 
 Row `cpu` is the README's command for CPUs with half the steps, row `gpu` the one for GPUs with a quarter (--full: with
-all). A variant is a set of flags, or a factor on tensors of the initial weights. OUT/results.tsv has row, variant,
+all). A variant is a set of flags, or a change of tensors of the initial weights. OUT/results.tsv has row, variant,
 seed, and the lowest validation loss. A call again goes on where the last one stopped, and prints the table."""
 import argparse, concurrent.futures, json, os, re, subprocess, sys
 
@@ -17,7 +17,7 @@ LARGER = ("--num-layers 6 --model-dim 384 --z-dim 192 --value-dim 768 --ffn-hidd
           "--hidden-dropout 0.2 --attention-dropout 0.2")
 ROWS = {"cpu": ("./train_megalodon", TINY), "gpu": ("./train_megalodon_cuda", LARGER)}
 LAST = r"(wh2|wh1|fc2)\.weight"  # the last products of the two branches of a block
-VARIANTS = {  # name: flags; or (tensors, factor)
+VARIANTS = {  # name: flags; or (which tensors of the initial weights, what becomes of them)
     "base": "",
     "scale-emb": "--scale-emb 1",
     "lr x 0.5": {"--lr": 0.5},
@@ -33,17 +33,18 @@ VARIANTS = {  # name: flags; or (tensors, factor)
     "lr-end 0": "--lr-end-ratio 0",
     "untied": "--share-emb 0",
     "rescale": "--rescale-nffn 1",
-    "embedding x 0.25": (r"embed", 0.25),
-    "embedding x 0.5": (r"embed", 0.5),
-    "embedding x 2": (r"embed", 2),
-    "last products x 0.35": (LAST, 0.35),
-    "last products x 0": (LAST, 0),
-    "gamma x 0.25": (r"cema\.gamma", 0.25),
-    "gamma x 0.5": (r"cema\.gamma", 0.5),
-    "gamma x 2": (r"cema\.gamma", 2),
-    "omega x 0": (r"cema\.omega", 0),
-    "omega x 2": (r"cema\.omega", 2),
-    "delta - 2": (r"cema\.delta", None),  # slower decay: longer memory
+    "embedding x 0.25": (r"embed", lambda x: 0.25 * x),
+    "embedding x 0.5": (r"embed", lambda x: 0.5 * x),
+    "embedding x 2": (r"embed", lambda x: 2 * x),
+    "last products x 0.35": (LAST, lambda x: 0.35 * x),
+    "last products x 0": (LAST, lambda x: 0 * x),
+    "gamma x 0.25": (r"cema\.gamma", lambda x: 0.25 * x),
+    "gamma x 0.5": (r"cema\.gamma", lambda x: 0.5 * x),
+    "gamma x 2": (r"cema\.gamma", lambda x: 2 * x),
+    "omega x 0": (r"cema\.omega", lambda x: 0 * x),
+    "omega x 2": (r"cema\.omega", lambda x: 2 * x),
+    "delta - 2": (r"cema\.delta", lambda x: x - 2),  # slower decay: longer memory
+    "delta - 0 to 7.5": (r"cema\.delta", lambda x: x - 0.5 * numpy.arange(x.shape[1])),  # half-lives up to 2,500 tokens
 }
 
 
@@ -56,8 +57,8 @@ def flags_of(text, changes):
     return [word for pair in flags.items() for word in pair]
 
 
-def change_tensors(path, pattern, factor):
-    """Multiplies the float32 tensors of a safetensors file whose names the pattern finds; None: subtracts 2."""
+def change_tensors(path, pattern, change):
+    """Changes the weights of a float32 safetensors file whose names the pattern finds."""
     with open(path, "r+b") as f:
         size = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(size))
@@ -66,9 +67,9 @@ def change_tensors(path, pattern, factor):
                 continue
             begin, end = tensor["data_offsets"]
             f.seek(8 + size + begin)
-            x = numpy.frombuffer(f.read(end - begin), "<f4")
+            x = numpy.frombuffer(f.read(end - begin), "<f4").reshape(tensor["shape"])
             f.seek(8 + size + begin)
-            f.write((x - 2 if factor is None else x * factor).astype("<f4").tobytes())
+            f.write(change(x).astype("<f4").tobytes())
 
 
 def run(row, name, seed, options):
