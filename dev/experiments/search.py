@@ -45,6 +45,7 @@ VARIANTS = {  # name: flags; or (which tensors of the initial weights, what beco
     "omega x 2": (r"cema\.omega", lambda x: 2 * x),
     "delta - 2": (r"cema\.delta", lambda x: x - 2),  # slower decay: longer memory
     "delta - 0 to 7.5": (r"cema\.delta", lambda x: x - 0.5 * numpy.arange(x.shape[1])),  # half-lives up to 2,500 tokens
+    "alpha - 0 to 3.75": (r"cema\.alpha", lambda x: x - 0.25 * numpy.arange(x.shape[1])),  # half-lives up to 60 tokens
 }
 
 
