@@ -328,17 +328,18 @@ def file_crc32(path):
         return zlib.crc32(f.read())
 
 
-def train_sentencepiece(paths, vocab_size):
-    """A BPE model of the texts that can write any text: nothing normalized, unknown characters as bytes.
+def train_sentencepiece(paths, kind, vocab_size):
+    """A model of the texts that can write any text: nothing normalized, unknown characters as bytes. kind: "unigram" or
+    "bpe".
 
-    Not a unigram model, whose trainer draws its candidates from the different words, not from the text. In WikiText-2,
-    which has few different words, it splits even frequent ones: " been" becomes " be" "en". That is 24% more tokens."""
+    The trainer for unigram models draws its candidates from the different words, not from the text. In WikiText, which
+    has few different words, it splits even frequent ones: " been" becomes " be" "en", 24% more tokens than with bpe."""
     import sentencepiece
     sizes, texts = sum(os.path.getsize(path) for path in paths), f"{paths[0]}{', ...' * (len(paths) > 1)}"
     if not any(text_bytes(path).strip() for path in paths):
         raise Failure(f"{texts}: nothing but spaces and ends of lines, on which no tokenizer can be trained")
     share, draw = TRAINING_TEXT / max(sizes, 1), random.Random(0)
-    print(f"training a SentencePiece model of {vocab_size:,} pieces on {min(sizes, TRAINING_TEXT):,} bytes of text")
+    print(f"training a {kind} model of {vocab_size:,} pieces on {min(sizes, TRAINING_TEXT):,} bytes of text")
 
     def lines():
         for path in paths:
@@ -355,7 +356,7 @@ def train_sentencepiece(paths, vocab_size):
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines(), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            sentence_iterator=lines(), model_writer=model, model_type=kind, vocab_size=vocab_size,
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True, byte_fallback=True, character_coverage=0.9999, split_digits=True,
             user_defined_symbols=["\n"], max_sentence_length=1 << 16, minloglevel=2,
@@ -372,8 +373,8 @@ def tokenizer_of(name, vocab_size, train_paths):
         raise Failure(f"--vocab-size {vocab_size}: expected a number of 1 or more")
     if name == "bytes":
         tokenizer = Bytes()
-    elif name == "train":
-        tokenizer = SentencePiece(train_sentencepiece(train_paths, vocab_size or 32000), "the new model")
+    elif name in ("unigram", "bpe"):
+        tokenizer = SentencePiece(train_sentencepiece(train_paths, name, vocab_size or 32000), "the new model")
     else:
         with open(regular(name), "rb") as f:
             tokenizer = SentencePiece(f.read(), name)
@@ -479,8 +480,8 @@ def parser_of(description, out, tokenizer):
     parser = Parser(description)
     parser.add_argument("--out", default=out, required=out is None, metavar="DIR",
                         help="folder to write to" + (f" (default {out})" if out else ""))
-    parser.add_argument("--tokenizer", default=tokenizer, metavar="bytes|train|FILE.model",
-                        help="bytes; a SentencePiece model to be trained on the training texts; or the file of one "
-                             f"(default {tokenizer})")
+    parser.add_argument("--tokenizer", default=tokenizer, metavar="bytes|unigram|bpe|FILE.model",
+                        help="bytes; the kind of a SentencePiece model to be trained on the training texts; or the file "
+                             f"of a model (default {tokenizer})")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="pieces of a model to be trained (default 32000)")
     return parser

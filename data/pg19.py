@@ -36,7 +36,7 @@ def listing(base, prefix):
 
 
 def main():
-    parser = parser_of(__doc__, "out/pg19", "train")
+    parser = parser_of(__doc__, "out/pg19", "unigram")
     parser.add_argument("--books", type=int, metavar="N", help="take only the first N books to train on (default all)")
     parser.add_argument("--connections", type=int, default=8, metavar="N", help="downloads at a time (default 8)")
     parser.add_argument("--base", default="https://storage.googleapis.com", metavar="URL",

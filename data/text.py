@@ -11,7 +11,7 @@ from common import Failure, main_of, parser_of, prepare, texts_in
 
 
 def main():
-    parser = parser_of(__doc__, None, "train")
+    parser = parser_of(__doc__, None, "unigram")
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="training texts: files, patterns, folders of *.txt; "
                         "or one folder that holds the folders train, valid and test")
     parser.add_argument("--val", nargs="+", metavar="TEXT", help="validation texts (without them the training program "

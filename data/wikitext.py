@@ -25,7 +25,7 @@ def write_text(parquets, path):
 
 
 def main():
-    parser = parser_of(__doc__, None, "train")
+    parser = parser_of(__doc__, None, "bpe")
     parser.add_argument("size", choices=sorted(COUNTS), help="which of the two")
     parser.add_argument("--raw", action="store_true", help="without <unk>: not what results are published for")
     parser.add_argument("--base", default="https://huggingface.co", metavar="URL", help="where Hugging Face is")

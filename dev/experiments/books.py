@@ -2,7 +2,7 @@
 """Books, as in the paper's Figure 1 and Table 5, but small: Megalodon and a Transformer of the same size read the same
 books once.
 
-    data/text.py books --vocab-size 16000 --out out/books
+    data/text.py books --tokenizer bpe --vocab-size 16000 --out out/books
     dev/experiments/books.py out/books --out out/books-runs
     dev/experiments/books.py --table dev/experiments/logs/books_results.tsv
 
