@@ -58,14 +58,16 @@ bpe: the symbols are characters; but the longest u piece at a position is one sy
     in the end is `unknown`.
 Last: an `unknown` becomes its bytes' byte pieces; without these, neighbouring ones become a single `unknown`.
 """
-import contextlib, functools, glob, hashlib, http.client, io, os, random, re, shlex, sys, time, urllib.error, urllib.request, zlib
+import contextlib, functools, glob, hashlib, http.client, io, os, random, re, shlex, sys, time, urllib.error
+import urllib.request, zlib
 
 try:
     import numpy
     from tqdm import tqdm
 except ImportError as e:
     sys.exit(f"error: {' '.join(str(e).split())}: pip install -r data/requirements.txt")
-from base import Failure, Parser, contents_of, identity, main_of, naming, text_bytes, texts_in # the scripts take some of these from here
+# The scripts take some of these from here.
+from base import Failure, Parser, contents_of, identity, main_of, naming, text_bytes, texts_in
 
 SHARD = 1 << 30             # tokens in a .bin; its header counts in int32
 TRAINING_TEXT = 100_000_000 # bytes that a tokenizer is trained on, at most

@@ -606,7 +606,8 @@ def test_text(folder, text):
             result(f"text.py with odd names, {len(names)}, {settings}", why or "")
     done = subprocess.run([sys.executable, script, odd + b"/\xfe.txt", "--out", folder + "/bad"], cwd=ROOT,
                           capture_output=True, env={**os.environ, "LC_ALL": "C"})
-    good = done.returncode == 1 and done.stderr.endswith(b".txt: No such file or directory\n") and done.stderr.count(b"\n") == 1
+    good = done.returncode == 1 and done.stderr.endswith(b".txt: No such file or directory\n") and \
+        done.stderr.count(b"\n") == 1
     result("text.py names a file whose name is not UTF-8", "" if good else str(done.stderr))
 
     # Closed standard files, a reader that goes away, and a full disk.
