@@ -701,7 +701,7 @@ def test_downloads(folder, text):
     refuses("md5 is", *pg19, folder + "/pg19bad")
     del server.files["/deepmind-gutenberg/test/8.txt"]
     refuses("HTTP 404", *pg19, folder + "/pg19bad")
-    server.files["/deepmind-gutenberg/train/2.txt"] = lambda: time.sleep(60)
+    server.files["/deepmind-gutenberg/train/2.txt"] = threading.Event().wait # for ever
     del server.files["/deepmind-gutenberg/train/10.txt"]
     start = time.time()
     refuses("train/10.txt: HTTP 404", *pg19, folder + "/pg19slow")
