@@ -58,14 +58,16 @@ bpe: the symbols are characters; but the longest u piece at a position is one sy
     in the end is `unknown`.
 Last: an `unknown` becomes its bytes' byte pieces; without these, neighbouring ones become a single `unknown`.
 """
-import contextlib, functools, glob, hashlib, io, os, random, re, shlex, sys, time, urllib.error, urllib.request, zlib
+import contextlib, functools, glob, hashlib, http.client, io, os, random, re, shlex, sys, time, urllib.error
+import urllib.request, zlib
 
 try:
     import numpy
     from tqdm import tqdm
 except ImportError as e:
-    sys.exit(f"error: {e}: pip install -r data/requirements.txt")
-from base import Failure, Parser, main_of, regular, text_bytes, texts_in # the scripts take some of these from here
+    sys.exit(f"error: {' '.join(str(e).split())}: pip install -r data/requirements.txt")
+# The scripts take some of these from here.
+from base import Failure, Parser, contents_of, identity, main_of, naming, text_bytes, texts_in
 
 SHARD = 1 << 30             # tokens in a .bin; its header counts in int32
 TRAINING_TEXT = 100_000_000 # bytes that a tokenizer is trained on, at most
@@ -90,7 +92,11 @@ def retry(url, attempt, tries=6):
         except urllib.error.HTTPError as e:
             if left == 0 or (e.code < 500 and e.code not in (408, 429)):
                 raise Failure(f"{url}: HTTP {e.code} {e.reason}") from None
-        except OSError as e:
+        except (ValueError, http.client.InvalidURL) as e:
+            raise Failure(f"{url}: not the address of a file: {e}") from None
+        except (OSError, http.client.HTTPException) as e:
+            if getattr(e, "filename", None) is not None: # a file here
+                raise
             if left == 0:
                 raise Failure(f"{url}: {getattr(e, 'reason', e)}") from None
         time.sleep(2 ** (tries - 1 - left))
@@ -130,7 +136,9 @@ def download(url, path, size=None, checksum=None, bar=True):
                     tqdm(desc=os.path.basename(path), total=total, initial=start, unit="B", unit_scale=True,
                          disable=None if bar else True) as progress:
                 while piece := answer.read(1 << 20):
-                    f.write(piece)
+                    with naming(part):
+                        f.write(piece)
+                        f.flush()
                     progress.update(len(piece))
                 if total is not None and f.tell() < total:
                     raise OSError(f"the connection broke after {f.tell():,} of {total:,} bytes")
@@ -324,8 +332,7 @@ class SentencePiece:
 
 
 def file_crc32(path):
-    with open(path, "rb") as f:
-        return zlib.crc32(f.read())
+    return zlib.crc32(contents_of(path))
 
 
 def train_sentencepiece(paths, kind, vocab_size):
@@ -356,28 +363,30 @@ def train_sentencepiece(paths, kind, vocab_size):
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines(), model_writer=model, model_type=kind, vocab_size=vocab_size,
+            sentence_iterator=lines(), model_writer=model, model_type=kind,
+            vocab_size=max(vocab_size, 2), # for 1 it names no bound
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True, byte_fallback=True, character_coverage=0.9999, split_digits=True,
             user_defined_symbols=["\n"], max_sentence_length=1 << 16, minloglevel=2,
             unk_id=0, eos_id=1, bos_id=-1, pad_id=-1, unk_piece="<|unknown|>", eos_piece="<|endofdocument|>")
     except RuntimeError as e:
         said = " ".join(str(e).split("] ")[-1].split()) # without the place in SentencePiece's sources
-        raise Failure(f"--vocab-size {vocab_size:,}, trained on {texts}: SentencePiece says: {said}") from None
+        bound = re.search(r"(<=|required_chars\. \d+ vs) (\d+)", said)
+        why = f"expected at {'most' if bound[1] == '<=' else 'least'} {int(bound[2]):,}" if bound else said
+        raise Failure(f"--vocab-size {vocab_size:,}, trained on {texts}: {why}") from None
     return model.getvalue()
 
 
 def tokenizer_of(name, vocab_size, train_paths):
     """What --tokenizer and --vocab-size ask for."""
-    if vocab_size is not None and vocab_size < 1:
-        raise Failure(f"--vocab-size {vocab_size}: expected a number of 1 or more")
+    if vocab_size is not None and not 1 <= vocab_size < 1 << 31:
+        raise Failure(f"--vocab-size {vocab_size}: expected a number from 1 to 2147483647")
     if name == "bytes":
         tokenizer = Bytes()
     elif name in ("unigram", "bpe"):
         tokenizer = SentencePiece(train_sentencepiece(train_paths, name, vocab_size or 32000), "the new model")
     else:
-        with open(regular(name), "rb") as f:
-            tokenizer = SentencePiece(f.read(), name)
+        tokenizer = SentencePiece(contents_of(name), name)
     if vocab_size and vocab_size != tokenizer.vocab_size:
         raise Failure(f"--vocab-size {vocab_size}: {name} has {tokenizer.vocab_size:,} tokens")
     if not tokenizer.lossless:
@@ -392,9 +401,15 @@ def tokenizer_of(name, vocab_size, train_paths):
 @contextlib.contextmanager
 def replacing(path):
     """A file to write that appears under its name once it is whole."""
-    with open(path + ".tmp", "wb") as f:
-        yield f
-    os.replace(path + ".tmp", path)
+    temporary = path + ".tmp"
+    try:
+        with naming(path), open(temporary, "wb") as f:
+            yield f
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
 
 
 def write_split(out, name, paths, tokenizer):
@@ -418,7 +433,7 @@ def write_split(out, name, paths, tokenizer):
                     raise Failure(f"{path}: {len(ids):,} tokens in one document")
                 if info["tokens"] and info["tokens"] + len(ids) + 1 > SHARD:
                     break
-                numpy.append(ids, tokenizer.eod).astype("<u4" if wide else "<u2").tofile(f)
+                f.write(numpy.append(ids, tokenizer.eod).astype("<u4" if wide else "<u2"))
                 for key, value in (("words", len(data.split())), ("lines", data.count(b"\n")), ("bytes", len(data)),
                                    ("documents", 1), ("tokens", len(ids) + 1)):
                     info[key] += value
@@ -427,7 +442,7 @@ def write_split(out, name, paths, tokenizer):
             header = numpy.zeros(256, "<i4")
             header[:3] = (20240801, 7, info["tokens"]) if wide else (20240520, 1, info["tokens"])
             f.seek(0)
-            header.tofile(f)
+            f.write(header)
         for key, value in info.items():
             sums[key] = sums.get(key, 0) + value
         crc32 = f"{file_crc32(os.path.join(out, tokenizer.tok)):08x}" if tokenizer.tok else None
@@ -467,9 +482,13 @@ def prepare(out, splits, options, published=None):
             key, number = published[name]
             found = n["words"] + n["lines"] if key == "words + lines" else n[key]
             print(f"{name}: {key} {found:,}, published {number:,}" + ("" if found == number else ": NOT THE SAME"))
-    several = os.path.exists(os.path.join(out, "train_1.bin"))
-    shards = os.path.join(out, "train*.bin" if several else "train.bin")
-    command = ["./train_megalodon", "--train", shards]
+    for name in {"valid", "test"} - set(splits):
+        if os.path.exists(os.path.join(out, name + ".bin")):
+            print(f"note: {os.path.join(out, name)}.bin is of an earlier call")
+    train = os.path.join(out, "train.bin")
+    if os.path.exists(os.path.join(out, "train_1.bin")): # a pattern, in which the folder's name stands for itself
+        train = os.path.join(glob.escape(out.replace("\\", "\\\\")).replace(",", "?"), "train*.bin")
+    command = ["./train_megalodon", "--train", train]
     if "valid" in splits:
         command += ["--val", os.path.join(out, "valid.bin")]
     print(f"written to {out}; to train on it: {shlex.join(command)}")

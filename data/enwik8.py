@@ -5,7 +5,7 @@ next 5 and the last 5 million. Results are bits per byte ("per character" in pap
     data/enwik8.py
     ./train_megalodon --train out/enwik8/train.bin --val out/enwik8/valid.bin
 """
-import os, zipfile
+import os, zipfile, zlib
 
 from common import Failure, download, main_of, parser_of, prepare, replacing
 
@@ -21,8 +21,11 @@ def main():
     raw = os.path.join(options.out, "raw")
     path = os.path.join(raw, "enwik8.zip")
     download(options.base + "/enwik8.zip", path, ZIP_SIZE, ("sha256", ZIP_SHA256))
-    with zipfile.ZipFile(path) as archive:
-        text = archive.read("enwik8")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            text = archive.read("enwik8")
+    except (zipfile.BadZipFile, KeyError, EOFError, zlib.error):
+        raise Failure(f"{path}: damaged: remove it, and the same command downloads it again") from None
     if len(text) != sum(SPLITS.values()):
         raise Failure(f"{path}: {len(text):,} bytes of text, expected {sum(SPLITS.values()):,}")
     paths, start = {}, 0

@@ -55,17 +55,16 @@ def main():
             raise Failure(f"{options.base}: no books in {theirs}")
         paths[name] = [os.path.join(raw, path) for path, _, _ in files]
         total = sum(size for _, size, _ in files)
-        with concurrent.futures.ThreadPoolExecutor(options.connections) as pool, \
-                tqdm(desc=name, total=total, unit="B", unit_scale=True, disable=None) as progress:
+        pool = concurrent.futures.ThreadPoolExecutor(options.connections)
+        with tqdm(desc=name, total=total, unit="B", unit_scale=True, disable=None) as progress:
             work = {pool.submit(download, f"{options.base}/{BUCKET}/{path}", os.path.join(raw, path), size,
                                 ("md5", md5), False): size for path, size, md5 in files}
             try:
                 for done in concurrent.futures.as_completed(work):
                     done.result()
                     progress.update(work[done])
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            finally: # an error or Ctrl-C does not wait for the other downloads; their parts are kept
+                pool.shutdown(wait=False, cancel_futures=True)
     prepare(options.out, paths, options, {name: ("words", n) for name, n in WORDS.items()
                                           if name != "train" or options.books is None})
 

@@ -15,13 +15,14 @@ COUNTS = {"2": {"train": 2_088_628, "valid": 217_646, "test": 245_569},
           "103": {"train": 103_227_021, "valid": 217_646, "test": 245_569}} # words + lines
 
 
-def write_text(parquets, path):
-    """The original file from its rows: a row is a line; blank lines, one space in the original, are stored empty."""
-    from pyarrow import parquet
-    with replacing(path) as f:
-        for name in parquets:
-            for batch in parquet.ParquetFile(name).iter_batches(columns=["text"]):
-                f.write("".join(line or " \n" for line in batch.column(0).to_pylist()).encode())
+def texts_of(parquet):
+    """The original text, in parts: a row is a line; blank lines, one space in the original, are stored empty."""
+    import pyarrow.parquet
+    try:
+        for batch in pyarrow.parquet.ParquetFile(parquet).iter_batches(columns=["text"]):
+            yield "".join(line or " \n" for line in batch.column(0).to_pylist()).encode()
+    except (pyarrow.ArrowException, OSError, IndexError):
+        raise Failure(f"{parquet}: damaged: remove it, and the same command downloads it again") from None
 
 
 def main():
@@ -50,7 +51,9 @@ def main():
         if not parquets:
             raise Failure(f"{listing}: no file of the {theirs} split")
         paths[name] = [os.path.join(raw, name + ".txt")]
-        write_text(parquets, paths[name][0])
+        with replacing(paths[name][0]) as f:
+            for parquet in parquets:
+                f.writelines(texts_of(parquet))
     prepare(options.out, paths, options, {name: ("words + lines", n) for name, n in COUNTS[options.size].items()})
 
 

@@ -8,7 +8,7 @@
 Needs what data/requirements.txt and dev/requirements.txt list, and gcc for the comparison with train_megalodon.c.
 """
 import array, base64, contextlib, functools, glob, hashlib, http.server, io, json, os, random, re, shlex, subprocess
-import sys, tempfile, threading, urllib.parse, zipfile, zlib
+import sys, tempfile, threading, time, urllib.parse, zipfile, zlib
 
 import numpy
 
@@ -559,24 +559,45 @@ def test_text(folder, text):
            + ("test.bin" if os.path.exists(folder + "/patterns/test.bin") else ""))
     out = ("--out", folder + "/bad")
     os.makedirs(folder + "/none")
-    refuses("no such file", script, folder + "/nowhere.txt", *out)
+    refuses("nowhere.txt: No such file or directory", script, folder + "/nowhere.txt", *out)
+    refuses("error: '': No such file", script, "", *out)
+    refuses("** is not known; name the folder", script, folder + "/books/**/*.txt", *out)
+    refuses("error: '': No such file", script, folder + "/books", "--out", "", "--tokenizer", "bytes")
+    refuses("/proc/self/mem: Input/output error", script, folder + "/books", *out, "--tokenizer", "/proc/self/mem")
     ends = write(folder + "/ends.txt", b"\r\n\r \n")
     refuses(f"{ends}: nothing but spaces and ends of lines", script, ends, *out)
-    for name in "UTF-16", "UTF-16LE", "UTF-32LE":
-        wide = write(folder + "/wide.txt", text[:4000].decode().encode(name))
-        for more in (), ("--tokenizer", "bytes"):
-            refuses(f"this text is {name[:6]}, expected UTF-8: iconv", script, wide, *out, *more)
+    for name in "UTF-16", "UTF-16LE", "UTF-16BE", "UTF-32", "UTF-32LE", "UTF-32BE":
+        wide = write(folder + "/wide text.txt", text[:4000].decode().encode(name))
+        refuses(f"this text is {name}, expected UTF-8: iconv -f {name} -t UTF-8 '{wide}' > NEW.txt", script, wide, *out,
+                *("--tokenizer", "bytes") * (len(name) == 6))
     os.mkfifo(folder + "/fifo.txt")
     refuses("fifo.txt: not a regular file", script, folder + "/fifo.txt", *out)
     os.remove(folder + "/fifo.txt")
     refuses("/dev/full", script, folder + "/books", "--out", "/dev/full")
+    program = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); sys.path.insert(" \
+              "0, 'data'); del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    refuses("/bad/train.bin: File too large", "-c", program, script, folder + "/books", *out, "--tokenizer", "bytes")
+    left = os.listdir(folder + "/bad")
+    result("text.py leaves no half of a file", str(left) if left else "")
+    if os.getuid() == 0: # nobody may read this folder; a superuser becomes nobody for it
+        nobody = "import os; os.setuid(65534); " + program
+        os.makedirs(folder + "/locked/inner", 0o755)
+        write(folder + "/locked/a.txt", b"text")
+        os.chmod(folder, 0o755)
+        os.chmod(folder + "/..", 0o755)
+        os.chmod(folder + "/locked/inner", 0)
+        for name in "/locked", "/locked/inner", "/locked/inner/b.txt":
+            refuses("/inner" + name[13:] + ": Permission denied", "-c", nobody, script, folder + name, *out)
 
     # Names that look like patterns, lists or no text at all, a loop of links, and locales without their characters.
     odd = os.fsencode(folder + "/a[1]*,b")
     os.makedirs(odd)
     os.symlink(b".", odd + b"/loop")
+    os.symlink(b".", odd + b"/loop too")
     for name in b"x?.txt", b"\xff\xe9.txt", "\u00e9,.txt".encode():
         write(odd + b"/" + name, text[:100])
+    os.symlink(odd + b"/x?.txt", odd + b"/soft.txt")
+    os.link(odd + b"/x?.txt", odd + b"/hard.txt")
     for names in [odd], [odd + b"/\xff\xe9.txt", odd + b"/x?.txt", odd + b"/\xc3\xa9,.txt", odd]:
         for settings in {"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}:
             done = subprocess.run([sys.executable, script, *names, "--out", odd + b"/out", "--tokenizer", "bytes"],
@@ -585,16 +606,24 @@ def test_text(folder, text):
             result(f"text.py with odd names, {len(names)}, {settings}", why or "")
     done = subprocess.run([sys.executable, script, odd + b"/\xfe.txt", "--out", folder + "/bad"], cwd=ROOT,
                           capture_output=True, env={**os.environ, "LC_ALL": "C"})
-    good = done.returncode == 1 and done.stderr.endswith(b".txt: no such file\n") and done.stderr.count(b"\n") == 1
+    good = done.returncode == 1 and done.stderr.endswith(b".txt: No such file or directory\n") and \
+        done.stderr.count(b"\n") == 1
     result("text.py names a file whose name is not UTF-8", "" if good else str(done.stderr))
 
     # Closed standard files, a reader that goes away, and a full disk.
     one = f"{sys.executable} {script} {folder}/books/train/a.txt --out {folder}/closed --tokenizer bytes"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     for redirection, code in (">&-", 0), ("2>&-", 0), ("<&- >&- 2>&-", 0), ("> /dev/full", 1), ("| true", 0):
-        done = subprocess.run(["bash", "-c", f"{one} {redirection}"], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(["bash", "-c", f"{one} {redirection}"], cwd=ROOT, capture_output=True, text=True,
+                              env=buffered)
         why = check_files(folder + "/closed", "train", splits["train"][:1])
         result(f"text.py {redirection}", why or ("" if done.returncode == code and "Traceback" not in done.stderr
                                                  and done.stderr.count("error: ") <= 1 else done.stderr))
+    for redirection in "> /dev/full", "| true":
+        done = subprocess.run(["bash", "-c", f"{sys.executable} {script} --help {redirection}"], cwd=ROOT,
+                              capture_output=True, text=True, env=buffered)
+        result(f"text.py --help {redirection}", "" if done.stderr.count("\n") <= 1 and "Exception" not in done.stderr
+               else done.stderr)
 
     # What belongs together: the tokenizer's fingerprint, and files that an earlier call left.
     again = (script, folder + "/books/train/a.txt", "--out", folder + "/again", "--vocab-size")
@@ -602,17 +631,26 @@ def test_text(folder, text):
     info = dict(line.split(" ", 1) for line in open(folder + "/again/train.info").read().splitlines())
     crc32 = f"{zlib.crc32(open(folder + '/again/tokenizer.tok', 'rb').read()):08x}"
     result("text.py writes tokenizer_crc32", "" if info["tokenizer_crc32"] == crc32 else str(info))
-    for name in "train_1.bin", "train_1.info", "train_x.bin":
+    for name in "train_1.bin", "train_1.info", "train_x.bin", "valid.bin":
         write(f"{folder}/again/{name}", b"")
     out_again = works("text.py again, another tokenizer", *again, "400", expects=[
-        "tokenizer.tok was another tokenizer", "train_1.bin is removed"])
+        "tokenizer.tok was another tokenizer", "train_1.bin is removed", "valid.bin is of an earlier call"])
     left = sorted(os.listdir(folder + "/again"))
     result("text.py again: its files", "" if left == ["tokenizer.model", "tokenizer.tok", "train.bin", "train.info",
-                                                      "train_x.bin"] else str(left))
+                                                      "train_x.bin", "valid.bin"] else str(left))
     command = shlex.split(out_again.split("to train on it: ")[-1])
     done = subprocess.run(command + ["--dry-run"], cwd=ROOT, capture_output=True, text=True)
     result("text.py: the command that it prints", done.stderr if done.returncode else
            "" if "vocab_size 400" in done.stdout else done.stdout)
+    small = "import common, types; common.SHARD = 50000; common.prepare(sys.argv[1], {'train': sys.argv[2:]}, " \
+            "types.SimpleNamespace(tokenizer='bytes', vocab_size=None))"
+    said = works("text.py makes shards in a folder with an odd name", "-c", "import sys; sys.path.insert(0, 'data'); " +
+                 small, folder + "/a[1]*,b\\s q?'", folder + "/books/train/a.txt", folder + "/books/train/sub/b.txt")
+    done = subprocess.run(shlex.split(said.split("to train on it: ")[-1]) + ["--dry-run"], cwd=ROOT,
+                          capture_output=True, text=True)
+    counts = re.search(r"tokens: (\d+) to train on, (\d+) held out", done.stdout)
+    result("text.py: the command for shards", "" if counts and sum(map(int, counts.groups())) == 90002 else
+           done.stdout[-100:] + done.stderr)
     refuses("no .txt files", script, folder + "/none", *out)
     refuses("empty", script, write(folder + "/empty.txt", b""), *out)
     refuses("byte 3 is not UTF-8", script, write(folder + "/latin.txt", b"abc\xe9t\xe9"), *out, "--tokenizer",
@@ -621,11 +659,12 @@ def test_text(folder, text):
     refuses("byte 4 is 0", script, write(folder + "/nul.txt", b"text\0"), *out, "--tokenizer", "bytes")
     refuses("not a SentencePiece model", script, folder + "/books", *out, "--tokenizer", __file__)
     refuses("No such file", script, folder + "/books", *out, "--tokenizer", "nowhere.model")
-    refuses("trained on", script, folder + "/books", *out, "--vocab-size", "1000000")
+    for size, bound in ("1", "at least "), ("270", "at least "), ("1000000", "at most "):
+        refuses(f"a.txt, ...: expected {bound}", script, folder + "/books", *out, "--vocab-size", size)
+    for size in "0", "99999999999999999999":
+        refuses(f"--vocab-size {size}: expected", script, folder + "/books", *out, "--vocab-size", size)
     refuses("has 600 tokens", script, folder + "/books", *out, "--vocab-size", "601", "--tokenizer",
             folder + "/train/tokenizer.model")
-    refuses("--vocab-size 0", script, folder + "/books", *out, "--vocab-size", "0")
-    refuses("--vocab-size 270", script, folder + "/books", *out, "--vocab-size", "270")
     refuses("--out", script, folder + "/books")
     refuses("unrecognized", script, folder + "/books", *out, "--vocab", "300")
 
@@ -662,8 +701,15 @@ def test_downloads(folder, text):
     refuses("md5 is", *pg19, folder + "/pg19bad")
     del server.files["/deepmind-gutenberg/test/8.txt"]
     refuses("HTTP 404", *pg19, folder + "/pg19bad")
+    server.files["/deepmind-gutenberg/train/2.txt"] = threading.Event().wait # for ever
+    del server.files["/deepmind-gutenberg/train/10.txt"]
+    start = time.time()
+    refuses("train/10.txt: HTTP 404", *pg19, folder + "/pg19slow")
+    result("pg19.py: an error does not wait for other downloads", "" if time.time() - start < 30 else "it does")
     server.files = {path: b"<html>" if path.startswith("/storage") else data for path, data in server.files.items()}
     refuses("not a list of files", *pg19, folder + "/pg19bad")
+    for base in "foo", "http://[x", "http://a b":
+        refuses("not the address of a file", *pg19, folder + "/pg19bad", "--base", base)
     refuses("--books", *pg19, folder + "/pg19bad", "--books", "0")
 
     article = b" \n = Title = \n \n A <unk> word @-@ like this . \n \n"
@@ -675,6 +721,8 @@ def test_downloads(folder, text):
                                             (("train", "train"), ("valid", "validation"), ("test", "test"))))
     refuses("pip install", "-c", "import sys; sys.modules['pyarrow'] = None; sys.path.insert(0, 'data'); import "
             f"wikitext; sys.argv[1:] = {wikitext[1:] + (folder + '/nopyarrow',)}; wikitext.main_of(wikitext.main)")
+    damaged = write(folder + "/wikitext/raw/train-00000-of-00001.parquet", b"PAR1")
+    refuses(f"{damaged}: damaged: remove it", *wikitext, folder + "/wikitext")
     listing[-1]["lfs"]["oid"] = "0" * 64
     server.files[f"/api/datasets/Salesforce/wikitext/tree/{REVISION}/wikitext-2-v1"] = json.dumps(listing).encode()
     refuses("sha256 is", *wikitext, folder + "/wikitextbad")
@@ -688,6 +736,8 @@ def test_downloads(folder, text):
         archive.writestr("enwik8", text[:100000])
     server.files["/enwik8.zip"] = buffer.getvalue()
     refuses("expected 36,445,475", "data/enwik8.py", "--base", server.url, "--out", folder + "/enwik8")
+    damaged = write(folder + "/enwik8bad/raw/enwik8.zip", b"PK")
+    refuses(f"{damaged}: damaged: remove it", "data/enwik8.py", "--out", folder + "/enwik8bad")
     enwik8.ZIP_SIZE, enwik8.ZIP_SHA256 = len(buffer.getvalue()), hashlib.sha256(buffer.getvalue()).hexdigest()
     enwik8.SPLITS = {"train": 90000, "valid": 5000, "test": 5000}
     sys.argv = ["enwik8.py", "--base", server.url, "--out", folder + "/enwik8"]
@@ -696,6 +746,8 @@ def test_downloads(folder, text):
         folder + "/enwik8", "valid", [text[90000:95000]]) + check_files(
         folder + "/enwik8", "test", [text[95000:100000]]))
     server.shutdown()
+    refuses("interrupted; the same command goes on", "-c", "import sys; sys.path.insert(0, 'data'); import common, os, "
+            "signal; common.main_of(lambda: os.kill(os.getpid(), signal.SIGINT))")
     refuses("Connection refused", "-c", f"import sys; sys.path.insert(0, 'data'); import common; common.time.sleep = "
             f"lambda s: None; common.main_of(lambda: common.fetch('http://127.0.0.1:9/x'))")
 
