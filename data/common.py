@@ -500,7 +500,7 @@ def parser_of(description, out, tokenizer):
     parser.add_argument("--out", default=out, required=out is None, metavar="DIR",
                         help="folder to write to" + (f" (default {out})" if out else ""))
     parser.add_argument("--tokenizer", default=tokenizer, metavar="bytes|unigram|bpe|FILE.model",
-                        help="bytes; the kind of a SentencePiece model to be trained on the training texts; or the file "
-                             f"of a model (default {tokenizer})")
+                        help="bytes; the kind of a SentencePiece model to be trained on the training texts; or the "
+                             f"file of a model (default {tokenizer})")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="pieces of a model to be trained (default 32000)")
     return parser

@@ -427,7 +427,8 @@ def test_tokenizers(folder, text, strange, long):
     odd = write(folder + "/odd.txt", odd_lines(300).encode())
     plain = write(folder + "/plain.txt", odd_lines(300).replace("\u2581", "_").encode())
     for name, arguments in kinds.items():
-        contents = common.train_sentencepiece([text], "unigram", 800) if arguments is None else trained(text, **arguments)
+        own = arguments is None
+        contents = common.train_sentencepiece([text], "unigram", 800) if own else trained(text, **arguments)
         tokenizer = common.SentencePiece(contents, name)
         tokenizer.write(folder)
         tok = Tok(folder + "/tokenizer.tok")
@@ -788,7 +789,7 @@ int main(int argc, char** argv) {
     subprocess.run(["gcc", "-std=gnu11", "-w", "-I", ROOT, folder + "/sample.c", "-o", folder + "/sample", "-lm"],
                    check=True)
     program = ("import sys, types; sys.path.insert(0, 'dev'); import transformer as t\n"
-               "o = types.SimpleNamespace(eod=int(sys.argv[2]), seq=40)\n"
+               "o = types.SimpleNamespace(eod=int(sys.argv[2]), seq=40, vocab_size=256)\n"
                "d, h = t.open_data('', sys.argv[1], True, o)\n"
                "for step in range(40):\n"
                "    x, y = t.batch_of([d.sample(1337, step, row, 3, 40) for row in range(3)], 3, 40)\n"
@@ -850,6 +851,11 @@ print('fine')
     refuses("expected --train FILE to train, or --load", script, "--eval", bins + "/valid.bin")
     refuses("no file is named", script, "--train", folder + "/none*.txt")
     refuses("vocab_size is 64", script, "--train", folder + "/a.txt", "--vocab-size", "64")
+    refuses("at least 2 tokens", script, "--load", folder + "/bins/model.safetensors", "--eval",
+            write(folder + "/one.txt", b"a"))
+    write(folder + "/few.info", b"words x\n")
+    write(folder + "/few.bin", open(bins + "/valid.bin", "rb").read())
+    refuses('few.info: expected "vocab_size" and a number', script, "--train", folder + "/few.bin")
     refuses("not a text or a token file", script, "--train", write(folder + "/x.bin", b"nothing"))
     refuses("needs one more", script, "--train", folder + "/b1.txt", "--seq", "5000")
     refuses("--train", script)
@@ -903,6 +909,17 @@ def test_reference(folder):
             "sys.path.insert(0, 'dev'); import reference")
 
 
+def test_experiments():
+    """The tables of the experiments, from the results that are kept."""
+    for name, expected in (("wikitext2", "110.0892 | 103.4327"), ("books", "280.0049 | 258.7253"),
+                           ("shakespeare", "1.5412 | 1.5462")):
+        works(f"{name}.py --table", f"dev/experiments/{name}.py", "--table", f"dev/experiments/logs/{name}_results.tsv",
+              expects=[expected])
+    works("context.py table", "dev/experiments/context.py", "table", "dev/experiments/logs/context_transformer.tsv",
+          expects=["| 16,384 | 4.8787"])
+    works("search.py --help", "dev/experiments/search.py", "--help", expects=["--rows"])
+
+
 def main():
     if len(sys.argv) > 1:
         if not sys.argv[1].endswith(".model") or len(sys.argv) == 2:
@@ -933,6 +950,7 @@ def main():
             test_downloads(new("downloads"), text)
             test_plots(new("plots"), test_transformer(new("transformer"), text))
             test_reference(new("reference"))
+            test_experiments()
     print(f"{passes} passed, {failures} failed")
     sys.exit(failures > 0)
 

@@ -77,7 +77,7 @@ def parse_options():
                             help=text + (f" (default {default})" if default != "" else ""))
     parser.add_argument("--dry-run", action="store_true", help="print the number of parameters and stop")
     o = parser.parse_args()
-    o.vocab_size = o.vocab_size or int(info_of(o.train).get("vocab_size", 256))
+    o.vocab_size = o.vocab_size or info_of(o.train).get("vocab_size", 256)
     for name, default, least, _ in OPTIONS:
         value = getattr(o, name.replace("-", "_"))
         if isinstance(least, (int, float)) and not least <= value < math.inf:
@@ -94,12 +94,17 @@ def parse_options():
 
 
 def info_of(path):
-    """What the .info beside a .bin says: {key: value}. It is empty where there is none."""
+    """What the .info beside a .bin says, {} where there is none."""
     info = path[:-4] + ".info"
     if not (path.endswith(".bin") and os.path.isfile(info)):
         return {}
-    with open(info) as f:
-        return dict(line.split(" ", 1) for line in f.read().splitlines() if " " in line)
+    with open(info, errors="replace") as f:
+        found = dict(line.split(" ", 1) for line in f.read().splitlines() if " " in line)
+    for key in "vocab_size", "words", "lines", "bytes":
+        if not found.get(key, "").isdecimal():
+            raise Failure(f"{info}: expected \"{key}\" and a number")
+        found[key] = int(found[key])
+    return found
 
 
 class Dataset:
@@ -182,6 +187,9 @@ def open_data(flag, patterns, held_out, o):
         if not paths:
             raise Failure(f"{flag}: no file is named {pattern}")
         for tokens in map(open_tokens, paths):
+            top = max((int(tokens[i:i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24)), default=0)
+            if top >= o.vocab_size:
+                raise Failure(f"{flag} {pattern}: token {top}, but vocab_size is {o.vocab_size}")
             cut = int(0.9 * len(tokens)) if held_out else len(tokens)
             first.append(tokens[:cut])
             last.append(tokens[cut:])
@@ -298,7 +306,7 @@ def report(val, scored, path):
     nats, counts = val * scored, info_of(path)
     print(f"eval: tokens {scored} nats/token {val:.6f} perplexity {math.exp(val):.4f}")
     if counts:
-        words, lines, size = (int(counts[key]) for key in ("words", "lines", "bytes"))
+        words, lines, size = counts["words"], counts["lines"], counts["bytes"]
         print(f"words {words}: perplexity per word {math.exp(nats / words):.6g}\n"
               f"words + lines {words + lines}: perplexity per word {math.exp(nats / (words + lines)):.6g}\n"
               f"bytes {size}: bits/byte {nats / math.log(2) / size:.4f}")
@@ -307,6 +315,8 @@ def report(val, scored, path):
 def evaluate_file(model, o, device):
     """--eval. With --losses also writes each token's loss, and to FILE.documents how many each document has."""
     data, _ = open_data("--eval", o.eval, False, o)
+    if data.size < 2:
+        raise Failure(f"--eval {o.eval}: at least 2 tokens are needed")
 
     def loss_of(x, y):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and o.precision == "bf16"):
@@ -342,12 +352,8 @@ def main():
     if o.val:
         held_out, _ = open_data("--val", o.val, False, o)
     print(f"tokens: {data.size} to train on, {held_out.size} held out")
-    if o.eod < 0 and data.size <= o.seq:
+    if not data.documents or (o.eod < 0 and data.size <= o.seq):
         raise Failure(f"--train {o.train}: {data.size} tokens to train on, --seq {o.seq} needs one more than that")
-    top = max((int(part[i:i + (1 << 24)].max()) for part in data.parts + held_out.parts
-               for i in range(0, len(part), 1 << 24)))
-    if top >= o.vocab_size:
-        raise Failure(f"the data holds token {top}, vocab_size is {o.vocab_size}")
     log = None
     if o.out:
         os.makedirs(o.out, exist_ok=True)
@@ -395,11 +401,14 @@ def main():
         ms, val = 1e3 * (time.time() - step_started), None
         left = int((time.time() - started) / done * (o.steps - done))
         validates = held_out.size > 1 and (done == o.steps or (o.val_every and done % o.val_every == 0))
-        last = validates or stopped or done == o.steps
-        if terminal or last or done == 1 or done % 10 == 0: # on a terminal a line replaces the one before
-            print(f"{chr(13) * terminal}step {done}/{o.steps} | loss {loss:.4f} | norm {norm:.3f} | lr {lr:.2e} | "
-                  f"{1e3 * predictions / ms:.0f} tok/s | {ms:.1f} ms | {left // 60}:{left % 60:02d} left",
-                  end="\n" if last or not terminal else "\033[K", flush=True)
+        last = bool(validates or stopped or done == o.steps)
+        if terminal or last or done == 1 or done % 10 == 0:
+            line = f"step {done}/{o.steps} | loss {loss:.4f} | norm {norm:.3f} | lr {lr:.2e} | " \
+                   f"{1e3 * predictions / ms:.0f} tok/s | {ms:.1f} ms | {left // 60}:{left % 60:02d} left"
+            if terminal: # a line replaces the one before
+                print(f"\r{line}\033[K", end="\n" * last, flush=True)
+            else:
+                print(line, flush=True)
         if validates:
             model.eval()
             val, _ = evaluate(loss_of, held_out, o, device, o.val_tokens)

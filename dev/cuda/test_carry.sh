@@ -44,7 +44,8 @@ for precision in fp32 bf16; do
 done
 # What is made of the weights for one sample must be made again for the next.
 model="--num-layers 2 --model-dim 64 --z-dim 32 --value-dim 64 --ffn-hidden-dim 64 --chunk-size 32 --norm-num-groups 4
-       --train text.txt --seq 64 --batch 3 --steps 40 --lr 1e-2 --warmup 1 --sample-every 10 --temperature 0 --val-every 0 --out none"
+       --train text.txt --seq 64 --batch 3 --steps 40 --lr 1e-2 --warmup 1 --sample-every 10 --temperature 0
+       --val-every 0 --out none"
 "$cpu" $model 2>&1 | grep -av ^step | sed -n '/sample ----/,$p' > a
 "$gpu" $model --precision fp32 2>&1 | grep -av ^step | sed -n '/sample ----/,$p' > b
 result "samples while training: the CPU's" "$(grep -ac 'sample ----' b | grep -v '^4$'; cmp a b 2>&1)"

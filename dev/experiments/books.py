@@ -9,12 +9,9 @@ books once.
 Each model is tried with three learning rates on the first quarter of every row's text, and then reads all of it with
 the best. Books are read in order, in sequences of 4,096 tokens; no book is read twice. Further Megalodons take this
 rate too: with carried states, with sequences of 32,768 tokens, and with chunks of 256. The Transformer is evaluated
-with windows of 4,096 tokens that start every 2,048, Megalodon in one stream a book. Needs a GPU; about nine minutes of
-two.
-To compare another model, add a line to MODELS and one to RATES."""
-import argparse
-
-from runs import Run, best_of, read_table, run_all
+with windows of 4,096 tokens that start every 2,048, Megalodon in one stream a book. Needs a GPU; about eight minutes
+of two. To compare another model, add a line to MODELS, RATES and WINDOWS, and its command to evals_of in runs.py."""
+from runs import Run, best_of, evals_of, parse_options, read_results, run_all
 
 TOKENS = 65536 # of a step
 MODELS = {
@@ -25,10 +22,7 @@ MODELS = {
 RATES = {"megalodon": (2e-3, 4e-3, 8e-3), "transformer": (7e-4, 1.4e-3, 2.8e-3)}
 VARIANTS = {"": "", "32k-carry": "--seq 32768 --batch 2 --carry 1", "carry": "--carry 1",
             "chunk256": "--chunk-size 256", "32k": "--seq 32768 --batch 2"}
-EVALS = {
-    "megalodon": "./train_megalodon_cuda --load {{out}}/step_{steps:08d}.safetensors --eval {file}",
-    "transformer": "dev/transformer.py --load {{out}}/model.safetensors --eval {file} --seq 4096 --val-stride 2048",
-}
+WINDOWS = {"megalodon": "", "transformer": "--seq 4096 --val-stride 2048"}
 
 
 def flags_of(text, changes):
@@ -41,20 +35,15 @@ def flags_of(text, changes):
 def run_of(data, model, rate, steps, whole, variant=""):
     command = f"{MODELS[model]} --train {data}/train.bin --val {data}/valid.bin --eod 1 --seq 4096 --batch 16 " \
               f"--vocab-size 16000 --lr {rate:g} --steps {steps} --warmup {steps // 10} --val-every {steps // 4}"
-    evals = {split: EVALS[model].format(steps=steps, file=f"{data}/{split}.bin --eod 1").split()
-             for split in ("valid", "test")}
+    evals = evals_of(model, steps, data, "--eod 1 " + WINDOWS[model])
     return Run(f"{model}_{variant or 'plain'}_{steps}_{rate:g}", "gpu", flags_of(command, VARIANTS[variant]),
                evals if whole else {})
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="?", help="folder with train.bin, valid.bin and test.bin")
-    parser.add_argument("--out")
-    parser.add_argument("--table", metavar="RESULTS", help="only print the table of these results")
-    options = parser.parse_args()
+    options = parse_options(__doc__)
     if options.table:
-        results = {name: rows[-1] for name, rows in read_table(options.table).items()}
+        results = read_results(options.table)
     else:
         with open(f"{options.data}/train.info") as f:
             info = dict(line.split(" ", 1) for line in f.read().splitlines())

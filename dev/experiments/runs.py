@@ -4,7 +4,7 @@ A run is Run(name, place, command, evals). place is "cpu" or "gpu"; the command 
 are commands that follow it, {name: words}, in which {out} stands for the run's folder. OUT/results.tsv receives a line
 for each run: its time, speed, memory and losses. OUT/logs.tsv receives what a curve needs: a row of every validation
 and of 100 other steps. A run that is in results.tsv is not made again."""
-import collections, concurrent.futures, csv, os, queue, re, shutil, subprocess, sys, time
+import argparse, collections, concurrent.futures, csv, os, queue, re, shutil, subprocess, sys, time
 
 Run = collections.namedtuple("Run", "name place command evals", defaults=({},))
 LOG = "run", "step", "tokens", "loss", "tok_s", "val_loss"
@@ -13,19 +13,37 @@ PER_WORD = r"words \d+: perplexity per word ([\d.e+]+)"
 PER_WORD_AND_LINE = r"words \+ lines \d+: perplexity per word ([\d.e+]+)"
 
 
-def program(words):
-    """A command's words: Python scripts are run by this Python."""
-    return [sys.executable] * words[0].endswith(".py") + words
+def parse_options(description):
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="?", help="the text, or the folder with train.bin, valid.bin and test.bin")
+    parser.add_argument("--out", help="folder for the runs, results.tsv and logs.tsv")
+    parser.add_argument("--table", metavar="RESULTS", help="only print the table of this results.tsv")
+    options = parser.parse_args()
+    if not options.table and not (options.data and options.out):
+        parser.error("expected DATA and --out DIR, or --table RESULTS")
+    return options
 
 
-def read_table(path, key="run"):
+def read_table(path):
     """The rows of a .tsv: {run: [row, ...]}"""
     table = collections.defaultdict(list)
     if os.path.exists(path):
         with open(path, newline="") as f:
             for row in csv.DictReader(f, delimiter="\t"):
-                table[row[key]].append(row)
+                table[row["run"]].append(row)
     return table
+
+
+def read_results(path):
+    """{run: its row of results.tsv}"""
+    return {name: rows[-1] for name, rows in read_table(path).items()}
+
+
+def evals_of(model, steps, data, more=""):
+    """Commands that evaluate a trained model, "megalodon" or "transformer", on valid.bin and test.bin."""
+    command = {"megalodon": f"./train_megalodon_cuda --load {{out}}/step_{steps:08d}.safetensors",
+               "transformer": "dev/transformer.py --load {out}/model.safetensors"}[model]
+    return {split: f"{command} --eval {data}/{split}.bin {more}".split() for split in ("valid", "test")}
 
 
 def append_table(path, columns, rows):
@@ -53,8 +71,10 @@ def found(pattern, text, default=""):
 
 
 def execute(words, out, env):
-    ended = subprocess.run(program([word.replace("{out}", out) for word in words]), env=env, stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT, text=True, errors="replace")
+    words = [word.replace("{out}", out) for word in words]
+    python = [sys.executable] * words[0].endswith(".py")
+    ended = subprocess.run(python + words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                           errors="replace")
     if ended.returncode:
         raise RuntimeError(" ".join(ended.stdout.split()[-40:]))
     return ended.stdout
@@ -89,7 +109,8 @@ def make(run, out, slots):
 def run_all(runs, out, cpu=1, gpu=1):
     """Makes the runs: `cpu` at a time on CPUs, `gpu` at a time on each GPU. Returns {run: result} of all."""
     os.makedirs(out, exist_ok=True)
-    path, done = os.path.join(out, "results.tsv"), read_table(os.path.join(out, "results.tsv"))
+    path = os.path.join(out, "results.tsv")
+    done = read_results(path)
     places = {"cpu": [("CPU", "")] * cpu, "gpu": [(name, i) for i, name in enumerate(cards())] * gpu}
     pools, slots = {}, {}
     for place, free in places.items():
@@ -108,7 +129,7 @@ def run_all(runs, out, cpu=1, gpu=1):
               f"{result['seconds']} s, {result['tok_s']} tok/s, {result['memory_mb']} MB", flush=True)
         append_table(path, RESULT, [result])
         append_table(os.path.join(out, "logs.tsv"), LOG, rows)
-    return {name: rows[-1] for name, rows in read_table(path).items()}
+    return read_results(path)
 
 
 def best_of(results, names):

@@ -2,15 +2,12 @@
 """Tiny Shakespeare: Megalodon by the README's two commands, and Transformers of the same size that see as many bytes.
 
     dev/experiments/shakespeare.py input.txt --out out/shakespeare          all runs, then the table
-    dev/experiments/shakespeare.py --table dev/experiments/logs/shakespeare.tsv
+    dev/experiments/shakespeare.py --table dev/experiments/logs/shakespeare_results.tsv
 
 Each model has two seeds and three learning rates. A loss is over the last 10% of the text, in nats per byte: the last
 one of a run, or with "best" the lowest of its validations. A Transformer is evaluated with windows that start every 64
-bytes, so that each byte has at least 192 before it, but for the first 192. Needs both programs, PyTorch and a GPU; ten
-minutes."""
-import argparse, sys
-
-from runs import losses, read_logs, run_all
+bytes, so that each byte has at least 192 before it, but for the first 192. Needs both programs, PyTorch and a GPU."""
+from runs import Run, parse_options, read_results, run_all
 
 SEEDS = 1337, 1
 SMALL = "--steps 2000 --batch 3 --seq 256 --beta2 0.99"
@@ -30,24 +27,19 @@ MODELS = [  # name, place, which loss, learning rates, command
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", nargs="?")
-    parser.add_argument("--out")
-    parser.add_argument("--table", metavar="LOGS", help="only print the table of these logs")
-    options = parser.parse_args()
+    options = parse_options(__doc__)
     if options.table:
-        logs = read_logs(options.table)
+        results = read_results(options.table)
     else:
-        runs = [(f"{name}_{rate:g}_{seed}", place, command.split()
-                 + ["--lr", str(rate), "--seed", str(seed), "--train", options.text])
-                for name, place, _, rates, command in MODELS for seed in SEEDS for rate in rates]
-        logs = run_all([(n, p, [sys.executable] * w[0].endswith(".py") + w) for n, p, w in runs], options.out, 6, 4)
+        results = run_all([Run(f"{name}_{rate:g}_{seed}", place, command.split()
+                               + ["--lr", f"{rate:g}", "--seed", str(seed), "--train", options.data])
+                           for name, place, _, rates, command in MODELS for seed in SEEDS for rate in rates],
+                          options.out, cpu=6, gpu=4)
     print("| model | loss | learning rate | seed 1337 | seed 1 |\n|---|---|---|---|---|")
     for name, _, which, rates, _ in MODELS:
         for rate in rates:
-            found = [losses(logs, f"{name}_{rate:g}_{seed}") or [float("nan")] for seed in SEEDS]
-            print(f"| {name} | {which} | {rate:g} | " +
-                  " | ".join(f"{min(x) if which == 'best' else x[-1]:.4f}" for x in found) + " |")
+            losses = [results.get(f"{name}_{rate:g}_{seed}", {}).get(f"val_{which}", "nan") for seed in SEEDS]
+            print(f"| {name} | {which} | {rate:g} | " + " | ".join(f"{float(loss):.4f}" for loss in losses) + " |")
 
 
 if __name__ == "__main__":

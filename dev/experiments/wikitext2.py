@@ -3,48 +3,40 @@
 
     data/wikitext.py 2 --vocab-size 16000 --out out/wikitext2
     dev/experiments/wikitext2.py out/wikitext2 --out out/wikitext2-runs
-    dev/experiments/wikitext2.py --table dev/experiments/logs/wikitext2.tsv
+    dev/experiments/wikitext2.py --table dev/experiments/logs/wikitext2_results.tsv
 
 Each model has as many trials: three learning rates at a quarter of the length, then at full length three rates of
 dropout with the best of them. Both see the same tokens, at random places. The Transformer is evaluated with windows of
 1024 tokens that start every 256, Megalodon in one stream. Perplexity is per word or line end, over the whole text:
 what a model gives to all the pieces of a word, its spaces included, is what it gives to the word. Needs a GPU; about
-ten minutes of two."""
-import argparse, os
+eight minutes of two."""
+from runs import Run, best_of, evals_of, parse_options, read_results, run_all
 
-from runs import Run, best_of, read_table, run_all
-
-STEPS, RATES, DROPOUTS, FIRST_DROPOUT = 4400, {"megalodon": (1e-3, 2e-3, 4e-3), "transformer": (5e-4, 1e-3, 2e-3)}, \
-    (0.2, 0.35, 0.5), 0.3
+STEPS = 4400
+RATES = {"megalodon": (1e-3, 2e-3, 4e-3), "transformer": (5e-4, 1e-3, 2e-3)}
+FIRST_DROPOUT, DROPOUTS = 0.3, (0.2, 0.35, 0.5)  # while rates are tried, and after
 MODELS = {
     "megalodon": "./train_megalodon_cuda --num-layers 6 --model-dim 512 --z-dim 256 --value-dim 1024 "
                  "--ffn-hidden-dim 1024 --norm-num-groups 8 --chunk-size 512 --checkpoint-minutes 0 "
                  "--hidden-dropout {dropout} --attention-dropout {dropout}",
     "transformer": "dev/transformer.py --num-layers 7 --model-dim 512 --num-heads 8 --ffn-hidden-dim 1344",
 }
-EVALS = {
-    "megalodon": "./train_megalodon_cuda --load {{out}}/step_{steps:08d}.safetensors --eval {file}",
-    "transformer": "dev/transformer.py --load {{out}}/model.safetensors --eval {file} --seq 1024 --val-stride 256",
-}
+WINDOWS = {"megalodon": "", "transformer": "--seq 1024 --val-stride 256"}
 
 
 def run_of(data, model, rate, dropout, steps):
     command = f"{MODELS[model]} --train {data}/train.bin --val {data}/valid.bin --seq 1024 --batch 16 --beta2 0.99 " \
               f"--vocab-size 16000 --steps {steps} --warmup {steps // 10} --lr {rate:g} --dropout {{dropout}} " \
               f"--val-every {steps // 8} --val-tokens 0"
-    evals = {split: EVALS[model].format(steps=steps, file=f"{data}/{split}.bin").split() for split in ("valid", "test")}
+    evals = evals_of(model, steps, data, WINDOWS[model])
     return Run(f"{model}_{steps}_{rate:g}_{dropout:g}", "gpu", command.format(dropout=dropout).split(),
                evals if steps == STEPS else {})
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="?", help="folder with train.bin, valid.bin and test.bin")
-    parser.add_argument("--out")
-    parser.add_argument("--table", metavar="RESULTS", help="only print the table of these results")
-    options = parser.parse_args()
+    options = parse_options(__doc__)
     if options.table:
-        results = {name: rows[-1] for name, rows in read_table(options.table).items()}
+        results = read_results(options.table)
     else:
         search = {model: [run_of(options.data, model, rate, FIRST_DROPOUT, STEPS // 4) for rate in RATES[model]]
                   for model in MODELS}
