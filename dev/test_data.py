@@ -748,7 +748,8 @@ def test_downloads(folder, text):
         folder + "/enwik8", "test", [text[95000:100000]]))
     server.shutdown()
     refuses("interrupted; the same command goes on", "-c", "import sys; sys.path.insert(0, 'data'); import common, os, "
-            "signal; common.main_of(lambda: os.kill(os.getpid(), signal.SIGINT))")
+            "signal; signal.signal(signal.SIGINT, signal.default_int_handler); " # a shell's background ignores it
+            "common.main_of(lambda: os.kill(os.getpid(), signal.SIGINT))")
     refuses("Connection refused", "-c", f"import sys; sys.path.insert(0, 'data'); import common; common.time.sleep = "
             f"lambda s: None; common.main_of(lambda: common.fetch('http://127.0.0.1:9/x'))")
 

@@ -10,9 +10,10 @@ Data files, batches (the same tokens for the same --seed, --seq, --eod, --batch 
 printed lines and DIR/log.tsv are those of train_megalodon, and so are the flags that mean the same. On a GPU it trains
 in bf16 (weights, moments and norms fp32), compiled. Needs torch >= 1.13, numpy and safetensors.
 
-Validation and --eval score each token once, but the first of a text without --eod: in windows of --seq tokens that do
-not overlap, so a window's first tokens see little. With --val-stride S windows start every S tokens and only what the
-window before has not scored counts: each token then sees at least seq - S others, at seq / S times the cost.
+Validation and --eval score each token once (not the first one of a text without --eod), in windows of --seq tokens that
+do not overlap. So the first tokens of a window see little. With --val-stride S a window starts every S tokens, and only
+the tokens that the window before has not scored count. Each token then sees at least seq - S others, at seq / S times
+the cost.
 """
 import functools, glob, math, os, signal, sys, time
 

@@ -3,9 +3,10 @@
 
     dev/experiments/search.py input.txt --out out/search             both rows; --rows cpu or --rows gpu for one
 
-Row `cpu` is the README's command for CPUs with half the steps, row `gpu` the one for GPUs with a quarter (--full: with
-all). A variant is a set of flags, or a change of tensors of the initial weights. OUT/results.tsv has row, variant,
-seed, and the lowest validation loss. A call again goes on where the last one stopped, and prints the table."""
+Row `cpu` is the README's command for CPUs with half the steps. Row `gpu` is the one for GPUs with a quarter of the
+steps and a learning rate of 2e-3. --full takes all steps. A variant is a set of flags, or a change of tensors of the
+initial weights. OUT/results.tsv has row, variant, seed, and the lowest validation loss. A second call goes on where the
+last one stopped, and prints the table."""
 import argparse, concurrent.futures, json, os, re, subprocess, sys
 
 import numpy
