@@ -6,11 +6,11 @@ books once.
     dev/experiments/books.py out/books --out out/books-runs
     dev/experiments/books.py --table dev/experiments/logs/books_results.tsv
 
-Each model is tried with three learning rates on the first quarter of every row's text, and then reads all of it with
+Each model is tried with five learning rates on the first quarter of every row's text, and then reads all of it with
 the best. Books are read in order, in sequences of 4,096 tokens; no book is read twice. Further Megalodons take this
 rate too: with carried states, with sequences of 32,768 tokens, and with chunks of 256. The Transformer is evaluated
-with windows of 4,096 tokens that start every 2,048, Megalodon in one stream a book. Needs a GPU; about eight minutes
-of two. To compare another model, add a line to MODELS, RATES and WINDOWS, and its command to evals_of in runs.py."""
+with windows of 4,096 tokens that start every 2,048, Megalodon in one stream a book. Needs a GPU; six minutes
+of four. To compare another model, add a line to MODELS, RATES and WINDOWS, and its command to evals_of in runs.py."""
 from runs import Run, best_of, evals_of, parse_options, read_results, run_all
 
 TOKENS = 65536 # of a step
@@ -19,7 +19,7 @@ MODELS = {
                  "--ffn-hidden-dim 1600 --norm-num-groups 8 --chunk-size 1024 --checkpoint-minutes 0",
     "transformer": "dev/transformer.py --num-layers 10 --model-dim 640 --num-heads 10 --ffn-hidden-dim 1728",
 }
-RATES = {"megalodon": (2e-3, 4e-3, 8e-3), "transformer": (7e-4, 1.4e-3, 2.8e-3)}
+RATES = {"megalodon": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "transformer": (1.75e-4, 3.5e-4, 7e-4, 1.4e-3, 2.8e-3)}
 VARIANTS = {"": "", "32k-carry": "--seq 32768 --batch 2 --carry 1", "carry": "--carry 1",
             "chunk256": "--chunk-size 256", "32k": "--seq 32768 --batch 2"}
 WINDOWS = {"megalodon": "", "transformer": "--seq 4096 --val-stride 2048"}

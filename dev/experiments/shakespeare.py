@@ -17,10 +17,10 @@ MODELS = [  # name, place, which loss, learning rates, command
     ("megalodon-0.8M", "cpu", "last", (2e-3, 3e-3, 4e-3), f"./train_megalodon {SMALL}"),
     ("transformer-0.8M", "gpu", "last", (1e-3, 2e-3, 4e-3),
      f"dev/transformer.py {SMALL} --num-layers 4 --model-dim 128 --num-heads 4 --ffn-hidden-dim 344 --val-stride 64"),
-    ("megalodon-10M", "gpu", "best", (1e-3, 2e-3, 3e-3),
+    ("megalodon-10M", "gpu", "best", (1e-3, 2e-3, 3e-3, 4.5e-3),
      f"./train_megalodon_cuda {LARGE} {DROPOUT} --num-layers 6 --model-dim 384 --z-dim 192 --value-dim 768 "
      "--ffn-hidden-dim 512 --norm-num-groups 8 --chunk-size 256"),
-    ("transformer-10M", "gpu", "best", (5e-4, 1e-3, 2e-3),
+    ("transformer-10M", "gpu", "best", (2.5e-4, 5e-4, 1e-3, 2e-3),
      f"dev/transformer.py {LARGE} --num-layers 6 --model-dim 384 --num-heads 6 --ffn-hidden-dim 1024 --dropout 0.2 "
      "--val-stride 64"),
 ]

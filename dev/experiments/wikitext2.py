@@ -5,16 +5,16 @@
     dev/experiments/wikitext2.py out/wikitext2 --out out/wikitext2-runs
     dev/experiments/wikitext2.py --table dev/experiments/logs/wikitext2_results.tsv
 
-Each model has as many trials: three learning rates at a quarter of the length, then at full length three rates of
+Each model has as many trials: five learning rates at a quarter of the length, then at full length four rates of
 dropout with the best of them. Both see the same tokens, at random places. The Transformer is evaluated with windows of
 1024 tokens that start every 256, Megalodon in one stream. Perplexity is per word or line end, over the whole text:
-what a model gives to all the pieces of a word, its spaces included, is what it gives to the word. Needs a GPU; about
-eight minutes of two."""
+what a model gives to all the pieces of a word, its spaces included, is what it gives to the word. Needs a GPU; seven
+minutes of four."""
 from runs import Run, best_of, evals_of, parse_options, read_results, run_all
 
 STEPS = 4400
-RATES = {"megalodon": (1e-3, 2e-3, 4e-3), "transformer": (5e-4, 1e-3, 2e-3)}
-FIRST_DROPOUT, DROPOUTS = 0.3, (0.2, 0.35, 0.5)  # while rates are tried, and after
+RATES = {"megalodon": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), "transformer": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)}
+FIRST_DROPOUT, DROPOUTS = 0.3, (0.2, 0.35, 0.5, 0.65)  # while rates are tried, and after
 MODELS = {
     "megalodon": "./train_megalodon_cuda --num-layers 6 --model-dim 512 --z-dim 256 --value-dim 1024 "
                  "--ffn-hidden-dim 1024 --norm-num-groups 8 --chunk-size 512 --checkpoint-minutes 0 "
