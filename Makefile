@@ -3,6 +3,7 @@
 # make test        what must hold; a minute, needs nothing but a compiler; VERBOSE=1 prints a line for each comparison
 # make test-long   what takes longer: streams of 10 million timesteps, kills at random moments, every tensor broken,
 #                  several processes, also of the GPU program on a CPU
+# make gecko       Gecko, the next architecture: dev/gecko/train_gecko and its test, see dev/gecko/README.md
 # make bench       speed, as ratios to OpenBLAS and PyTorch where they are there, and of the GPU program where one is
 # make cuda        the GPU programs, for the GPUs here (or CUDA_ARCH=90); dev/bin/check: GPU against CPU, kernel by kernel
 # make test-emulated   the GPU programs' test where there is no GPU, slowly: see dev/cuda/emulate.h
@@ -62,6 +63,14 @@ dev/bin/flags_cuda: FORCE
 
 train_megalodon test_megalodon: %: %.c $(SOURCES) dev/bin/flags
 	$(CC) $(THIS_CFLAGS) $< $(OPENMP) $(MPI) -o $@ -lm
+
+gecko: dev/gecko/train_gecko dev/gecko/test_gecko
+
+dev/gecko/train_gecko: dev/gecko/gecko.c $(SOURCES) dev/bin/flags
+	$(CC) $(THIS_CFLAGS) $< $(OPENMP) $(MPI) -o $@ -lm
+
+dev/gecko/test_gecko: test_megalodon.c dev/gecko/gecko.c $(SOURCES) dev/bin/flags
+	$(CC) $(THIS_CFLAGS) -I. -DPROGRAM='"dev/gecko/gecko.c"' $< $(OPENMP) $(MPI) -o $@ -lm
 
 train_megalodon_cuda: train_megalodon.cu $(SOURCES) dev/bin/flags_cuda
 	$(NVCC) $(NVCCFLAGS) $(MPI) $(NCCL) $< -o $@
@@ -124,7 +133,8 @@ bench: dev/bin/bench
 
 clean:
 	rm -rf train_megalodon test_megalodon train_megalodon_cuda test_megalodon_cuda dev/bin
+	rm -f dev/gecko/train_gecko dev/gecko/test_gecko
 
 FORCE:
 
-.PHONY: FORCE all cuda train test test-long test-emulated bench clean
+.PHONY: FORCE all cuda gecko train test test-long test-emulated bench clean

@@ -17,7 +17,9 @@ project's own dumps only what fails has a line. Then a line per file, and last "
 and 1.
 */
 #define TESTING
-#ifdef GPU
+#ifdef PROGRAM
+#include PROGRAM // dev/gecko/gecko.c
+#elif defined(GPU)
 #include "train_megalodon.cu"
 #else
 #include "train_megalodon.c"
@@ -230,10 +232,14 @@ void check_final(Dump* d, const Model* m, const Params* block) {
     if (found) { verdict("final, all together", sqrt(all[0] / all[1]), final_all_bound, ""); }
 }
 
+#define CARRIED_NAME(field, name, ...) name,
+static const char* carried_names[NUM_ARRAYS] = { CARRIED(CARRIED_NAME) };
+
 // Fills s from the dump's state.*, if there: the past before the first token. Returns whether it was.
 bool read_state(Dump* d, const Config* c, State* s) {
-    size_t B = s->B, G = c->norm_num_groups, h_size = B * c->model_dim * c->cema_ndim * 2;
+    size_t B = s->B, G = c->norm_num_groups, sizes[NUM_ARRAYS + NUM_CACHED];
     char name[128];
+    state_sizes(sizes, c);
     bool any = false;
     for (int l = 0; l <= c->num_layers; l++) {
         State at = state_layer(s, c, l);
@@ -247,17 +253,19 @@ bool read_state(Dump* d, const Config* c, State* s) {
             any = any || x;
             free(x);
         }
-        layer_name(name, "state.", "layers.%d.mega.cema.h", l);
-        double* h = l < c->num_layers ? dump_read(d, name, h_size) : NULL;
-        for (size_t i = 0; h && i < h_size; i++) { at.h[i] = h[i]; }
-        any = any || h;
-        free(h);
+        for (int k = 0; k < NUM_ARRAYS && l < c->num_layers; k++) {
+            double* x = sizes[k] ? dump_read(d, layer_name(name, "state.", carried_names[k], l), B * sizes[k]) : NULL;
+            for (size_t i = 0; x && i < B * sizes[k]; i++) { (&at.h)[k][i] = x[i]; }
+            any = any || x;
+            free(x);
+        }
     }
     return any;
 }
 
 void check_dstate(Dump* d, const Config* c, const State* s) {
-    size_t B = s->B, G = c->norm_num_groups;
+    size_t B = s->B, G = c->norm_num_groups, sizes[NUM_ARRAYS + NUM_CACHED];
+    state_sizes(sizes, c);
     float* x = (float*)xcalloc(B * G, sizeof(float));
     char name[128];
     double floor = gradient_floor(d, "dstate.");
@@ -271,8 +279,10 @@ void check_dstate(Dump* d, const Config* c, const State* s) {
                   grad_bound);
         }
         if (l == c->num_layers) { break; }
-        check(d, layer_name(name, "dstate.", "layers.%d.mega.cema.h", l), at.h, 1, FIRST_RANK,
-              B * c->model_dim * c->cema_ndim * 2, floor, grad_bound);
+        for (int k = 0; k < NUM_ARRAYS; k++) {
+            check(d, layer_name(name, "dstate.", carried_names[k], l), (&at.h)[k], 1, FIRST_RANK, B * sizes[k], floor,
+                  grad_bound);
+        }
     }
     free(x);
 }

@@ -99,6 +99,28 @@ how far you agree; its opening comment has the details.
 
 enum { CEMA_MAX_NDIM = 64, MAX_VOCAB = 1 << 24 };
 
+// dev/gecko/gecko.c is another architecture. It includes this file, adds rows to the tables, and has a block of its own.
+#ifndef OTHER_ARCHITECTURE
+#define ARCHITECTURE "megalodon"
+#define TITLE "Megalodon"
+#define ROPE_BASE 10000
+#define MORE_MODEL_OPTIONS(X)
+#define MORE_ACTIVATIONS(X)
+#define MORE_CARRIED(X)
+#define MORE_CACHED(X)
+#define MORE_FLOPS(c) 0
+#define AFFINES 2    // affine maps of z: for q and k
+#define OMEGA_SIZE D // weights omega of CEMA
+#define GAMMA_STD 1  // of CEMA's gamma at the start
+#define ONE 1        // dimensions of one element, in the released shapes
+#define NORM_FORWARD timestepnorm_forward
+#define NORM_BACKWARD timestepnorm_backward
+#define SLICE_NORM_START slice_norm_start
+#define SLICE_NORM_DEND slice_norm_dend
+#define MORE_DECLARATIONS
+#define OTHER_WEIGHTS(o, architecture) false // whether weights of that architecture can be used
+#endif
+
 // One row for each number: kind, name, default, smallest and largest value, help. From this table come the struct
 // Config, the flags of the command line (--num-layers), --help, and what is recorded with weights. The table `presets`,
 // under "Options as text", has a value for each row, in this order. The symbol that comments use stands in brackets.
@@ -114,12 +136,13 @@ enum { CEMA_MAX_NDIM = 64, MAX_VOCAB = 1 << 24 };
     X(INT,  norm_num_groups,    4, 1, 1 << 20,    "groups of features in the timestep norm [G]") \
     X(INT,  cema_ndim,         16, 1, CEMA_MAX_NDIM, "complex oscillators of each feature in CEMA [N]") \
     X(INT,  vocab_size,       256, 2, MAX_VOCAB,  "tokens: 256 for bytes, else the tokenizer's number") \
-    X(REAL, rope_base,      10000, 1, 1e12,       "base of the rotary embedding's wavelengths") \
+    X(REAL, rope_base,  ROPE_BASE, 1, 1e12,       "base of the rotary embedding's wavelengths") \
     X(REAL, norm_eps,        1e-5, 0, 1,          "added to every variance [eps]") \
     X(BOOL, swiglu,             1, 0, 1,          "gate the feed-forward layer") \
     X(BOOL, scale_emb,          0, 0, 1,          "multiply embeddings by sqrt(model_dim), as some presets do") \
     X(BOOL, share_emb,          1, 0, 1,          "use the embedding as the output layer too") \
-    X(BOOL, rescale_nffn,       0, 0, 1,          "multiply the feed-forward output by a learned vector")
+    X(BOOL, rescale_nffn,       0, 0, 1,          "multiply the feed-forward output by a learned vector") \
+    MORE_MODEL_OPTIONS(X)
 
 #define C_TYPE_INT int
 #define C_TYPE_REAL double
@@ -142,11 +165,11 @@ enum { INIT_ZERO, INIT_EMBED, INIT_LINEAR, INIT_NORMAL, INIT_THETA, INIT_GAMMA, 
     X(embed,       "embed.weight",                   vocab, D, 0, INIT_EMBED) \
     X(timenorm_w,  "layers.%d.mega.timenorm.weight", D, 0, 0, INIT_ZERO) \
     X(timenorm_b,  "layers.%d.mega.timenorm.bias",   D, 0, 0, INIT_ZERO) \
-    X(cema_alpha,  "layers.%d.mega.cema.alpha",      D, N, 1, INIT_NORMAL) \
-    X(cema_delta,  "layers.%d.mega.cema.delta",      D, N, 1, INIT_NORMAL) \
-    X(cema_theta,  "layers.%d.mega.cema.theta",      D, 1, 1, INIT_THETA) \
+    X(cema_alpha,  "layers.%d.mega.cema.alpha",      D, N, ONE, INIT_NORMAL) \
+    X(cema_delta,  "layers.%d.mega.cema.delta",      D, N, ONE, INIT_NORMAL) \
+    X(cema_theta,  "layers.%d.mega.cema.theta",      D, ONE, ONE, INIT_THETA) \
     X(cema_gamma,  "layers.%d.mega.cema.gamma",      D, N, 2, INIT_GAMMA) \
-    X(cema_omega,  "layers.%d.mega.cema.omega",      D, 1, 0, INIT_OMEGA) \
+    X(cema_omega,  "layers.%d.mega.cema.omega",      OMEGA_SIZE, 1, 0, INIT_OMEGA) \
     X(rmsnorm_w,   "layers.%d.mega.rmsnorm.weight",  D, 0, 0, INIT_ZERO) \
     X(wv,          "layers.%d.mega.wv.weight",       V, D, 0, INIT_LINEAR) \
     X(wv_b,        "layers.%d.mega.wv.bias",         V, 0, 0, INIT_ZERO) \
@@ -157,8 +180,8 @@ enum { INIT_ZERO, INIT_EMBED, INIT_LINEAR, INIT_NORMAL, INIT_THETA, INIT_GAMMA, 
     X(wh1,         "layers.%d.mega.wh1.weight",      D, D, 0, INIT_LINEAR) \
     X(wh1_b,       "layers.%d.mega.wh1.bias",        D, 0, 0, INIT_ZERO) \
     X(wh2,         "layers.%d.mega.wh2.weight",      D, V, 0, INIT_LINEAR) \
-    X(gamma,       "layers.%d.mega.gamma",           2, Z, 0, INIT_ZERO) \
-    X(beta,        "layers.%d.mega.beta",            2, Z, 0, INIT_ZERO) \
+    X(gamma,       "layers.%d.mega.gamma",           AFFINES, Z, 0, INIT_ZERO) \
+    X(beta,        "layers.%d.mega.beta",            AFFINES, Z, 0, INIT_ZERO) \
     X(norm_w,      "layers.%d.nffn.norm.weight",     D, 0, 0, INIT_ZERO) \
     X(norm_b,      "layers.%d.nffn.norm.bias",       D, 0, 0, INIT_ZERO) \
     X(fc1,         "layers.%d.nffn.fc1.weight",      F, D, 0, INIT_LINEAR) \
@@ -218,7 +241,8 @@ enum { KEEP_NONE, KEEP_BLOCKS, KEEP_ALL };
     X(final_mean,    "",                              ONCE,  G, 0) \
     X(final_rstd,    "",                              ONCE,  G, 0) \
     X(logits,        "",                              ONCE,  vocab, 0) /* the backward pass turns it into dlogits */ \
-    X(losses,        "",                              ONCE,  1, 0)
+    X(losses,        "",                              ONCE,  1, 0) \
+    MORE_ACTIVATIONS(X)
 
 #define POINTER_FIELD(field, ...) float* field;
 typedef struct { PARAMETERS(POINTER_FIELD) } Params;   // weights, or their gradients, or AdamW's moments
@@ -956,13 +980,26 @@ typedef struct {
 //   With k and v, for streams (evaluation, generation): any number of timesteps a call, if they belong to one chunk,
 //   pos + T <= c. Each call has the same State as `start` and `end`. There is no backward pass.
 // Either way the result is that of one call on all tokens, up to rounding.
+//
+// Its arrays have a row each: field, and shape for one layer and sequence (ends at a 0); those of the first kind also a
+// name in checkpoints, which --carry needs.
+#define CARRIED(X) \
+    X(h, "layers.%d.mega.cema.h", D, N, 2) /* CEMA: (L,B,D,N,2) */ \
+    MORE_CARRIED(X)
+#define CACHED(X) \
+    X(k, c, Z) /* keys and values of the current chunk: (L,B,c,Z) and (L,B,c,V); NULL in training */ \
+    X(v, c, V) \
+    MORE_CACHED(X)
 typedef struct {
     int B, pos;      // sequences; timesteps so far in the current chunk
-    size_t bytes;    // of norm and h; all four arrays are one piece of memory
+    size_t bytes;    // of norm and the CARRIED arrays; all arrays are one piece of memory
     NormState* norm; // (L+1,B,G): the timestep norms of all layers, then the model's last norm
-    float* h;        // (L,B,D,N,2): CEMA
-    float *k, *v;    // (L,B,c,Z), (L,B,c,V): keys and values of the current chunk; or NULL
+    CARRIED(POINTER_FIELD)
+    CACHED(POINTER_FIELD)
 } State;
+typedef struct { CARRIED(POINTER_FIELD) } CarriedArrays;
+typedef struct { CACHED(POINTER_FIELD) } CachedArrays;
+enum { NUM_ARRAYS = sizeof(CarriedArrays) / sizeof(float*), NUM_CACHED = sizeof(CachedArrays) / sizeof(float*) };
 
 typedef struct {
     Config config;
@@ -1035,6 +1072,8 @@ void matmul_backward(float* dinp, float* dweight, float* dbias, const float* dou
 // What goes into block l: the output of block l - 1, or the embedding.
 float* block_input(const Spec* specs, Acts a, int l) { return l ? acts_layer(specs, a, l - 1).out : a.embed; }
 
+MORE_DECLARATIONS
+#ifndef OTHER_ARCHITECTURE
 // One block, Figure 3 of the paper: x (B,T,D) to out (B,T,D), from the state `start` to the state `end` (of all layers;
 // `past` and `next` are this layer's part of them). start NULL is an empty past. end NULL does not keep the state. end
 // may be start if no backward pass follows, which needs start again.
@@ -1178,6 +1217,7 @@ void block_backward(const Model* model, const Pass* s, int l, const State* start
     timestepnorm_backward(dx, dw.timenorm_w, dw.timenorm_b, dpast.norm, dend, da.timenorm, a.timenorm_mean,
                           a.timenorm_rstd, past.norm, x, w.timenorm_w, B, T, config);
 }
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The model
@@ -1201,9 +1241,9 @@ void model_forward(const Model* model, const Pass* s, const int* tokens, const S
     for (int l = 0; l < L; l++) { block_forward(model, s, l, start, end); }
     const float* x = block_input(s->specs, a, L);
     State past = state_layer(start, config, L);
-    past.norm = slice_norm_start(s, L, past.norm, x, model->params.final_w, config); // several processes only
-    timestepnorm_forward(a.final, a.final_mean, a.final_rstd, state_layer(end, config, L).norm, past.norm, x,
-                         model->params.final_w, model->params.final_b, s->B, s->T, config);
+    past.norm = SLICE_NORM_START(s, L, past.norm, x, model->params.final_w, config); // several processes only
+    NORM_FORWARD(a.final, a.final_mean, a.final_rstd, state_layer(end, config, L).norm, past.norm, x,
+                 model->params.final_w, model->params.final_b, s->B, s->T, config);
     matmul_forward(a.logits, a.final, output_weight(model, model->params), NULL, NULL, rows, D, config->vocab_size);
     if (end) { end->pos = ((start ? start->pos : 0) + s->T) % config->chunk_size; }
 }
@@ -1235,10 +1275,10 @@ void model_backward(const Model* model, const Pass* s, const int* tokens, const 
     matmul_backward(da.final, output_weight(model, dw), NULL, a.logits, a.final, output_weight(model, w), NULL, rows, D,
                     config->vocab_size);
     memset(dx, 0, sizeof(float) * rows * D);
-    const NormState* dend = slice_norm_dend(s, L, da.final, a.final_mean, a.final_rstd, x, w.final_w,
+    const NormState* dend = SLICE_NORM_DEND(s, L, da.final, a.final_mean, a.final_rstd, x, w.final_w,
                                             config); // several processes only
-    timestepnorm_backward(dx, dw.final_w, dw.final_b, dpast.norm, dend, da.final, a.final_mean, a.final_rstd,
-                          past.norm, x, w.final_w, s->B, s->T, config);
+    NORM_BACKWARD(dx, dw.final_w, dw.final_b, dpast.norm, dend, da.final, a.final_mean, a.final_rstd, past.norm, x,
+                  w.final_w, s->B, s->T, config);
     for (int l = L - 1; l >= 0; l--) { // with --recompute, only the last block's activations are still there
         if (s->keep == KEEP_BLOCKS && l < L - 1) { block_forward(model, s, l, start, NULL); }
         block_backward(model, s, l, start, dstart);
@@ -1364,7 +1404,9 @@ void model_update(Model* model, const AdamW* o, int step, double grad_scale) {
     X(FLAG, dry_run,            0, 0, 1,          "print configuration, parameters and memory, and stop") \
     X(FLAG, help,               0, 0, 1,          "print this; also -h")
 
+#ifndef OTHER_ARCHITECTURE
 #define PRESET_NAMES "tiny mega200M mega1.3B mega1.3B_pg19 mega7.1B mega7.3B paper7B"
+#endif
 #define DEFAULT_VALUE(kind, name, value, ...) value,
 #define OTHER_OPTIONS(X) TOKEN_OPTIONS(X) TRAINING_OPTIONS(X) MODE_OPTIONS(X)
 typedef struct { Config model; OTHER_OPTIONS(STRUCT_FIELD) } Options;
@@ -1410,7 +1452,7 @@ typedef struct {
 Backend cpu_backend(void);
 
 // Machinery that the next section uses: see "Memory", "Processes", "Options as text", "Data" and "Checkpoints".
-enum { NUM_CARRIED = 7 }; // rows of the table that carried_specs makes
+enum { NUM_CARRIED = 6 + NUM_ARRAYS }; // rows of the table that carried_specs makes
 void param_specs(Spec specs[NUM_PARAMS], const Config* c);
 size_t specs_size(const Spec* specs, int n);
 void ranks_open(void);
@@ -2016,7 +2058,7 @@ double random_normal(uint64_t seed, uint64_t stream, uint64_t index, double limi
 void param_init(float* w, const Spec* s, int i, int l, const Config* c, int seed) {
     int D = c->model_dim;
     double std = s->init == INIT_LINEAR ? 1 / sqrt(3.0 * s->dims[1]) : s->init == INIT_EMBED ? 1 / sqrt(D)
-               : s->init == INIT_OMEGA ? 0.25 : s->init == INIT_NORMAL ? 0.2 : s->init == INIT_GAMMA ? 1 : 0;
+               : s->init == INIT_OMEGA ? 0.25 : s->init == INIT_NORMAL ? 0.2 : s->init == INIT_GAMMA ? GAMMA_STD : 0;
     double limit = s->init == INIT_EMBED ? 3 : s->init == INIT_OMEGA ? 4 : INFINITY; // in standard deviations
     uint64_t stream = (uint64_t)i << 32 | l;
     OMP(omp parallel for schedule(static))
@@ -2105,7 +2147,7 @@ double flops_per_token(const Config* c) {
     for (int i = 0; i < NUM_PARAMS; i++) {
         if (specs[i].init == INIT_LINEAR && specs[i].dims[1]) { weights += (double)specs[i].slots * specs[i].size; }
     }
-    return 6 * weights + 3.0 * c->num_layers * c->chunk_size * (c->z_dim + c->value_dim);
+    return 6 * weights + 3.0 * c->num_layers * c->chunk_size * (c->z_dim + c->value_dim) + MORE_FLOPS(c);
 }
 
 void config_check(const Config* c) {
@@ -2146,28 +2188,42 @@ void model_free(Model* m) {
     free(m->params.embed); free(m->grads.embed); free(m->adam_m); free(m->adam_v); free(m->rotations);
 }
 
-// cache: with keys and values of the current chunk.
+// Floats of each array for one layer and sequence: the CARRIED ones, then the CACHED.
+void state_sizes(size_t sizes[NUM_ARRAYS + NUM_CACHED], const Config* config) {
+    size_t D = config->model_dim, N = config->cema_ndim, Z = config->z_dim, V = config->value_dim;
+    size_t c = config->chunk_size;
+#define CARRIED_SIZE(field, name, d0, d1, d2) (d0) * ((d1) ? (d1) : 1) * ((d2) ? (d2) : 1),
+#define CACHED_SIZE(field, d0, d1) (d0) * (d1),
+    const size_t rows[] = { CARRIED(CARRIED_SIZE) CACHED(CACHED_SIZE) };
+    memcpy(sizes, rows, sizeof(rows));
+}
+
+// cache: with what streams keep of the current chunk.
 void state_alloc(State* s, const Config* c, int B, bool cache) {
-    size_t layers = c->num_layers, norms = (layers + 1) * B * c->norm_num_groups;
-    size_t h = layers * B * c->model_dim * c->cema_ndim * 2, chunks = cache ? layers * B * c->chunk_size : 0;
-    s->B = B; s->pos = 0; s->bytes = norms * sizeof(NormState) + h * sizeof(float);
-    s->norm = (NormState*)xcalloc(s->bytes / sizeof(float) + chunks * (c->z_dim + c->value_dim), sizeof(float));
-    s->h = (float*)(s->norm + norms);
-    s->k = cache ? s->h + h : NULL;
-    s->v = cache ? s->k + chunks * c->z_dim : NULL;
+    size_t slots = c->num_layers * (size_t)B, norms = (slots + B) * c->norm_num_groups;
+    size_t sizes[NUM_ARRAYS + NUM_CACHED], carried = 0, cached = 0;
+    state_sizes(sizes, c);
+    for (int i = 0; i < NUM_ARRAYS + NUM_CACHED; i++) { *(i < NUM_ARRAYS ? &carried : &cached) += slots * sizes[i]; }
+    s->B = B; s->pos = 0; s->bytes = norms * sizeof(NormState) + carried * sizeof(float);
+    s->norm = (NormState*)xcalloc(s->bytes / sizeof(float) + (cache ? cached : 0), sizeof(float));
+    float* at = (float*)(s->norm + norms);
+    for (int i = 0; i < NUM_ARRAYS + NUM_CACHED; at += slots * sizes[i++]) {
+        (&s->h)[i] = i < NUM_ARRAYS || cache ? at : NULL;
+    }
 }
 
 void state_free(State* s) { free(s->norm); }
 void state_reset(State* s) { memset(s->norm, 0, s->bytes); s->pos = 0; } // back to the empty past
 
 State state_layer(const State* s, const Config* c, int l) {
-    State r = {0, 0, 0, NULL, NULL, NULL, NULL};
+    State r;
+    size_t sizes[NUM_ARRAYS + NUM_CACHED];
+    memset(&r, 0, sizeof(r));
     if (!s || !s->norm) { return r; }
-    size_t slot = (size_t)l * s->B;
+    state_sizes(sizes, c);
     r = *s;
-    r.norm += slot * c->norm_num_groups;
-    r.h += slot * c->model_dim * c->cema_ndim * 2;
-    if (s->k) { r.k += slot * c->chunk_size * c->z_dim; r.v += slot * c->chunk_size * c->value_dim; }
+    r.norm += (size_t)l * s->B * c->norm_num_groups;
+    for (int i = 0; i < NUM_ARRAYS + NUM_CACHED; i++) { if ((&r.h)[i]) { (&r.h)[i] += (size_t)l * s->B * sizes[i]; } }
     return r;
 }
 
@@ -2178,14 +2234,17 @@ ON_GPU_TOO double float_rounded(double x) { volatile float f = x; return f; }
 // checkpoints hold, floats, so that a resumed run goes on with the same bits. (A count above 2^24 is then off by a few
 // timesteps, which changes a mean or variance by less than floats can show.)
 void state_carry(State* s, const Config* c, const bool* fresh) {
-    size_t lines = (c->num_layers + (size_t)1) * s->B, G = c->norm_num_groups, h = 2 * c->model_dim * c->cema_ndim;
+    size_t lines = (c->num_layers + (size_t)1) * s->B, G = c->norm_num_groups, sizes[NUM_ARRAYS + NUM_CACHED];
+    state_sizes(sizes, c);
     for (size_t i = 0; i < lines; i++) {
         bool forget = fresh[i % s->B];
         for (NormState* n = s->norm + i * G; n < s->norm + (i + 1) * G; n++) {
             NormState kept = {float_rounded(n->count), float_rounded(n->mean), float_rounded(n->var)};
             *n = forget ? no_past : kept;
         }
-        if (forget && i < lines - s->B) { memset(s->h + i * h, 0, h * sizeof(float)); }
+        for (int k = 0; forget && k < NUM_ARRAYS && i < lines - s->B; k++) {
+            memset((&s->h)[k] + i * sizes[k], 0, sizes[k] * sizeof(float));
+        }
     }
 }
 
@@ -2497,16 +2556,17 @@ void params_gather_parts(const Model* m) { parts_exchange(m->params.embed, m->nu
 
 // The released configurations. Their exact numbers of parameters are 220,627,968; 1,342,832,640; 1,327,628,288;
 // 7,117,381,632; 7,385,817,088; and the last again, with the paper's chunks and rotary base.
-static const struct { const char* name; Config config; } presets[] = {
-    {"tiny",          { MODEL_OPTIONS(DEFAULT_VALUE) }},
-    //                  L    D   H    Z     V      F     c   G   N  vocab   base   eps  swiglu scale share rescale
-    {"mega200M",      {12, 1024, 1,  256, 2048,  2560, 2048, 32, 16, 32000, 10000,  1e-5, 0, 0, 0, 0}},
-    {"mega1.3B",      {24, 2048, 2,  512, 4096,  4864, 2048, 64, 16, 32000, 10000,  1e-5, 0, 0, 0, 0}},
-    {"mega1.3B_pg19", {24, 2048, 2,  512, 4096,  3584, 2048, 64, 16, 32000, 10000,  1e-5, 1, 1, 1, 0}},
-    {"mega7.1B",      {32, 4096, 4, 1024, 8192, 11264, 2048, 64, 16, 32000, 10000,  1e-5, 0, 0, 0, 0}},
-    {"mega7.3B",      {32, 4096, 4, 1024, 8192,  8192, 2048, 64, 16, 32000, 10000,  1e-5, 1, 0, 0, 0}},
+#ifndef OTHER_ARCHITECTURE
+#define PRESETS \
+    /*                   L    D   H    Z     V      F     c   G   N  vocab   base   eps  swiglu scale share rescale */ \
+    {"mega200M",      {12, 1024, 1,  256, 2048,  2560, 2048, 32, 16, 32000, 10000,  1e-5, 0, 0, 0, 0}}, \
+    {"mega1.3B",      {24, 2048, 2,  512, 4096,  4864, 2048, 64, 16, 32000, 10000,  1e-5, 0, 0, 0, 0}}, \
+    {"mega1.3B_pg19", {24, 2048, 2,  512, 4096,  3584, 2048, 64, 16, 32000, 10000,  1e-5, 1, 1, 1, 0}}, \
+    {"mega7.1B",      {32, 4096, 4, 1024, 8192, 11264, 2048, 64, 16, 32000, 10000,  1e-5, 0, 0, 0, 0}}, \
+    {"mega7.3B",      {32, 4096, 4, 1024, 8192,  8192, 2048, 64, 16, 32000, 10000,  1e-5, 1, 0, 0, 0}}, \
     {"paper7B",       {32, 4096, 4, 1024, 8192,  8192, 4096, 64, 16, 32000, 100000, 1e-5, 1, 0, 0, 0}},
-};
+#endif
+static const struct { const char* name; Config config; } presets[] = {{"tiny", { MODEL_OPTIONS(DEFAULT_VALUE) }}, PRESETS};
 enum { NUM_PRESETS = sizeof(presets) / sizeof(presets[0]) };
 
 enum { INT, REAL, BOOL, TEXT, FLAG };
@@ -2564,8 +2624,8 @@ void print_help(void) {
     static const char* titles[] = {"What most runs need:", "The model, if no preset fits:",
                                    "Tokens and documents (recorded with the weights):", "Training:", "The rest:"};
     enum { NUM_FIRST = sizeof(first) / sizeof(first[0]), COLUMNS = 100, INDENT = 23 };
-    printf("Trains a Megalodon language model, or samples from it (--generate), or evaluates it (--eval).\n"
-           "usage: train_megalodon [--flag value | --flag=value]...\n");
+    printf("Trains a " TITLE " language model, or samples from it (--generate), or evaluates it (--eval).\n"
+           "usage: train_" ARCHITECTURE " [--flag value | --flag=value]...\n");
     for (int group = -1; group <= MODE_GROUP; group++) {
         printf("\n%s\n", titles[group + 1]);
         for (int k = 0; k < (group < 0 ? (int)NUM_FIRST : (int)NUM_OPTIONS); k++) {
@@ -2852,23 +2912,29 @@ size_t read_step(const Options* o, const Dataset* data, int step, int* tokens, i
 // sampling follow from these. With --carry there are also the carried states.
 
 static const char* kind_prefixes[NUM_KINDS] = {"", "adam_m.", "adam_v.", "state."};
-enum { CARRIED_NORM = STATES, CARRIED_H }; // the `kind` of Backend.copy for the two parts of a carried state
+enum { CARRIED_NORM = STATES, CARRIED_H }; // the `kind` of Backend.copy for the norms, and for the first of CARRIED
 
 // The tensors of kind STATES, which hold the states of all sequences of a step. They have rows like those of
 // param_specs. In an array of specs they follow them.
 void carried_specs(Spec specs[NUM_CARRIED], const Options* o) {
-    const Config* c = &o->model;
-    size_t R = (size_t)o->batch * o->accum * ranks.groups, D = c->model_dim, N = c->cema_ndim, G = c->norm_num_groups;
-    int L = o->carry ? c->num_layers : 0, once = o->carry;
-    const Spec rows[NUM_CARRIED] = {
+    const Config* config = &o->model;
+    size_t R = (size_t)o->batch * o->accum * ranks.groups, D = config->model_dim, N = config->cema_ndim;
+    size_t G = config->norm_num_groups, Z = config->z_dim, V = config->value_dim, c = config->chunk_size;
+    size_t sizes[NUM_ARRAYS + NUM_CACHED];
+    int L = o->carry ? config->num_layers : 0, once = o->carry;
+#define CARRIED_ROW(field, name, d0, d1, d2) {name, L, {R, d0, d1, d2}, 0, 0},
+    Spec rows[NUM_CARRIED] = {
         {"layers.%d.mega.timenorm.count", L,    {R, 0, 0, 0}, R, 0},
         {"layers.%d.mega.timenorm.mean",  L,    {R, G, 0, 0}, R * G, 0},
         {"layers.%d.mega.timenorm.var",   L,    {R, G, 0, 0}, R * G, 0},
         {"output.final_norm.count",       once, {R, 0, 0, 0}, R, 0},
         {"output.final_norm.mean",        once, {R, G, 0, 0}, R * G, 0},
         {"output.final_norm.var",         once, {R, G, 0, 0}, R * G, 0},
-        {"layers.%d.mega.cema.h",         L,    {R, D, N, 2}, R * D * N * 2, 0},
+        CARRIED(CARRIED_ROW)
     };
+    state_sizes(sizes, config);
+    for (int i = 0; i < NUM_ARRAYS; i++) { rows[6 + i].size = R * sizes[i]; }
+    (void)Z; (void)V; (void)c; // Megalodon's rows have no use for them
     memcpy(specs, rows, sizeof(rows));
 }
 
@@ -2899,7 +2965,7 @@ void saved_copy(const Backend* b, const Options* o, const Saved* s, int micro, f
     range[0] = ((size_t)micro * ranks.groups + ranks.group) * each;
     range[1] = range[0] + each;
     tensor += range[0];
-    if (row == 6) { b->copy(b->self, CARRIED_H, micro, s->layer, tensor, to_host, range); return; }
+    if (row >= 6) { b->copy(b->self, CARRIED_H + row - 6, micro, s->layer, tensor, to_host, range); return; }
     NormState* norms = (NormState*)xcalloc(n, sizeof(NormState));
     b->copy(b->self, CARRIED_NORM, micro, layer, norms, true, range);
     for (size_t k = 0; k < n; k++) { // a file has one count for all groups of a sequence
@@ -2918,6 +2984,7 @@ void checkpoint_save(const Backend* b, const Spec* specs, const Options* o, int 
     Header h;
     header_begin(&h);
     header_meta(&h, "format", "megalodon");
+    header_meta(&h, "architecture", ARCHITECTURE);
     header_meta(&h, "step", text_of("%d", step));
     header_meta(&h, "tokens", text_of("%.0f", tokens));
     for (int i = 0; option_rows[i].group != MODE_GROUP; i++) { header_meta(&h, option_key(i), option_text(o, i)); }
@@ -2990,6 +3057,10 @@ double checkpoint_number(const SafeTensors* st, const char* key, double most) {
 // Sets o to what a file records: of the model and its tokens, or with `all` of training too. Where flags are given they
 // stay; given flags of the model must agree with the file.
 void options_from_file(Options* o, const SafeTensors* st, const bool* given, bool all) {
+    const char* found = safetensors_meta(st, "architecture"), *architecture = found ? found : "megalodon";
+    if (strcmp(architecture, ARCHITECTURE) && !OTHER_WEIGHTS(o, architecture)) {
+        die("%s: its architecture is %s, expected %s", st->path, architecture, ARCHITECTURE);
+    }
     for (int i = 0; i < NUM_OPTIONS && option_rows[i].group <= (all ? TRAINING_GROUP : TOKEN_GROUP); i++) {
         const char* text = safetensors_meta(st, option_key(i));
         Options file = *o;
@@ -3145,15 +3216,17 @@ void cpu_close(void* self) {
     free(r->carried); free(r->drawn);
 }
 
-// For CARRIED_NORM and CARRIED_H, `row` is the number of the micro-step.
+// For CARRIED_NORM and those that follow, `row` is the number of the micro-step.
 void cpu_copy(void* self, int kind, int row, int layer, void* host, bool to_host, size_t range[2]) {
     Cpu* r = (Cpu*)self;
     Model* m = &r->m;
     if (kind >= STATES) {
         State s = state_layer(&r->carried[row], &m->config, layer);
-        void* here = kind == CARRIED_NORM ? (void*)s.norm : s.h;
-        size_t bytes = kind == CARRIED_NORM ? sizeof(NormState) * s.B * m->config.norm_num_groups
-                                            : sizeof(float) * s.B * m->config.model_dim * m->config.cema_ndim * 2;
+        size_t sizes[NUM_ARRAYS + NUM_CACHED];
+        state_sizes(sizes, &m->config);
+        void* here = kind == CARRIED_NORM ? (void*)s.norm : (&s.h)[kind - CARRIED_H];
+        size_t bytes = s.B * (kind == CARRIED_NORM ? sizeof(NormState) * m->config.norm_num_groups
+                                                   : sizeof(float) * sizes[kind - CARRIED_H]);
         memcpy(to_host ? host : here, to_host ? here : host, bytes);
         return;
     }
