@@ -843,6 +843,9 @@ int main(int argc, char** argv) {
         test_dropout();
         summary("masks of dropout", 0, 0, 0);
         if (glob("data/reference/*.safetensors", 0, NULL, &found)) { die("data/reference holds no dumps"); }
+#ifdef PROGRAM
+        if (glob("dev/gecko/reference/*.safetensors", GLOB_APPEND, NULL, &found)) { die("dev/gecko/reference: no dumps"); }
+#endif
         for (size_t i = 0; i < found.gl_pathc; i++) { test_file(found.gl_pathv[i], NULL); }
         globfree(&found);
     } else {

@@ -11,6 +11,9 @@
 It does what the released implementation (XuezheMax/megalodon) does; where the paper differs, a comment says so.
 B batch, T time, D model_dim, Z z_dim, V value_dim, F ffn_hidden_dim, H num_heads, N cema_ndim, G norm_num_groups,
 c chunk_size. Needs torch >= 1.13 and safetensors.
+
+It knows Gecko too (arXiv 2601.06463), as differences from Megalodon: `architecture` gecko in the metadata of a file, or
+`dump --architecture gecko`. The equations stand in dev/gecko/gecko.c.
 """
 import argparse, json, math, os, pickle, statistics, sys, time
 
@@ -53,10 +56,21 @@ CONFIG = [  # name, other flag, type, default (those of the benchmark), help
     ("share_emb", None, bit, 0, "1: output layer tied to the embedding"),
     ("rescale_nffn", None, bit, 0, "1: learned scale on the feed-forward branch"),
 ]
+GECKO_CONFIG = [  # name, type, Megalodon's value, Gecko's
+    ("norm_decay", bit, 0, 1), ("timenorm_beta1", float, 0.999, 0.999), ("timenorm_beta2", float, 0.9999, 0.9999),
+    ("cema_omega", bit, 1, 0), ("num_rope_heads", int, 0, 0), ("sliding", bit, 0, 1), ("memory", bit, 0, 1),
+    ("two_hop_residual", bit, 1, 0),
+]
 
 class Config(argparse.Namespace):
-    def __init__(self, **fields):
-        super().__init__(**{name: kind(fields.get(name, default)) for name, _, kind, default, _ in CONFIG})
+    def __init__(self, architecture="megalodon", **fields):
+        if architecture not in ("megalodon", "gecko"):
+            raise Failure(f"architecture is {architecture!r}, expected megalodon or gecko")
+        gecko = architecture == "gecko"
+        super().__init__(**{name: kind(fields.get(name, 500000.0 if gecko and name == "rope_base" else default))
+                            for name, _, kind, default, _ in CONFIG},
+                         **{name: kind(fields.get(name, theirs) if gecko else ours)
+                            for name, kind, ours, theirs in GECKO_CONFIG}, architecture=architecture)
         H, G = self.num_heads, self.norm_num_groups
         for name, multiple in ("z_dim", 2 * H), ("value_dim", H), ("model_dim", G):
             value = getattr(self, name)
@@ -64,28 +78,31 @@ class Config(argparse.Namespace):
                 raise Failure(f"{name} is {value}, but should be a multiple of {multiple}")
 
     def strings(self):
-        return {name: str(getattr(self, name)) for name, *_ in CONFIG}
+        more = GECKO_CONFIG + [("architecture",)] if self.architecture == "gecko" else []
+        return {name: str(getattr(self, name)) for name, *_ in CONFIG + more}
 
 def parameters(c):
     """name -> (shape, initialisation), the released names; a linear map is (out, in)"""
     D, Z, V, Fh, N = c.model_dim, c.z_dim, c.value_dim, c.ffn_hidden_dim, c.cema_ndim
     table = {"embed.weight": ((c.vocab_size, D), "embed")}
+    one, affines = (1,) * c.cema_omega, 4 if c.memory else 2
     for l in range(c.num_layers):
         mega, nffn = f"layers.{l}.mega.", f"layers.{l}.nffn."
         table.update({
             mega + "timenorm.weight": ((D,), "zero"),    mega + "timenorm.bias": ((D,), "zero"),
-            mega + "cema.alpha": ((D, N, 1), "normal"),  mega + "cema.delta": ((D, N, 1), "normal"),
-            mega + "cema.theta": ((D, 1, 1), "theta"),   mega + "cema.gamma": ((D, N, 2), "gamma"),
+            mega + "cema.alpha": ((D, N, *one), "normal"), mega + "cema.delta": ((D, N, *one), "normal"),
+            mega + "cema.theta": ((D, *one, *one), "theta"), mega + "cema.gamma": ((D, N, 2), "gamma"),
             mega + "cema.omega": ((D, 1), "omega"),      mega + "rmsnorm.weight": ((D,), "zero"),
             mega + "wv.weight": ((V, D), "linear"),      mega + "wv.bias": ((V,), "zero"),
             mega + "wz.weight": ((Z, D), "linear"),      mega + "wz.bias": ((Z,), "zero"),
             mega + "wr.weight": ((V, D), "linear"),      mega + "wr.bias": ((V,), "zero"),
             mega + "wh1.weight": ((D, D), "linear"),     mega + "wh1.bias": ((D,), "zero"),
             mega + "wh2.weight": ((D, V), "linear"),
-            mega + "gamma": ((2, Z), "zero"),            mega + "beta": ((2, Z), "zero"),
+            mega + "gamma": ((affines, Z), "zero"),      mega + "beta": ((affines, Z), "zero"),
             nffn + "norm.weight": ((D,), "zero"),        nffn + "norm.bias": ((D,), "zero"),
             nffn + "fc1.weight": ((Fh, D), "linear"),    nffn + "fc2.weight": ((D, Fh), "linear"),
         })
+        if not c.cema_omega: del table[mega + "cema.omega"]
         if c.swiglu: table[nffn + "fc3.weight"] = ((Fh, D), "linear")
         if c.rescale_nffn: table[nffn + "alpha"] = ((D,), 0.1 * 0.5**l)
     table.update({"output.final_norm.weight": ((D,), "zero"), "output.final_norm.bias": ((D,), "zero")})
@@ -103,8 +120,8 @@ def init_parameters(c, seed):
         elif init == "linear": w.normal_(0.0, (3 * shape[1])**-0.5)
         elif init == "normal": w.normal_(0.0, 0.2)
         elif init == "theta":  # sigmoid(theta) = exp(-i ln(D)/D), i = 1..D in random order over the channels
-            w[:, 0, 0] = torch.logit(torch.exp(-(torch.randperm(shape[0]) + 1) * math.log(shape[0]) / shape[0]))
-        elif init == "gamma": w[:, :, 0].normal_(0.0, 1.0)
+            w.view(-1)[:] = torch.logit(torch.exp(-(torch.randperm(shape[0]) + 1) * math.log(shape[0]) / shape[0]))
+        elif init == "gamma": w[:, :, 0].normal_(0.0, 1.0 if c.cema_omega else c.cema_ndim**-0.5)
         elif init == "omega": torch.nn.init.trunc_normal_(w, 0.0, 0.25, -1.0, 1.0)
         elif init != "zero": w.fill_(init)
         params[name] = w
@@ -135,14 +152,37 @@ def timestep_norm(x, weight, bias, groups, eps, state=None):
     out = (x - mu.to(x.dtype)[..., None]) * (var + eps).rsqrt().to(x.dtype)[..., None]
     return torch.addcmul(bias, out.view(B, T, D), weight + 1), (count + T, mu[:, -1], var[:, -1])
 
+def decay_norm(x, weight, bias, groups, eps, decays, state=None):
+    """Gecko's norm: averages, which forget, of the means and variances of single timesteps; arguments as above. state:
+    count, and both averages before their correction. In blocks of 256 timesteps, each a product with powers of decay."""
+    B, T, D = x.shape
+    x = x.reshape(B, T, groups, D // groups)
+    count, *before = state or (torch.zeros(B), *x.new_zeros(2, B, groups).double())
+    n = count.double().view(B, 1, 1) + torch.arange(1, T + 1).view(1, T, 1)
+    averages = []
+    for decay, average, now in zip(decays, before, (x.mean(-1), x.var(-1, unbiased=False))):
+        average, rows = average.double(), []
+        for block in now.double().split(256, 1):
+            j = torch.arange(block.shape[1])
+            powers = (decay ** (j[:, None] - j).double()).tril() * (1 - decay)
+            rows.append(torch.einsum("ts,bsg->btg", powers, block) + decay ** (j + 1).double()[:, None] * average[:, None])
+            average = rows[-1][:, -1]
+        averages.append(torch.cat(rows, 1))
+    mu, var = (a / -torch.expm1(n * math.log(decay)) for a, decay in zip(averages, decays))
+    out = (x - mu.to(x.dtype)[..., None]) * (var + eps).rsqrt().to(x.dtype)[..., None]
+    return torch.addcmul(bias, out.view(B, T, D), weight + 1), (count + T, averages[0][:, -1], averages[1][:, -1])
+
 def cema(x, alpha, delta, theta, gamma, omega, h=None):
     """eq. 2, 3, 5: complex exponential moving averages, N per channel; x (B,T,D)
 
     p = sigmoid(alpha), q = (1 - p sigmoid(delta)) exp(i theta_k), theta_k = sigmoid(theta) 2 pi k/N, g = gamma/sqrt(N)
     h_t = q h_{t-1} + p x_t;  out_t = Re(sum_k g h_t) + omega x_t     (eq. 2 also rotates x; omega is not in the paper)
-    Computed as a convolution of x with Re(sum_k g p q^j), j = 0..T-1. state: h (B,D,N,2)."""
+    Computed as a convolution of x with Re(sum_k g p q^j), j = 0..T-1. state: h (B,D,N,2).
+    omega None is Gecko's: out_t = Re(sum_k gamma h_t) + x_t."""
     B, T, D = x.shape
     N = alpha.shape[1]
+    alpha, delta, theta = alpha.view(D, N, 1), delta.view(D, N, 1), theta.view(D, 1, 1)
+    if omega is None: gamma, omega = gamma * math.sqrt(N), torch.ones(D, 1)
     # The coefficients are few, so float64 costs nothing, and it keeps the phase of q^j right for large j
     p, k = torch.sigmoid(alpha.double()[..., 0]), torch.arange(1, N + 1)
     log_radius = torch.log1p(-p * torch.sigmoid(delta.double()[..., 0]))
@@ -168,12 +208,14 @@ def cema(x, alpha, delta, theta, gamma, omega, h=None):
 def rms_norm(x, eps):
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
-def rotations(start, T, c, d, base, dtype):
+def rotations(start, T, c, d, base, dtype, turned=0, heads=1, more=0):
     """RoPE: complex numbers (T,1,d/2) that turn pairs (2j, 2j+1) by pos * base^(-2j/d), pos counted from the start of
-    the chunk. The release forms these angles in float32, so every precision does: they are part of the function."""
+    the chunk. The release forms these angles in float32, so every precision does: they are part of the function.
+    turned: how many of the heads are turned, the first ones; 0 for all. more: added to the positions."""
     freqs = 1.0 / torch.tensor([base**(j / d) for j in range(0, d, 2)], dtype=torch.float32)
-    pos = torch.arange(start, start + T) % c
+    pos = torch.arange(start, start + T) % c + more
     angle = (pos.float()[:, None] * freqs).to(dtype)[:, None]
+    if turned: angle = angle * (torch.arange(heads) < turned)[:, None]
     return torch.polar(torch.ones_like(angle), angle)
 
 def rotate(x, turn):  # x (B,T,H,d)
@@ -231,6 +273,57 @@ def inner_attention(q, k, v, turn, c, cache=None, kept=None):
     o = p @ chunks(v)
     return o.transpose(1, 2).reshape(B, past + T + tail, -1)[:, past:past + T], cache
 
+def two_chunk_attention(q, k, v, turn, turn_before, c, before, cache=None, kept=None):
+    """Gecko's: softmax over the keys of the chunk before and those of the own chunk so far, in chunks of c timesteps.
+    Keys are turned by their position in the chunk; queries by theirs, and for the chunk before by theirs + c.
+    before: keys, values (B,c,H,.) of the chunk before the current one, chunks (B) so far. kept (B,T,2H,c): for the own
+    chunk, then for the chunk before."""
+    B, T, H, _ = q.shape
+    q, q_before, k, past, out = rotate(q, turn), rotate(q, turn_before), rotate(k, turn), 0, []
+    k_before, v_before, chunks = before
+    if cache:
+        past = cache[0].shape[1]
+        k, v = (torch.cat([old.to(new.dtype), new], 1) for old, new in zip(cache, (k, v)))
+    for first in range(0, past + T, c):
+        last, start = min(first + c, past + T), max(first, past)
+        now, t = slice(start - past, last - past), torch.arange(start, last)
+        own = torch.einsum("bthd,bshd->bhts", q[:, now], k[:, first:last])
+        own = own.masked_fill(t[:, None] < torch.arange(first, last), -math.inf)
+        if first: k_before, v_before = k[:, first - c:first], v[:, first - c:first]
+        old = torch.einsum("bthd,bshd->bhts", q_before[:, now], k_before.to(q.dtype))
+        seen = (chunks + first // c > 0).view(B, 1, 1, 1)
+        old = old.masked_fill(~seen, -math.inf)
+        scores = torch.cat([old, own], -1)
+        if kept is not None:
+            mask = kept[:, now].transpose(1, 2)
+            mask = torch.cat([mask[:, H:], mask[:, :H, :, :last - first]], -1)
+            p = torch.softmax(scores.masked_fill(~mask, -1e9), -1) * mask
+        else: p = torch.softmax(scores, -1)
+        values = torch.cat([v_before.to(v.dtype), v[:, first:last]], 1)
+        out.append(torch.einsum("bhts,bshe->bthe", p, values).flatten(2))
+    return torch.cat(out, 1), (k, v)
+
+def working_memory(aq, ak, v, c, lag, chunks, M, lam, before=None, past=0):
+    """Gecko's memory of the chunks that attention does not see; aq (B,T,H,S), ak (B,past+T,H,S), v (B,past+T,H,E)
+    before: ak and v of the chunk before; lag 2: it is not absorbed yet. Returns a (B,T,H*E), M (B,H,S,E), lam (B,H,S)."""
+    B, T, out = len(aq), aq.shape[1], []
+    filled = lambda i: (chunks + i >= lag).view(B, 1, 1)
+    M, lam = torch.where(filled(0)[..., None], M, torch.zeros(())), torch.where(filled(0), lam, torch.tensor(-math.inf))
+    M, lam = M.to(aq.dtype), lam.to(aq.dtype)
+    for i, first in enumerate(range(0, past + T, c)):
+        last, start = min(first + c, past + T), max(first, past)
+        out.append(torch.einsum("bths,bhse->bthe", torch.softmax(aq[:, start - past:last - past], -1), M).flatten(2))
+        j = (i + 1 - lag) * c
+        if last < first + c: break
+        keys, values = (ak[:, j:j + c], v[:, j:j + c]) if j >= 0 else (x.to(aq.dtype) for x in before)
+        new = torch.logaddexp(lam, torch.logsumexp(keys, 1))
+        rho = torch.exp(torch.logsumexp(keys, 1) - new)[..., None]
+        answer = torch.einsum("bths,bhse->bthe", torch.softmax(keys, -1), M)
+        W = torch.einsum("bths,bthe->bhse", torch.softmax(keys, 1), values - answer)
+        there = filled(i + 1)
+        M, lam = torch.where(there[..., None], M + rho * (W - M), M), torch.where(there, new, lam)
+    return torch.cat(out, 1), M, lam
+
 class Megalodon:
     """p: parameters by their released names. record: a dict that takes the activations, by their modules' names.
     dropout: a Dropout, in training."""
@@ -244,9 +337,11 @@ class Megalodon:
         return x
 
     def norm(self, name, x, state, new):  # timestep norm with its parameters and state
-        keys = [f"{name}.{key}" for key in ("count", "mean", "var")]
-        x, moments = timestep_norm(x, self.p[name + ".weight"], self.p[name + ".bias"], self.c.norm_num_groups,
-                                   self.c.norm_eps, state and [state[key] for key in keys])
+        keys, c = [f"{name}.{key}" for key in ("count", "mean", "var")], self.c
+        args = x, self.p[name + ".weight"], self.p[name + ".bias"], c.norm_num_groups, c.norm_eps
+        moments = state and [state[key] for key in keys]
+        if c.norm_decay: x, moments = decay_norm(*args, (c.timenorm_beta1, c.timenorm_beta2), moments)
+        else: x, moments = timestep_norm(*args, moments)
         new.update(zip(keys, moments))
         return self.note(name, x)
 
@@ -260,7 +355,8 @@ class Megalodon:
         drop = lambda site, a: self.dropout(l, site, a) if self.dropout else a
 
         n = self.norm(f"{mega}.timenorm", x, state, new)
-        coefficients = [w("mega.cema." + key) for key in ("alpha", "delta", "theta", "gamma", "omega")]
+        coefficients = [w("mega.cema." + key) for key in ("alpha", "delta", "theta", "gamma")]
+        coefficients += [w("mega.cema.omega") if c.cema_omega else None]
         e, new[f"{mega}.cema.h"] = cema(n, *coefficients, state and state[f"{mega}.cema.h"])
         e = note("mega.cema", e)
         m = rms_norm(e, c.norm_eps) * (w("mega.rmsnorm.weight") + 1)  # not in the paper's eqs.
@@ -271,12 +367,16 @@ class Megalodon:
         v = F.silu(note("mega.wv", linear("mega.wv", n)))  # eq. 16: of n, not m
         r = F.silu(note("mega.wr", linear("mega.wr", m)))  # eq. 18
         keys = f"{mega}.inner_attention.k", f"{mega}.inner_attention.v"
-        kept = self.dropout and self.dropout.kept(l, "keys", *x.shape[:2], c.num_heads, c.chunk_size)
-        o, cache = inner_attention(q, k, heads(v), turn, c.chunk_size, state and [state[key] for key in keys], kept)
-        new.update(zip(keys, cache))
-        o = note("mega.inner_attention", o)
+        kept = self.dropout and self.dropout.kept(l, "keys", *x.shape[:2], c.num_heads * (1 + c.sliding), c.chunk_size)
+        cache, a = state and [state[key] for key in keys], 0
+        if c.sliding or c.memory:
+            o, a = self.window_and_memory(mega, l, q, k, heads(v), z, gamma, beta, turn, cache, kept, state, new)
+        else:
+            o, cache = inner_attention(q, k, heads(v), turn[0], c.chunk_size, cache, kept)
+            new.update(zip(keys, cache))
+            o = note("mega.inner_attention", o)
         # eq. 20 without its silu, and the first line of eq. 11
-        y = linear("mega.wh1", m) + F.linear(drop("gated", o * r), w("mega.wh2.weight"))
+        y = linear("mega.wh1", m) + F.linear(drop("gated", o * r + a), w("mega.wh2.weight"))
         y = note("mega", drop("mega", y) + x)
 
         u = F.layer_norm(y, y.shape[-1:], w("nffn.norm.weight") + 1, w("nffn.norm.bias"), c.norm_eps)
@@ -285,7 +385,40 @@ class Megalodon:
         if c.swiglu: f = f * F.linear(u, w("nffn.fc3.weight"))
         f = drop("fc2", F.linear(drop("hidden", f), w("nffn.fc2.weight")))
         if c.rescale_nffn: f = w("nffn.alpha") * f
-        return self.note(f"layers.{l}", f + x)  # eq. 11, two-hop residual: x, not y
+        return self.note(f"layers.{l}", f + (x if c.two_hop_residual else y))  # eq. 11, two-hop residual: x, not y
+
+    def window_and_memory(self, mega, l, q, k, v, z, gamma, beta, turn, cache, kept, state, new):
+        """Gecko's attention, and what its memory answers"""
+        c, C, B = self.c, self.c.chunk_size, len(q)
+        state = state or self.fresh_state(B)
+        chunks, names = state[f"{mega}.chunks"], [f"{mega}.inner_attention.{key}" for key in "kv"]
+        past = state[names[0]].shape[1]
+        get = lambda name: state.get(f"{mega}.{name}")
+        if c.sliding:
+            before = get("inner_attention.k_before"), get("inner_attention.v_before")
+            before = [t.view(B, C, c.num_heads, -1) for t in before]
+            o, (k, values) = two_chunk_attention(q, k, v, *turn, C, (*before, chunks), [state[name] for name in names], kept)
+        else:
+            o, _ = inner_attention(q, k, v, turn[0], C, [state[name] for name in names], kept)
+            k, values = torch.cat([state[names[0]].to(q.dtype), rotate(k, turn[0])], 1), torch.cat([state[names[1]].to(v.dtype), v], 1)
+        o = self.note(f"{mega}.inner_attention", o)
+        a, whole = 0, (past + q.shape[1]) // C
+        tail = lambda t: t[:, whole * C:]
+        last = lambda t, name: t[:, (whole - 1) * C:whole * C].flatten(2) if whole else get(name)
+        if c.memory:
+            aq, ak = (torch.addcmul(beta[i], z, gamma[i]) for i in (2, 3))
+            ak = torch.cat([get("memory.ak").to(ak.dtype), ak], 1)
+            absorbed = (get("memory.ak_before").view(B, C, c.num_heads, -1), before[1]) if c.sliding else None
+            M, lam = get("memory.m").view(B, c.num_heads, -1, c.value_dim // c.num_heads), get("memory.lam").view(B, c.num_heads, -1)
+            a, M, lam = working_memory(aq, ak, values, C, 1 + c.sliding, chunks, M, lam, absorbed, past)
+            a = self.note(f"{mega}.memory", a)
+            new.update({f"{mega}.memory.m": M.flatten(1, 2), f"{mega}.memory.lam": lam.flatten(1), f"{mega}.memory.ak": tail(ak)})
+            if c.sliding: new[f"{mega}.memory.ak_before"] = last(ak, "memory.ak_before")
+        if c.sliding:
+            new[f"{mega}.inner_attention.k_before"] = last(k, "inner_attention.k_before")
+            new[f"{mega}.inner_attention.v_before"] = last(values, "inner_attention.v_before")
+        new.update({f"{mega}.chunks": chunks + whole, names[0]: tail(k), names[1]: tail(values)})
+        return o, a
 
     def __call__(self, tokens, state=None):
         """tokens (B,T) -> logits (B,T,vocab), new state. Without a state nothing is carried, neither in nor out."""
@@ -293,7 +426,8 @@ class Megalodon:
         start = state["layers.0.mega.inner_attention.k"].shape[1] if state else 0
         x = F.embedding(tokens, self.p["embed.weight"])
         x = self.note("embed", self.dropout(0, "embed", x) if self.dropout else x)
-        turn = rotations(start, x.shape[1], c.chunk_size, c.z_dim // c.num_heads, c.rope_base, x.dtype)
+        args = x.shape[1], c.chunk_size, c.z_dim // c.num_heads, c.rope_base, x.dtype, c.num_rope_heads, c.num_heads
+        turn = rotations(start, *args), rotations(start, *args, c.chunk_size)
         if c.scale_emb: x = x * math.sqrt(c.model_dim)
         for l in range(c.num_layers): x = self.block(l, x, turn, state, new)
         x = self.norm("output.final_norm", x, state, new)
@@ -311,6 +445,13 @@ class Megalodon:
             state[mega + "cema.h"] = zeros(B, c.model_dim, c.cema_ndim, 2)
             state[mega + "inner_attention.k"], state[mega + "inner_attention.v"] = \
                 zeros(B, 0, H, c.z_dim // H), zeros(B, 0, H, c.value_dim // H)
+            if c.architecture == "gecko": state[mega + "chunks"] = zeros(B, dtype=torch.int64)
+            for name, width in ("k_before", c.z_dim), ("v_before", c.value_dim):
+                if c.sliding: state[mega + "inner_attention." + name] = zeros(B, c.chunk_size, width)
+            if c.memory:
+                state[mega + "memory.ak"] = zeros(B, 0, H, c.z_dim // H)
+                state[mega + "memory.m"], state[mega + "memory.lam"] = zeros(B, c.z_dim, c.value_dim // H), zeros(B, c.z_dim)
+                if c.sliding: state[mega + "memory.ak_before"] = zeros(B, c.chunk_size, c.z_dim)
         return state
 
 def cross_entropy(logits, y):
@@ -351,8 +492,8 @@ def write(path, tensors, metadata):
     print(f"{path}: {len(tensors)} tensors, {os.path.getsize(path):,} bytes")
 
 def config_of(metadata):
-    fields = {}
-    for name, _, kind, *_ in CONFIG:
+    fields = {"architecture": metadata.get("architecture", "megalodon")}
+    for name, kind in [(name, kind) for name, _, kind, *_ in CONFIG] + [row[:2] for row in GECKO_CONFIG]:
         try:
             fields.update({name: kind(metadata[name])} if name in metadata else {})
         except ValueError:
@@ -387,7 +528,8 @@ def compute(given, meta, dtype, stream):
     out.update({"act." + name: t for name, t in model.record.items()})
     out.update({"dact." + name: t.grad for name, t in model.record.items()})
     out.update({"grad." + name: t.grad for name, t in model.p.items()})
-    out.update({"dstate." + name: t.grad for name, t in (state or {}).items() if t.requires_grad})
+    unused = lambda t: torch.zeros_like(t) if t.grad is None else t.grad
+    out.update({"dstate." + name: unused(t) for name, t in (state or {}).items() if t.requires_grad})
     model.record, state = None, state and {name: t.detach() for name, t in state.items()}
     if stream:  # the first chunk at once, then token by token
         with torch.no_grad():
@@ -433,12 +575,44 @@ DUMPS = {  # B, T, training steps, whether a state is carried in, config
     "dropout": (2, 23, 3, False, dict(SMALL, model_dim=30, num_heads=2, value_dim=26, ffn_hidden_dim=27, chunk_size=9,
                                       norm_num_groups=3, cema_ndim=4, rescale_nffn=1, scale_emb=1)),
 }
+# Where a pair of features hardly turns, a shift of all keys hardly changes anything: its gradient is all rounding, which
+# AdamW makes steps of. So those that train have a small rope_base, and positions in all heads.
+GECKO = dict(SMALL, architecture="gecko", chunk_size=8, rope_base=30)
+GECKO_DUMPS = {
+    # one head, more than five chunks, the last one short; trains; streams
+    "window": (2, 43, 5, False, dict(GECKO, value_dim=48, ffn_hidden_dim=40, swiglu=0, cema_ndim=8)),
+    # odd sizes; three heads; faster decays; rescaled feed-forward; trains; streams
+    "heads": (2, 40, 3, False, dict(GECKO, model_dim=33, num_heads=3, z_dim=18, value_dim=27, ffn_hidden_dim=21,
+                                    chunk_size=7, norm_num_groups=3, cema_ndim=5, vocab_size=53, rescale_nffn=1,
+                                    timenorm_beta1=0.9, timenorm_beta2=0.95, norm_eps=1e-4)),
+    # less than two chunks; swiglu, tied and scaled embeddings; trains; streams
+    "short": (2, 13, 4, False, dict(GECKO, num_layers=1, num_heads=2, norm_num_groups=2, vocab_size=48, share_emb=1,
+                                    scale_emb=1)),
+    # a state carried in, rows with different counts (one of them 0, one of a single chunk), several chunks; one head of two
+    # has positions
+    "state": (3, 27, 0, True, dict(GECKO, num_layers=1, num_heads=2, swiglu=0, num_rope_heads=1, rope_base=500000)),
+    # one timestep: from nothing, and with a state carried in
+    "one": (2, 1, 0, False, dict(GECKO, value_dim=48)),
+    "one_state": (3, 1, 0, True, dict(GECKO, num_layers=1, model_dim=36, num_heads=2, z_dim=12, value_dim=20,
+                                      chunk_size=4, norm_num_groups=3, cema_ndim=5, share_emb=1)),
+    # to be cut into 2, 3 or 4 slices of whole chunks; a state carried in; trains
+    "slices": (3, 24, 4, True, dict(GECKO, model_dim=24, z_dim=8, value_dim=20, ffn_hidden_dim=16, chunk_size=2,
+                                    norm_num_groups=3, cema_ndim=6, vocab_size=32)),
+    # all dropouts; some queries lose all keys; trains
+    "dropout": (2, 29, 3, False, dict(GECKO, model_dim=30, num_heads=2, value_dim=26, ffn_hidden_dim=27, chunk_size=9,
+                                      norm_num_groups=3, cema_ndim=4, rescale_nffn=1)),
+    # half of the way from Megalodon: a window without a memory, and a memory without a window
+    "no_memory": (2, 29, 0, True, dict(GECKO, num_layers=1, norm_decay=0, cema_omega=1, memory=0)),
+    "no_window": (3, 28, 0, True, dict(GECKO, num_layers=1, num_heads=2, sliding=0, two_hop_residual=1)),
+}
 DROPOUT = {"flag.dropout": "0.2", "flag.hidden_dropout": "0.1", "flag.attention_dropout": "0.3", "flag.seed": "5"}
 
 def dump(args):
+    dumps, default = ((GECKO_DUMPS, "dev/gecko/reference") if args.architecture == "gecko" else (DUMPS, "data/reference"))
+    args.out = args.out or default
     os.makedirs(args.out, exist_ok=True)
     # Seeds from 6: with some, a training step meets a gradient so near zero that rounding alone moves `final` by 3e-4.
-    for seed, (name, (B, T, steps, carried, fields)) in enumerate(DUMPS.items(), 6):
+    for seed, (name, (B, T, steps, carried, fields)) in enumerate(dumps.items(), 6):
         c, given = Config(**fields), {}
         meta = {"format": "megalodon-dump", **c.strings(), **(dict(TRAINING, train_steps=str(steps)) if steps else {}),
                 **(DROPOUT if name == "dropout" else {})}
@@ -448,9 +622,11 @@ def dump(args):
         given["x"], given["y"] = tokens[:, :-1], tokens[:, 1:]
         if name in ("tied", "odd", "state", "slices"): given["y"] = given["y"].masked_fill(torch.rand(B, T) < 0.2, -100)
         for key, t in Megalodon(c, {}).fresh_state(B).items() if carried else ():
-            if "inner_attention" in key: continue  # at the start of a chunk there are none
+            if not t.numel(): continue  # of the current chunk; at its start there are none
             # row 0: as the release starts, count 0, mean 0, variance 1, h 0
-            if key.endswith("count"): t = torch.tensor([0, 3, 1000]) * c.chunk_size
+            many = 1 if c.architecture == "gecko" else 3
+            if key.endswith("count"): t = torch.tensor([0, many, 1000])[:B] * c.chunk_size
+            elif key.endswith("chunks"): t = torch.tensor([0, many, 1000])[:B]
             elif key.endswith("var"): t = torch.cat([torch.ones(1, t.shape[1]), 0.5 + torch.rand(t.shape)[1:]])
             else: t = 0.3 * torch.randn(t.shape) * (torch.arange(B) > 0).view(-1, *[1] * (t.dim() - 1))
             given["state." + key] = t
@@ -583,7 +759,8 @@ def main():
         return p
 
     p = command(dump, "write the dumps that the tests read")
-    p.add_argument("--out", default="data/reference", help="folder (data/reference)")
+    p.add_argument("--architecture", choices=("megalodon", "gecko"), default="megalodon", help="(megalodon)")
+    p.add_argument("--out", help="folder (data/reference, of Gecko dev/gecko/reference)")
     p = command(check, "recompute every tensor of dumps and compare; exit 1 if one is out of bounds")
     p.add_argument("files", nargs="+", metavar="FILE")
     p.add_argument("--quiet", action="store_true", help="print failures and summaries only")

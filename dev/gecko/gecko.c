@@ -62,9 +62,9 @@ where 6 is, and at the end what several processes exchange when they share a seq
 #define MEMORY_WINDOW (config->sliding && config->memory ? c : 0)
 #define MORE_CARRIED(X) \
     X(chunks,    "layers.%d.mega.chunks",            (size_t)1, 0, 0)                 /* whole chunks so far */ \
-    X(k_before,  "layers.%d.mega.inner_attention.k", WINDOW, Z, 0)                    /* (L,B,c,Z) */ \
-    X(v_before,  "layers.%d.mega.inner_attention.v", WINDOW, V, 0)                    /* (L,B,c,V) */ \
-    X(ak_before, "layers.%d.mega.memory.ak",         MEMORY_WINDOW, Z, 0)             /* (L,B,c,Z) */ \
+    X(k_before,  "layers.%d.mega.inner_attention.k_before", WINDOW, Z, 0)                    /* (L,B,c,Z) */ \
+    X(v_before,  "layers.%d.mega.inner_attention.v_before", WINDOW, V, 0)                    /* (L,B,c,V) */ \
+    X(ak_before, "layers.%d.mega.memory.ak_before",         MEMORY_WINDOW, Z, 0)             /* (L,B,c,Z) */ \
     X(memory,    "layers.%d.mega.memory.m",          config->memory ? Z : 0, V / config->num_heads, 0) /* (L,B,Z,E) */ \
     X(lam,       "layers.%d.mega.memory.lam",        config->memory ? Z : 0, 0, 0)    /* (L,B,Z) */
 #define MORE_CACHED(X) X(ak, config->memory ? c : 0, Z)
@@ -381,64 +381,73 @@ void sliding_attention_forward(float* out, float* lse, const float* q, const flo
     free(turns);
 }
 
-// Backward of one half: the scores with the queries' own chunks, or (earlier) with the chunks before. The equations are
-// those of attention_backward. There the sum_j P_tj dP_tj runs over all keys of a query, which are in two halves here;
-// but it is equal to the product of dout_t and out_t. So each half needs nothing of the other. Keys and values get
-// gradients from the queries of two chunks, so dk and dv are added to; dbefore: those of the chunk before the first
-// timestep, added to, or NULL. dq is assigned by the first half and added to by the second.
-static void attention_half_backward(float* dq, float* dk, float* dv, float* dk_before, float* dv_before,
-                                    const float* dout, const float* out, const float* lse, const float* q,
-                                    const float* k, const float* v, Before before, bool earlier, int B, int T, const Config* config,
-                                    Dropout drop) {
+// Backward: the equations of attention_backward, over the keys of both chunks. The keys and values of a chunk get gradients
+// from its own queries and from those of the chunk after it. So first the even chunks are done, all at the same time, and
+// then the odd ones. dq is assigned; dk and dv are zeroed and added to; dk_before, dv_before (B,c,..): the gradients of the
+// chunk before the first timestep, added to, or NULL.
+void sliding_attention_backward(float* dq, float* dk, float* dv, float* dk_before, float* dv_before, const float* dout,
+                                const float* lse, const float* q, const float* k, const float* v, Before before, int B,
+                                int T, const Config* config, Dropout drop) {
     int c = config->chunk_size, H = config->num_heads, Z = config->z_dim, V = config->value_dim, zd = Z / H, vd = V / H;
     int chunks = (T + c - 1) / c;
     float* turns = turns_of(config);
-    OMP(omp parallel for schedule(static) collapse(3))
-    for (int b = 0; b < B; b++) {
-        for (int h = 0; h < H; h++) {
-            for (int chunk = 0; chunk < chunks; chunk++) {
-                if (earlier && !has_before(&before, b, chunk)) { continue; }
-                bool own = !earlier || chunk; // its keys are among those of this pass
-                int first = chunk * c, length = min_int(c, T - first);
-                size_t at_k = own ? (size_t)b * T + first - (earlier ? c : 0) : (size_t)b * c;
-                const float *k_chunk = (own ? k : before.k) + at_k * Z + h * zd;
-                const float *v_chunk = (own ? v : before.v) + at_k * V + h * vd;
-                float* dk_chunk = own ? dk + at_k * Z + h * zd : dk_before ? dk_before + at_k * Z + h * zd : NULL;
-                float* dv_chunk = own ? dv + at_k * V + h * vd : dv_before ? dv_before + at_k * V + h * vd : NULL;
-                float* P = scratch(OF_ATTENTION, (size_t)2 * ROWS * (c + zd));
-                float *dS = P + (size_t)ROWS * c, *turned = dS + (size_t)ROWS * c, *dturned = turned + ROWS * zd;
-                for (int tile = 0; tile < length; tile += ROWS) {
-                    int rows = min_int(ROWS, length - tile), keys = earlier ? c : tile + rows, t0 = first + tile;
-                    size_t at = (size_t)b * T + t0;
-                    const float *q_tile = q + at * Z + h * zd, *dout_tile = dout + at * V + h * vd;
-                    float* dq_tile = dq + at * Z + h * zd;
+    memset(dk, 0, sizeof(float) * B * T * Z);
+    memset(dv, 0, sizeof(float) * B * T * V);
+    for (int odd = 0; odd < 2; odd++) {
+        OMP(omp parallel for schedule(static) collapse(3))
+        for (int b = 0; b < B; b++) {
+            for (int h = 0; h < H; h++) {
+                for (int chunk = odd; chunk < chunks; chunk += 2) {
+                    int first = chunk * c, length = min_int(c, T - first);
+                    int earlier = has_before(&before, b, chunk) ? c : 0;
+                    size_t at_own = (size_t)b * T + first, at_earlier = chunk ? at_own - c : (size_t)b * c;
                     const float* turn = turns + turn_at(config, h);
-                    scores_of(P, keys, q_tile, k_chunk, turned, turn, earlier, rows, keys, Z, H, zd, drop, b, t0, h);
-                    gemm(dS, keys, dout_tile, V, 1, v_chunk, 1, V, rows, keys, vd, NULL, NULL);
-                    for (int i = 0; i < rows; i++) {
-                        float *p = P + (size_t)i * keys, *ds = dS + (size_t)i * keys, lse_i = lse[(at + i) * H + h];
-                        const float *dy = dout_tile + (size_t)i * V, *y = out + (at + i) * V + h * vd;
-                        int seen = earlier ? keys : keys - rows + i + 1;
-                        float dot = 0;
-                        OMP(omp simd reduction(+:dot))
-                        for (int j = 0; j < vd; j++) { dot += dy[j] * y[j]; }
-                        for (int j = 0; j < seen; j++) {
-                            p[j] = p[j] == -INFINITY ? 0.0f : exp_fast(p[j] - lse_i);
-                            ds[j] = p[j] * (ds[j] - dot);
+                    const float *k_own = k + at_own * Z + h * zd, *v_own = v + at_own * V + h * vd;
+                    const float* k_earlier = (chunk ? k : before.k) + at_earlier * Z + h * zd;
+                    const float* v_earlier = (chunk ? v : before.v) + at_earlier * V + h * vd;
+                    float *dk_own = dk + at_own * Z + h * zd, *dv_own = dv + at_own * V + h * vd;
+                    float *dk_to = chunk ? dk : dk_before, *dv_to = chunk ? dv : dv_before;
+                    float* P = scratch(OF_ATTENTION, (size_t)2 * ROWS * (2 * c + zd));
+                    float *dS = P + (size_t)ROWS * 2 * c, *turned = dS + (size_t)ROWS * 2 * c;
+                    float* dturned = turned + ROWS * zd;
+                    for (int tile = 0; tile < length; tile += ROWS) {
+                        int rows = min_int(ROWS, length - tile), keys = tile + rows, all = earlier + keys;
+                        int t0 = first + tile;
+                        size_t at = (size_t)b * T + t0;
+                        const float *q_tile = q + at * Z + h * zd, *dout_tile = dout + at * V + h * vd;
+                        float *dq_tile = dq + at * Z + h * zd, *P_own = P + earlier, *dS_own = dS + earlier;
+                        scores_of(P_own, all, q_tile, k_own, NULL, NULL, false, rows, keys, Z, H, zd, drop, b, t0, h);
+                        gemm(dS_own, all, dout_tile, V, 1, v_own, 1, V, rows, keys, vd, NULL, NULL);
+                        if (earlier) {
+                            scores_of(P, all, q_tile, k_earlier, turned, turn, true, rows, c, Z, H, zd, drop, b, t0, h);
+                            gemm(dS, all, dout_tile, V, 1, v_earlier, 1, V, rows, c, vd, NULL, NULL);
                         }
-                        for (int j = seen; j < keys; j++) { p[j] = ds[j] = 0; }
-                    }
-                    if (earlier) {
-                        gemm(dturned, zd, dS, keys, 1, k_chunk, Z, 1, rows, zd, keys, NULL, NULL);
+                        for (int i = 0; i < rows; i++) {
+                            float *p = P + (size_t)i * all, *ds = dS + (size_t)i * all, lse_i = lse[(at + i) * H + h];
+                            int seen = all - rows + i + 1;
+                            float dot = 0; // sum_j P_tj dP_tj
+                            OMP(omp simd reduction(+:dot))
+                            for (int j = 0; j < seen; j++) {
+                                p[j] = p[j] == -INFINITY ? 0.0f : exp_fast(p[j] - lse_i);
+                                dot += p[j] * ds[j];
+                            }
+                            for (int j = 0; j < seen; j++) { ds[j] = p[j] * (ds[j] - dot); }
+                            for (int j = seen; j < all; j++) { p[j] = ds[j] = 0; }
+                        }
+                        gemm(dq_tile, Z, dS_own, all, 1, k_own, Z, 1, rows, zd, keys, NULL, NULL);
+                        gemm(dk_own, Z, dS_own, 1, all, q_tile, Z, 1, keys, zd, rows, dk_own, NULL);
+                        gemm(dv_own, V, P_own, 1, all, dout_tile, V, 1, keys, vd, rows, dv_own, NULL);
+                        if (!earlier) { continue; }
+                        gemm(dturned, zd, dS, all, 1, k_earlier, Z, 1, rows, zd, c, NULL, NULL);
                         for (int i = 0; i < rows; i++) {
                             pairs_turn(dturned + i * zd, dturned + i * zd, turn, zd, true);
                             for (int j = 0; j < zd; j++) { dq_tile[(size_t)i * Z + j] += dturned[i * zd + j]; }
                         }
-                    } else { gemm(dq_tile, Z, dS, keys, 1, k_chunk, Z, 1, rows, zd, keys, NULL, NULL); }
-                    if (!dk_chunk) { continue; }
-                    gemm(dk_chunk, Z, dS, 1, keys, earlier ? turned : q_tile, earlier ? zd : Z, 1, keys, zd, rows,
-                         dk_chunk, NULL);
-                    gemm(dv_chunk, V, P, 1, keys, dout_tile, V, 1, keys, vd, rows, dv_chunk, NULL);
+                        if (!dk_to) { continue; }
+                        float *dk_earlier = dk_to + at_earlier * Z + h * zd, *dv_earlier = dv_to + at_earlier * V + h * vd;
+                        gemm(dk_earlier, Z, dS, 1, all, turned, zd, 1, c, zd, rows, dk_earlier, NULL);
+                        gemm(dv_earlier, V, P, 1, all, dout_tile, V, 1, c, vd, rows, dv_earlier, NULL);
+                    }
                 }
             }
         }
@@ -693,6 +702,9 @@ void memory_backward(float* daq, float* dak, float* dv, float* dak_before, float
                     for (int s = 0; s < S; s++) { daq[(at + t) * Z + h * S + s] = f[s] * (df[s] - dot); }
                 }
             }
+            bool filled = memory_filled(p, b, 0); // else no M came in, so none has a gradient
+            for (int i = 0; i < S * E && !filled; i++) { dM_h[i] = 0; }
+            for (int i = 0; i < S && !filled; i++) { dlam_h[i] = 0; }
         }
     }
 }
@@ -851,12 +863,8 @@ void block_backward(const Model* model, const Pass* s, int l, const State* start
     float* dv_before = slices ? own + window * Z : dpast.v_before;
     float* dak_before = slices ? own + window * (Z + V) : dpast.ak_before;
     if (config->sliding) {
-        memset(da.k, 0, sizeof(float) * rows * Z);
-        memset(da.v, 0, sizeof(float) * rows * V);
-        for (int earlier = 0; earlier < 2; earlier++) {
-            attention_half_backward(da.q, da.k, da.v, dk_before, dv_before, da.attention, a.attention, a.attention_lse,
-                                    a.q, a.k, a.v, p.before, earlier, B, T, config, sites.keys);
-        }
+        sliding_attention_backward(da.q, da.k, da.v, dk_before, dv_before, da.attention, a.attention_lse, a.q, a.k, a.v,
+                                   p.before, B, T, config, sites.keys);
     } else {
         attention_backward(da.q, da.k, da.v, da.attention, a.attention_lse, a.q, a.k, a.v, B, T, c, H, Z, V, sites.keys);
     }
