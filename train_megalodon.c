@@ -103,6 +103,7 @@ enum { CEMA_MAX_NDIM = 64, MAX_VOCAB = 1 << 24 };
 #ifndef OTHER_ARCHITECTURE
 #define ARCHITECTURE "megalodon"
 #define TITLE "Megalodon"
+#define HOME "" // from the program's folder to that of this file
 #define ROPE_BASE 10000
 #define MORE_MODEL_OPTIONS(X)
 #define MORE_ACTIVATIONS(X)
@@ -2799,7 +2800,7 @@ const char* program_path(void) {
 // are there, else "", the current one.
 const char* project_folder(void) {
     const char *path = program_path(), *slash = strrchr(path, '/');
-    const char* folder = slash ? text_of("%.*s", (int)(slash - path), path) : "";
+    const char* folder = slash ? text_of("%.*s" HOME, (int)(slash - path), path) : "";
     return !access(text_of("%s/train_megalodon.c", folder), R_OK) ? folder : "";
 }
 

@@ -628,7 +628,9 @@ def dump(args):
             if key.endswith("count"): t = torch.tensor([0, many, 1000])[:B] * c.chunk_size
             elif key.endswith("chunks"): t = torch.tensor([0, many, 1000])[:B]
             elif key.endswith("var"): t = torch.cat([torch.ones(1, t.shape[1]), 0.5 + torch.rand(t.shape)[1:]])
-            else: t = 0.3 * torch.randn(t.shape) * (torch.arange(B) > 0).view(-1, *[1] * (t.dim() - 1))
+            else:  # a memory of a single chunk holds nothing
+                t = 0.3 * torch.randn(t.shape) * (torch.arange(B) > ("memory.m" in key or "lam" in key)).view(
+                    -1, *[1] * (t.dim() - 1))
             given["state." + key] = t
         # Computed in float64, stored in float32: who compares sees his own rounding and no one else's. Training too:
         # Adam divides by the gradient's size, so a gradient that is all rounding would become a step of lr either way.

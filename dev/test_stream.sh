@@ -1,8 +1,8 @@
 #!/bin/sh
 # --eval streams: 1.25 MB of text must take at most 4 MB more memory than its first 100 KB, and at most 5% more time a
-# token. From the project folder, after make, on Linux: sh dev/test_stream.sh [TEXT]     default: the project's sources
+# token. From the project folder, after make, on Linux: [PROGRAM=...] sh dev/test_stream.sh [TEXT]     default: the project's sources
 export LC_ALL=C OMP_NUM_THREADS=1 # so that CPU time measures the work, whatever else the machine does
-program=$PWD/train_megalodon text=$1
+program=$(realpath "${PROGRAM:-train_megalodon}") text=$1
 folder=$(mktemp -d) || exit 1
 trap 'rm -rf "$folder"' EXIT
 trap 'exit 1' INT TERM

@@ -41,6 +41,7 @@ where 6 is, and at the end what several processes exchange when they share a seq
 #define OTHER_ARCHITECTURE
 #define ARCHITECTURE "gecko"
 #define TITLE "Gecko"
+#define HOME "/../.."
 #define ROPE_BASE 500000
 #define MORE_MODEL_OPTIONS(X) \
     X(BOOL, norm_decay,         1, 0, 1,          "let the statistics of the timestep norm forget") \
@@ -66,7 +67,8 @@ where 6 is, and at the end what several processes exchange when they share a seq
     X(v_before,  "layers.%d.mega.inner_attention.v_before", WINDOW, V, 0)                    /* (L,B,c,V) */ \
     X(ak_before, "layers.%d.mega.memory.ak_before",         MEMORY_WINDOW, Z, 0)             /* (L,B,c,Z) */ \
     X(memory,    "layers.%d.mega.memory.m",          config->memory ? Z : 0, V / config->num_heads, 0) /* (L,B,Z,E) */ \
-    X(lam,       "layers.%d.mega.memory.lam",        config->memory ? Z : 0, 0, 0)    /* (L,B,Z) */
+    X(lam,       "layers.%d.mega.memory.lam",        config->memory ? Z : 0, 0, 0)    /* (L,B,Z) */ \
+    X(lam_rest,  "layers.%d.mega.memory.lam_rest",   config->memory ? Z : 0, 0, 0)    /* (L,B,Z): what rounding cut off */
 #define MORE_CACHED(X) X(ak, config->memory ? c : 0, Z)
 
 // FLOPs of a token that Megalodon has not: the second half of the window, and the memory's read and merge.
@@ -472,7 +474,8 @@ void sliding_attention_backward(float* dq, float* dk, float* dv, float* dk_befor
 // feature s of the keys, as an online softmax computes it. With it, a chunk's values are first reduced by what the
 // memory would answer to their keys: the delta rule. What M knows already is not added again.
 //
-// M is kept in fp32 everywhere. In bf16, as in the release, an update gets lost when it is small beside M.
+// M is kept in fp32 everywhere. In bf16, as in the release, an update gets lost when it is small beside M. lam grows like
+// the logarithm of time, by less and less: it is kept in double, in a state as two floats.
 //
 // M and lam go from chunk to chunk, in T/c steps of two small products; all else is parallel. The backward pass makes
 // all M again rather than to keep T/c of them for each layer.
@@ -523,7 +526,7 @@ static Merge merge_place(float* memory, int c, int S, int E, int values, size_t 
 }
 
 // Absorbs a chunk: M (S,E) and lam (S) become M' and lam'. lam is -infinity before the first chunk.
-static void memory_merge(Merge* m, float* M, float* lam, const float* ak, const float* v) {
+static void memory_merge(Merge* m, float* M, double* lam, const float* ak, const float* v) {
     softmax_rows(m->Fk, ak, m->Z, m->c, m->S);
     softmax_columns(m->K, m->l, ak, m->Z, m->c, m->S);
     gemm(m->U, m->E, m->Fk, m->S, 1, M, m->E, 1, m->c, m->E, m->S, NULL, NULL);
@@ -552,7 +555,7 @@ static void memory_merge(Merge* m, float* M, float* lam, const float* ak, const 
 //     dM   = (1 - rho) dM' - Fk^T dU
 //     dl   = drho rho + (dlam' - drho rho) rho      dlam = (dlam' - drho rho) (1 - rho)
 // and dak has three parts: through K, a softmax over time, through Fk, a softmax over features, and through l.
-static void memory_merge_backward(Merge* m, float* dM, float* dlam, float* dak, float* dv, float* M, float* lam,
+static void memory_merge_backward(Merge* m, float* dM, float* dlam, float* dak, float* dv, float* M, double* lam,
                                   const float* ak, const float* v) {
     int c = m->c, S = m->S, E = m->E;
     float* before = m->dM_new; // a copy of M, until it holds the new dM
@@ -609,12 +612,12 @@ static bool memory_filled(const MemoryPass* p, int b, int i) {
     return i + (p->before.chunks ? p->before.chunks[b] : 0) >= memory_lag(p->config);
 }
 // M (S,E) and lam (S) before the first timestep.
-static void memory_begin(const MemoryPass* p, float* M, float* lam, const State* past, int b, int h) {
+static void memory_begin(const MemoryPass* p, float* M, double* lam, const State* past, int b, int h) {
     int H = p->config->num_heads, S = p->config->z_dim / H, E = p->config->value_dim / H;
     bool filled = memory_filled(p, b, 0);
     size_t at = (size_t)b * p->config->z_dim + h * S;
     for (int i = 0; i < S * E; i++) { M[i] = filled ? past->memory[at * E + i] : 0.0f; }
-    for (int s = 0; s < S; s++) { lam[s] = filled ? past->lam[at + s] : -INFINITY; }
+    for (int s = 0; s < S; s++) { lam[s] = filled ? (double)past->lam[at + s] + past->lam_rest[at + s] : -INFINITY; }
 }
 
 // out (B,T,V) = what the memory answers to aq (B,T,Z). past: M and lam before; next: receives them after the last whole
@@ -626,9 +629,9 @@ void memory_forward(float* out, const float* aq, const MemoryPass* p, const Stat
     OMP(omp parallel for schedule(static) collapse(2))
     for (int b = 0; b < p->B; b++) {
         for (int h = 0; h < H; h++) {
-            float* Fq = scratch(OF_ATTENTION, (size_t)c * S + (size_t)S * E + S + merge_size(c, S, E));
-            float *M = Fq + (size_t)c * S, *lam = M + (size_t)S * E;
-            Merge m = merge_place(lam + S, c, S, E, E, Z, V);
+            double* lam = (double*)scratch(OF_ATTENTION, 2 * S + (size_t)c * S + (size_t)S * E + merge_size(c, S, E));
+            float *Fq = (float*)(lam + S), *M = Fq + (size_t)c * S;
+            Merge m = merge_place(M + (size_t)S * E, c, S, E, E, Z, V);
             memory_begin(p, M, lam, past, b, h);
             for (int i = 0; i < chunks; i++) {
                 int rows = min_int(c, p->T - i * c);
@@ -644,7 +647,8 @@ void memory_forward(float* out, const float* aq, const MemoryPass* p, const Stat
             size_t at = (size_t)b * Z + h * S;
             if (next->memory) {
                 memcpy(next->memory + at * E, M, sizeof(float) * S * E);
-                memcpy(next->lam + at, lam, sizeof(float) * S);
+                for (int s = 0; s < S; s++) { next->lam[at + s] = lam[s]; }
+                for (int s = 0; s < S; s++) { next->lam_rest[at + s] = lam[s] > -INFINITY ? lam[s] - next->lam[at + s] : 0; }
             }
         }
     }
@@ -664,31 +668,31 @@ void memory_backward(float* daq, float* dak, float* dv, float* dak_before, float
     OMP(omp parallel for schedule(static) collapse(2))
     for (int b = 0; b < p->B; b++) {
         for (int h = 0; h < H; h++) {
-            size_t size = (size_t)S * E + S; // M and lam before each chunk
+            size_t size = 2 * S + (size_t)S * E; // lam, in double, and M before each chunk
             float* all = scratch(OF_ATTENTION, size * (chunks + 1) + (size_t)2 * c * S + merge_size(c, S, E));
             float *Fq = all + size * (chunks + 1), *dFq = Fq + (size_t)c * S;
             float *dM_h = dM + ((size_t)b * Z + h * S) * E, *dlam_h = dlam + (size_t)b * Z + h * S;
             Merge m = merge_place(dFq + (size_t)c * S, c, S, E, E, Z, V);
             size_t at_chunk;
             bool before;
-            memory_begin(p, all, all + S * E, past, b, h);
+            memory_begin(p, all + 2 * S, (double*)all, past, b, h);
             for (int i = 0; i < chunks; i++) {
-                float* M = all + size * (i + 1);
-                memcpy(M, M - size, sizeof(float) * size);
+                float* after = all + size * (i + 1);
+                memcpy(after, after - size, sizeof(float) * size);
                 if ((i + 1) * c > p->T || !absorbed_chunk(p, b, i, &at_chunk, &before)) { continue; }
-                memory_merge(&m, M, M + S * E, (before ? p->before.ak : p->ak) + at_chunk * Z + h * S,
+                memory_merge(&m, after + 2 * S, (double*)after, (before ? p->before.ak : p->ak) + at_chunk * Z + h * S,
                              (before ? p->before.v : p->v) + at_chunk * V + h * E);
             }
             for (int i = chunks - 1; i >= 0; i--) {
                 int rows = min_int(c, p->T - i * c);
-                float* M = all + size * i;
+                float* M = all + size * i + 2 * S;
                 size_t at = (size_t)b * p->T + i * c;
                 if ((i + 1) * c <= p->T && absorbed_chunk(p, b, i, &at_chunk, &before)) {
-                    float* M_lost = all + size * (i + 1);
+                    float* lost = all + size * (i + 1);
                     float *dak_to = before ? dak_before : dak, *dv_to = before ? dv_before : dv;
-                    memcpy(M_lost, M, sizeof(float) * size);
+                    memcpy(lost, all + size * i, sizeof(float) * size);
                     memory_merge_backward(&m, dM_h, dlam_h, daq && dak_to ? dak_to + at_chunk * Z + h * S : NULL,
-                                          daq && dv_to ? dv_to + at_chunk * V + h * E : NULL, M_lost, M_lost + S * E,
+                                          daq && dv_to ? dv_to + at_chunk * V + h * E : NULL, lost + 2 * S, (double*)lost,
                                           (before ? p->before.ak : p->ak) + at_chunk * Z + h * S,
                                           (before ? p->before.v : p->v) + at_chunk * V + h * E);
                 }
@@ -1033,7 +1037,7 @@ void slice_chunks_end(const Pass* s, const float* dk_before, const float* dv_bef
 // slice's own lam, then of C and A. Each slice then composes those before it.
 //
 // The pair of this slice, (B,H,S,E+S), from lam (B,Z) before it. With pair NULL only lam is run on.
-static void memory_affine(float* pair, float* lam, const MemoryPass* p) {
+static void memory_affine(float* pair, double* lam, const MemoryPass* p) {
     const Config* config = p->config;
     int c = config->chunk_size, H = config->num_heads, Z = config->z_dim, V = config->value_dim, S = Z / H, E = V / H;
     int wide = pair ? E + S : 0;
@@ -1061,26 +1065,31 @@ void slice_memory_start(const Pass* s, int l, State* past, const MemoryPass* p) 
     int B = p->B, H = config->num_heads, Z = config->z_dim, S = Z / H, E = config->value_dim / H, wide = E + S;
     State before = state_layer(&s->before, config, l);
     size_t lams = (size_t)B * Z, pairs = (size_t)B * Z * wide;
-    float *all_lam = (float*)xcalloc(lams * ranks.slices, sizeof(float)), *mine = all_lam + lams * ranks.slice;
+    double *all_lam = (double*)xcalloc(lams * ranks.slices, sizeof(double)), *mine = all_lam + lams * ranks.slice;
     float *all = (float*)xcalloc(pairs * ranks.slices, sizeof(float)), *product = (float*)xcalloc(S * E, sizeof(float));
     for (size_t i = 0; i < lams; i++) { mine[i] = -INFINITY; }
     memory_affine(NULL, mine, p);
-    all_gather(all_lam, mine, lams * sizeof(float));
+    all_gather(all_lam, mine, lams * sizeof(double));
+    int own_chunks = p->T / config->chunk_size, lag = memory_lag(config);
+    double* starts = (double*)xcalloc(lams, sizeof(double));
     for (size_t i = 0; i < lams; i++) {
-        double sum = past->lam && p->before.chunks[i / Z] - ranks.slice * (p->T / config->chunk_size) >= memory_lag(config)
-                         ? past->lam[i] : -INFINITY;
+        bool filled = past->lam && p->before.chunks[i / Z] - ranks.slice * own_chunks >= lag;
+        double sum = filled ? (double)past->lam[i] + past->lam_rest[i] : -INFINITY;
         for (int r = 0; r < ranks.slice; r++) {
             double other = all_lam[r * lams + i], top = fmax(sum, other);
             if (top > -INFINITY) { sum = top + log(exp(sum - top) + exp(other - top)); }
         }
+        starts[i] = sum;
         before.lam[i] = sum;
+        before.lam_rest[i] = sum > -INFINITY ? sum - before.lam[i] : 0;
     }
-    memcpy(mine, before.lam, lams * sizeof(float));
+    memcpy(mine, starts, lams * sizeof(double));
+    free(starts);
     memory_affine(all + pairs * ranks.slice, mine, p);
     all_gather(all, all + pairs * ranks.slice, pairs * sizeof(float));
     for (int i = 0; i < B * H; i++) {
         float* M = before.memory + (size_t)i * S * E;
-        bool filled = past->memory && p->before.chunks[i / H] - ranks.slice * (p->T / config->chunk_size) >= memory_lag(config);
+        bool filled = past->memory && p->before.chunks[i / H] - ranks.slice * own_chunks >= lag;
         for (int k = 0; k < S * E; k++) { M[k] = filled ? past->memory[(size_t)i * S * E + k] : 0.0f; }
         for (int r = 0; r < ranks.slice; r++) { // M = A M + C
             const float* C = all + r * pairs + (size_t)i * S * wide;
@@ -1089,7 +1098,7 @@ void slice_memory_start(const Pass* s, int l, State* past, const MemoryPass* p) 
             memcpy(M, product, sizeof(float) * S * E);
         }
     }
-    past->memory = before.memory; past->lam = before.lam;
+    past->memory = before.memory; past->lam = before.lam; past->lam_rest = before.lam_rest;
     free(all_lam); free(all); free(product);
 }
 
@@ -1104,12 +1113,16 @@ void slice_memory_end(const Pass* s, float* dM, float* dlam, const float* dout, 
     int B = p->B, H = config->num_heads, Z = config->z_dim, S = Z / H, E = config->value_dim / H, wide = E + S;
     size_t n = (size_t)B * Z * E, lams = (size_t)B * Z, pairs = (size_t)B * Z * wide, each = n + pairs + 2 * lams;
     float *all = (float*)xcalloc(each * ranks.slices, sizeof(float)), *mine = all + each * ranks.slice;
-    float *pair = mine + n, *lam = pair + pairs, *own_dlam = lam + lams, *scrap = (float*)xcalloc(n, sizeof(float));
-    for (size_t i = 0; i < lams; i++) { lam[i] = memory_filled(p, i / Z, 0) ? past->lam[i] : -INFINITY; }
-    memory_affine(pair, lam, p);
-    for (size_t i = 0; i < lams; i++) { // lam becomes the factor
-        lam[i] = memory_filled(p, i / Z, 0) ? exp((double)past->lam[i] - lam[i]) : 0;
+    float *pair = mine + n, *factor = pair + pairs, *own_dlam = factor + lams, *scrap = (float*)xcalloc(n, sizeof(float));
+    double* lam = (double*)xcalloc(lams, sizeof(double));
+    for (size_t i = 0; i < lams; i++) {
+        lam[i] = memory_filled(p, i / Z, 0) ? (double)past->lam[i] + past->lam_rest[i] : -INFINITY;
     }
+    memory_affine(pair, lam, p);
+    for (size_t i = 0; i < lams; i++) {
+        factor[i] = memory_filled(p, i / Z, 0) ? exp((double)past->lam[i] + past->lam_rest[i] - lam[i]) : 0;
+    }
+    free(lam);
     memory_backward(NULL, NULL, NULL, NULL, NULL, mine, own_dlam, dout, aq, p, past);
     all_gather(all, mine, each * sizeof(float));
     float* product = (float*)xcalloc(S * E, sizeof(float));
@@ -1127,8 +1140,8 @@ void slice_memory_end(const Pass* s, float* dM, float* dlam, const float* dout, 
     all_gather(all, mine, each * sizeof(float));
     for (size_t i = 0; i < lams; i++) {
         for (int r = ranks.slices - 1; r > ranks.slice; r--) {
-            const float* factor = all + r * each + n + pairs;
-            dlam[i] = factor[i] * dlam[i] + factor[lams + i];
+            const float* theirs = all + r * each + n + pairs; // factor, and their own dlam
+            dlam[i] = theirs[i] * dlam[i] + theirs[lams + i];
         }
     }
     free(all); free(scrap); free(product);
