@@ -232,14 +232,12 @@ void check_final(Dump* d, const Model* m, const Params* block) {
     if (found) { verdict("final, all together", sqrt(all[0] / all[1]), final_all_bound, ""); }
 }
 
-#define CARRIED_NAME(field, name, ...) name,
-static const char* carried_names[NUM_ARRAYS] = { CARRIED(CARRIED_NAME) };
-
 // Fills s from the dump's state.*, if there: the past before the first token. Returns whether it was.
 bool read_state(Dump* d, const Config* c, State* s) {
-    size_t B = s->B, G = c->norm_num_groups, sizes[NUM_ARRAYS + NUM_CACHED];
+    size_t B = s->B, G = c->norm_num_groups;
+    Spec specs[NUM_ARRAYS];
+    int named = state_specs(specs, c, B);
     char name[128];
-    state_sizes(sizes, c);
     bool any = false;
     for (int l = 0; l <= c->num_layers; l++) {
         State at = state_layer(s, c, l);
@@ -253,9 +251,10 @@ bool read_state(Dump* d, const Config* c, State* s) {
             any = any || x;
             free(x);
         }
-        for (int k = 0; k < NUM_ARRAYS && l < c->num_layers; k++) {
-            double* x = sizes[k] ? dump_read(d, layer_name(name, "state.", carried_names[k], l), B * sizes[k]) : NULL;
-            for (size_t i = 0; x && i < B * sizes[k]; i++) { (&at.h)[k][i] = x[i]; }
+        for (int k = 0; k < named && l < c->num_layers; k++) {
+            size_t n = specs[k].size;
+            double* x = n ? dump_read(d, layer_name(name, "state.", specs[k].name, l), n) : NULL;
+            for (size_t i = 0; x && i < n; i++) { (&at.h)[k][i] = x[i]; }
             any = any || x;
             free(x);
         }
@@ -264,8 +263,9 @@ bool read_state(Dump* d, const Config* c, State* s) {
 }
 
 void check_dstate(Dump* d, const Config* c, const State* s) {
-    size_t B = s->B, G = c->norm_num_groups, sizes[NUM_ARRAYS + NUM_CACHED];
-    state_sizes(sizes, c);
+    size_t B = s->B, G = c->norm_num_groups;
+    Spec specs[NUM_ARRAYS];
+    int named = state_specs(specs, c, B);
     float* x = (float*)xcalloc(B * G, sizeof(float));
     char name[128];
     double floor = gradient_floor(d, "dstate.");
@@ -279,8 +279,8 @@ void check_dstate(Dump* d, const Config* c, const State* s) {
                   grad_bound);
         }
         if (l == c->num_layers) { break; }
-        for (int k = 0; k < NUM_ARRAYS; k++) {
-            check(d, layer_name(name, "dstate.", carried_names[k], l), (&at.h)[k], 1, FIRST_RANK, B * sizes[k], floor,
+        for (int k = 0; k < named; k++) {
+            check(d, layer_name(name, "dstate.", specs[k].name, l), (&at.h)[k], 1, FIRST_RANK, specs[k].size, floor,
                   grad_bound);
         }
     }

@@ -114,10 +114,7 @@ enum { CEMA_MAX_NDIM = 64, MAX_VOCAB = 1 << 24 };
 #define OMEGA_SIZE D // weights omega of CEMA
 #define GAMMA_STD 1  // of CEMA's gamma at the start
 #define ONE 1        // dimensions of one element, in the released shapes
-#define NORM_FORWARD timestepnorm_forward
-#define NORM_BACKWARD timestepnorm_backward
-#define SLICE_NORM_START slice_norm_start
-#define SLICE_NORM_DEND slice_norm_dend
+#define OF_MODEL(function) function
 #define MORE_DECLARATIONS
 #define OTHER_WEIGHTS(o, architecture) false // whether weights of that architecture can be used
 #endif
@@ -982,25 +979,21 @@ typedef struct {
 //   pos + T <= c. Each call has the same State as `start` and `end`. There is no backward pass.
 // Either way the result is that of one call on all tokens, up to rounding.
 //
-// Its arrays have a row each: field, and shape for one layer and sequence (ends at a 0); those of the first kind also a
-// name in checkpoints, which --carry needs.
-#define CARRIED(X) \
+// Its arrays have a row each: field, shape for one layer and sequence (ends at a 0), and the name in checkpoints of those
+// that go from a training step to the next with --carry; "" if only streams have them.
+#define STATE_ARRAYS(X) \
     X(h, "layers.%d.mega.cema.h", D, N, 2) /* CEMA: (L,B,D,N,2) */ \
-    MORE_CARRIED(X)
-#define CACHED(X) \
-    X(k, c, Z) /* keys and values of the current chunk: (L,B,c,Z) and (L,B,c,V); NULL in training */ \
-    X(v, c, V) \
+    MORE_CARRIED(X) \
+    X(k, "", c, Z, 0) /* keys and values of the current chunk: (L,B,c,Z) and (L,B,c,V); NULL in training */ \
+    X(v, "", c, V, 0) \
     MORE_CACHED(X)
 typedef struct {
     int B, pos;      // sequences; timesteps so far in the current chunk
-    size_t bytes;    // of norm and the CARRIED arrays; all arrays are one piece of memory
+    size_t bytes;    // of norm and the arrays with a name; all arrays are one piece of memory
     NormState* norm; // (L+1,B,G): the timestep norms of all layers, then the model's last norm
-    CARRIED(POINTER_FIELD)
-    CACHED(POINTER_FIELD)
+    STATE_ARRAYS(POINTER_FIELD)
 } State;
-typedef struct { CARRIED(POINTER_FIELD) } CarriedArrays;
-typedef struct { CACHED(POINTER_FIELD) } CachedArrays;
-enum { NUM_ARRAYS = sizeof(CarriedArrays) / sizeof(float*), NUM_CACHED = sizeof(CachedArrays) / sizeof(float*) };
+enum { NUM_ARRAYS = (sizeof(State) - offsetof(State, h)) / sizeof(float*) };
 
 typedef struct {
     Config config;
@@ -1073,8 +1066,6 @@ void matmul_backward(float* dinp, float* dweight, float* dbias, const float* dou
 // What goes into block l: the output of block l - 1, or the embedding.
 float* block_input(const Spec* specs, Acts a, int l) { return l ? acts_layer(specs, a, l - 1).out : a.embed; }
 
-MORE_DECLARATIONS
-#ifndef OTHER_ARCHITECTURE
 // One block, Figure 3 of the paper: x (B,T,D) to out (B,T,D), from the state `start` to the state `end` (of all layers;
 // `past` and `next` are this layer's part of them). start NULL is an empty past. end NULL does not keep the state. end
 // may be start if no backward pass follows, which needs start again.
@@ -1218,10 +1209,10 @@ void block_backward(const Model* model, const Pass* s, int l, const State* start
     timestepnorm_backward(dx, dw.timenorm_w, dw.timenorm_b, dpast.norm, dend, da.timenorm, a.timenorm_mean,
                           a.timenorm_rstd, past.norm, x, w.timenorm_w, B, T, config);
 }
-#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The model
+// The model. OF_MODEL stands before what another architecture may replace.
+MORE_DECLARATIONS
 
 // The output layer's weight, or with share_emb the embedding's.
 float* output_weight(const Model* model, Params w) { return model->config.share_emb ? w.embed : w.output; }
@@ -1239,11 +1230,11 @@ void model_forward(const Model* model, const Pass* s, const int* tokens, const S
     Acts a = s->acts;
     embedding_forward(a.embed, tokens, model->params.embed, embedding_scale(config), rows, D);
     dropout(a.embed, a.embed, NULL, dropouts_at(s->masks, s->T, 0).embed, rows, D);
-    for (int l = 0; l < L; l++) { block_forward(model, s, l, start, end); }
+    for (int l = 0; l < L; l++) { OF_MODEL(block_forward)(model, s, l, start, end); }
     const float* x = block_input(s->specs, a, L);
     State past = state_layer(start, config, L);
-    past.norm = SLICE_NORM_START(s, L, past.norm, x, model->params.final_w, config); // several processes only
-    NORM_FORWARD(a.final, a.final_mean, a.final_rstd, state_layer(end, config, L).norm, past.norm, x,
+    past.norm = OF_MODEL(slice_norm_start)(s, L, past.norm, x, model->params.final_w, config); // several processes only
+    OF_MODEL(timestepnorm_forward)(a.final, a.final_mean, a.final_rstd, state_layer(end, config, L).norm, past.norm, x,
                  model->params.final_w, model->params.final_b, s->B, s->T, config);
     matmul_forward(a.logits, a.final, output_weight(model, model->params), NULL, NULL, rows, D, config->vocab_size);
     if (end) { end->pos = ((start ? start->pos : 0) + s->T) % config->chunk_size; }
@@ -1276,13 +1267,13 @@ void model_backward(const Model* model, const Pass* s, const int* tokens, const 
     matmul_backward(da.final, output_weight(model, dw), NULL, a.logits, a.final, output_weight(model, w), NULL, rows, D,
                     config->vocab_size);
     memset(dx, 0, sizeof(float) * rows * D);
-    const NormState* dend = SLICE_NORM_DEND(s, L, da.final, a.final_mean, a.final_rstd, x, w.final_w,
+    const NormState* dend = OF_MODEL(slice_norm_dend)(s, L, da.final, a.final_mean, a.final_rstd, x, w.final_w,
                                             config); // several processes only
-    NORM_BACKWARD(dx, dw.final_w, dw.final_b, dpast.norm, dend, da.final, a.final_mean, a.final_rstd, past.norm, x,
+    OF_MODEL(timestepnorm_backward)(dx, dw.final_w, dw.final_b, dpast.norm, dend, da.final, a.final_mean, a.final_rstd, past.norm, x,
                   w.final_w, s->B, s->T, config);
     for (int l = L - 1; l >= 0; l--) { // with --recompute, only the last block's activations are still there
-        if (s->keep == KEEP_BLOCKS && l < L - 1) { block_forward(model, s, l, start, NULL); }
-        block_backward(model, s, l, start, dstart);
+        if (s->keep == KEEP_BLOCKS && l < L - 1) { OF_MODEL(block_forward)(model, s, l, start, NULL); }
+        OF_MODEL(block_backward)(model, s, l, start, dstart);
     }
     // The embedding itself is not needed any more: with dropout, its memory takes the gradient before dropping.
     const float* dembed = dropout(a.embed, da.embed, NULL, dropouts_at(s->masks, s->T, 0).embed, rows, D);
@@ -2189,28 +2180,30 @@ void model_free(Model* m) {
     free(m->params.embed); free(m->grads.embed); free(m->adam_m); free(m->adam_v); free(m->rotations);
 }
 
-// Floats of each array for one layer and sequence: the CARRIED ones, then the CACHED.
-void state_sizes(size_t sizes[NUM_ARRAYS + NUM_CACHED], const Config* config) {
+// The rows of STATE_ARRAYS, for R sequences. Returns how many have a name; they stand first.
+int state_specs(Spec specs[NUM_ARRAYS], const Config* config, size_t R) {
     size_t D = config->model_dim, N = config->cema_ndim, Z = config->z_dim, V = config->value_dim;
     size_t c = config->chunk_size;
-#define CARRIED_SIZE(field, name, d0, d1, d2) (d0) * ((d1) ? (d1) : 1) * ((d2) ? (d2) : 1),
-#define CACHED_SIZE(field, d0, d1) (d0) * (d1),
-    const size_t rows[] = { CARRIED(CARRIED_SIZE) CACHED(CACHED_SIZE) };
-    memcpy(sizes, rows, sizeof(rows));
+    int named = 0;
+#define STATE_ROW(field, name, d0, d1, d2) { name, config->num_layers, {R, d0, d1, d2}, 0, 0 },
+    const Spec rows[] = { STATE_ARRAYS(STATE_ROW) };
+    for (int i = 0; i < NUM_ARRAYS; named += *specs[i++].name != 0) {
+        const size_t* dims = rows[i].dims;
+        specs[i] = rows[i];
+        specs[i].size = R * dims[1] * (dims[2] ? dims[2] : 1) * (dims[3] ? dims[3] : 1);
+    }
+    return named;
 }
 
-// cache: with what streams keep of the current chunk.
+// cache: with the arrays that only streams have.
 void state_alloc(State* s, const Config* c, int B, bool cache) {
-    size_t slots = c->num_layers * (size_t)B, norms = (slots + B) * c->norm_num_groups;
-    size_t sizes[NUM_ARRAYS + NUM_CACHED], carried = 0, cached = 0;
-    state_sizes(sizes, c);
-    for (int i = 0; i < NUM_ARRAYS + NUM_CACHED; i++) { *(i < NUM_ARRAYS ? &carried : &cached) += slots * sizes[i]; }
-    s->B = B; s->pos = 0; s->bytes = norms * sizeof(NormState) + carried * sizeof(float);
-    s->norm = (NormState*)xcalloc(s->bytes / sizeof(float) + (cache ? cached : 0), sizeof(float));
-    float* at = (float*)(s->norm + norms);
-    for (int i = 0; i < NUM_ARRAYS + NUM_CACHED; at += slots * sizes[i++]) {
-        (&s->h)[i] = i < NUM_ARRAYS || cache ? at : NULL;
-    }
+    Spec specs[NUM_ARRAYS];
+    int named = state_specs(specs, c, B), all = cache ? NUM_ARRAYS : named;
+    size_t norms = (c->num_layers + (size_t)1) * B * c->norm_num_groups;
+    memset(s, 0, sizeof(*s));
+    s->B = B; s->bytes = norms * sizeof(NormState) + specs_size(specs, named) * sizeof(float);
+    s->norm = (NormState*)xcalloc(norms * sizeof(NormState) + specs_size(specs, all) * sizeof(float), 1);
+    specs_place(&s->h, (float*)(s->norm + norms), specs, all);
 }
 
 void state_free(State* s) { free(s->norm); }
@@ -2218,13 +2211,13 @@ void state_reset(State* s) { memset(s->norm, 0, s->bytes); s->pos = 0; } // back
 
 State state_layer(const State* s, const Config* c, int l) {
     State r;
-    size_t sizes[NUM_ARRAYS + NUM_CACHED];
+    Spec specs[NUM_ARRAYS];
     memset(&r, 0, sizeof(r));
     if (!s || !s->norm) { return r; }
-    state_sizes(sizes, c);
+    int named = state_specs(specs, c, s->B);
     r = *s;
     r.norm += (size_t)l * s->B * c->norm_num_groups;
-    for (int i = 0; i < NUM_ARRAYS + NUM_CACHED; i++) { if ((&r.h)[i]) { (&r.h)[i] += (size_t)l * s->B * sizes[i]; } }
+    for (int i = 0; i < (s->k ? NUM_ARRAYS : named); i++) { (&r.h)[i] += l * specs[i].size; }
     return r;
 }
 
@@ -2235,16 +2228,17 @@ ON_GPU_TOO double float_rounded(double x) { volatile float f = x; return f; }
 // checkpoints hold, floats, so that a resumed run goes on with the same bits. (A count above 2^24 is then off by a few
 // timesteps, which changes a mean or variance by less than floats can show.)
 void state_carry(State* s, const Config* c, const bool* fresh) {
-    size_t lines = (c->num_layers + (size_t)1) * s->B, G = c->norm_num_groups, sizes[NUM_ARRAYS + NUM_CACHED];
-    state_sizes(sizes, c);
+    size_t lines = (c->num_layers + (size_t)1) * s->B, G = c->norm_num_groups;
+    Spec specs[NUM_ARRAYS];
+    int named = state_specs(specs, c, 1);
     for (size_t i = 0; i < lines; i++) {
         bool forget = fresh[i % s->B];
         for (NormState* n = s->norm + i * G; n < s->norm + (i + 1) * G; n++) {
             NormState kept = {float_rounded(n->count), float_rounded(n->mean), float_rounded(n->var)};
             *n = forget ? no_past : kept;
         }
-        for (int k = 0; forget && k < NUM_ARRAYS && i < lines - s->B; k++) {
-            memset((&s->h)[k] + i * sizes[k], 0, sizes[k] * sizeof(float));
+        for (int k = 0; forget && k < named && i < lines - s->B; k++) {
+            memset((&s->h)[k] + i * specs[k].size, 0, specs[k].size * sizeof(float));
         }
     }
 }
@@ -2913,30 +2907,27 @@ size_t read_step(const Options* o, const Dataset* data, int step, int* tokens, i
 // sampling follow from these. With --carry there are also the carried states.
 
 static const char* kind_prefixes[NUM_KINDS] = {"", "adam_m.", "adam_v.", "state."};
-enum { CARRIED_NORM = STATES, CARRIED_H }; // the `kind` of Backend.copy for the norms, and for the first of CARRIED
+enum { CARRIED_NORM = STATES, CARRIED_H }; // the `kind` of Backend.copy for the norms, and for the first array of states
 
 // The tensors of kind STATES, which hold the states of all sequences of a step. They have rows like those of
 // param_specs. In an array of specs they follow them.
 void carried_specs(Spec specs[NUM_CARRIED], const Options* o) {
-    const Config* config = &o->model;
-    size_t R = (size_t)o->batch * o->accum * ranks.groups, D = config->model_dim, N = config->cema_ndim;
-    size_t G = config->norm_num_groups, Z = config->z_dim, V = config->value_dim, c = config->chunk_size;
-    size_t sizes[NUM_ARRAYS + NUM_CACHED];
-    int L = o->carry ? config->num_layers : 0, once = o->carry;
-#define CARRIED_ROW(field, name, d0, d1, d2) {name, L, {R, d0, d1, d2}, 0, 0},
-    Spec rows[NUM_CARRIED] = {
+    const Config* c = &o->model;
+    size_t R = (size_t)o->batch * o->accum * ranks.groups, G = c->norm_num_groups;
+    int L = o->carry ? c->num_layers : 0, once = o->carry;
+    Spec arrays[NUM_ARRAYS];
+    const Spec rows[6] = {
         {"layers.%d.mega.timenorm.count", L,    {R, 0, 0, 0}, R, 0},
         {"layers.%d.mega.timenorm.mean",  L,    {R, G, 0, 0}, R * G, 0},
         {"layers.%d.mega.timenorm.var",   L,    {R, G, 0, 0}, R * G, 0},
         {"output.final_norm.count",       once, {R, 0, 0, 0}, R, 0},
         {"output.final_norm.mean",        once, {R, G, 0, 0}, R * G, 0},
         {"output.final_norm.var",         once, {R, G, 0, 0}, R * G, 0},
-        CARRIED(CARRIED_ROW)
     };
-    state_sizes(sizes, config);
-    for (int i = 0; i < NUM_ARRAYS; i++) { rows[6 + i].size = R * sizes[i]; }
-    (void)Z; (void)V; (void)c; // Megalodon's rows have no use for them
+    int named = state_specs(arrays, c, R);
+    memset(specs, 0, NUM_CARRIED * sizeof(Spec));
     memcpy(specs, rows, sizeof(rows));
+    for (int i = 0; i < named; i++) { specs[6 + i] = arrays[i]; specs[6 + i].slots = L; }
 }
 
 // A walk over the tensors of the first `kinds` kinds, in the order of the file: for (Saved s = before_saved;
@@ -3223,11 +3214,11 @@ void cpu_copy(void* self, int kind, int row, int layer, void* host, bool to_host
     Model* m = &r->m;
     if (kind >= STATES) {
         State s = state_layer(&r->carried[row], &m->config, layer);
-        size_t sizes[NUM_ARRAYS + NUM_CACHED];
-        state_sizes(sizes, &m->config);
+        Spec specs[NUM_ARRAYS];
+        state_specs(specs, &m->config, s.B);
         void* here = kind == CARRIED_NORM ? (void*)s.norm : (&s.h)[kind - CARRIED_H];
-        size_t bytes = s.B * (kind == CARRIED_NORM ? sizeof(NormState) * m->config.norm_num_groups
-                                                   : sizeof(float) * sizes[kind - CARRIED_H]);
+        size_t bytes = kind == CARRIED_NORM ? sizeof(NormState) * s.B * m->config.norm_num_groups
+                                            : sizeof(float) * specs[kind - CARRIED_H].size;
         memcpy(to_host ? host : here, to_host ? here : host, bytes);
         return;
     }

@@ -69,7 +69,7 @@ where 6 is, and at the end what several processes exchange when they share a seq
     X(memory,    "layers.%d.mega.memory.m",          config->memory ? Z : 0, V / config->num_heads, 0) /* (L,B,Z,E) */ \
     X(lam,       "layers.%d.mega.memory.lam",        config->memory ? Z : 0, 0, 0)    /* (L,B,Z) */ \
     X(lam_rest,  "layers.%d.mega.memory.lam_rest",   config->memory ? Z : 0, 0, 0)    /* (L,B,Z): what rounding cut off */
-#define MORE_CACHED(X) X(ak, config->memory ? c : 0, Z)
+#define MORE_CACHED(X) X(ak, "", config->memory ? c : 0, Z, 0)
 
 // FLOPs of a token that Megalodon has not: the second half of the window, and the memory's read and merge.
 #define MORE_FLOPS(c) ((c)->num_layers * ((c)->sliding * 6.0 * (c)->chunk_size * ((c)->z_dim + (c)->value_dim) + \
@@ -89,24 +89,21 @@ where 6 is, and at the end what several processes exchange when they share a seq
     {"gecko1.3B_pg19", {24, 2048, 2,  512, 4096,  3584, 2048, 64, 16, 32000, 500000, 1e-5, 1, 1, 1, 0, GECKO}}, \
     {"gecko7B",        {32, 4096, 4, 1024, 8192,  8192, 2048, 64, 16, 32000, 500000, 1e-5, 1, 0, 0, 0, GECKO}},
 
-#define NORM_FORWARD norm_either_forward
-#define NORM_BACKWARD norm_either_backward
-#define SLICE_NORM_START slice_either_start
-#define SLICE_NORM_DEND slice_either_dend
+#define OF_MODEL(function) gecko_##function
 #define OTHER_WEIGHTS(o, architecture) megalodon_weights(&(o)->model, architecture)
 #define MORE_DECLARATIONS \
     bool megalodon_weights(Config* c, const char* architecture); \
-    void block_forward(const Model* model, const Pass* s, int l, const State* start, State* end); \
-    void block_backward(const Model* model, const Pass* s, int l, const State* start, State* dstart); \
-    void norm_either_forward(float* out, float* mean, float* rstd, NormState* end, const NormState* start, \
+    void gecko_block_forward(const Model* model, const Pass* s, int l, const State* start, State* end); \
+    void gecko_block_backward(const Model* model, const Pass* s, int l, const State* start, State* dstart); \
+    void gecko_timestepnorm_forward(float* out, float* mean, float* rstd, NormState* end, const NormState* start, \
                              const float* inp, const float* weight, const float* bias, int B, int T, \
                              const Config* config); \
-    void norm_either_backward(float* dinp, float* dweight, float* dbias, NormState* dstart, const NormState* dend, \
+    void gecko_timestepnorm_backward(float* dinp, float* dweight, float* dbias, NormState* dstart, const NormState* dend, \
                               const float* dout, const float* mean, const float* rstd, const NormState* start, \
                               const float* inp, const float* weight, int B, int T, const Config* config); \
-    NormState* slice_either_start(const Pass* s, int l, NormState* start, const float* inp, const float* weight, \
+    NormState* gecko_slice_norm_start(const Pass* s, int l, NormState* start, const float* inp, const float* weight, \
                                   const Config* config); \
-    const NormState* slice_either_dend(const Pass* s, int l, const float* dout, const float* mean, const float* rstd, \
+    const NormState* gecko_slice_norm_dend(const Pass* s, int l, const float* dout, const float* mean, const float* rstd, \
                                        const float* inp, const float* weight, const Config* config);
 
 #include "../../train_megalodon.c"
@@ -209,12 +206,12 @@ void decaynorm_backward(float* dinp, float* dweight, float* dbias, NormState* ds
 }
 
 // The norm that --norm-decay asks for.
-void norm_either_forward(float* out, float* mean, float* rstd, NormState* end, const NormState* start, const float* inp,
+void gecko_timestepnorm_forward(float* out, float* mean, float* rstd, NormState* end, const NormState* start, const float* inp,
                          const float* weight, const float* bias, int B, int T, const Config* config) {
     (config->norm_decay ? decaynorm_forward : timestepnorm_forward)(out, mean, rstd, end, start, inp, weight, bias, B,
                                                                     T, config);
 }
-void norm_either_backward(float* dinp, float* dweight, float* dbias, NormState* dstart, const NormState* dend,
+void gecko_timestepnorm_backward(float* dinp, float* dweight, float* dbias, NormState* dstart, const NormState* dend,
                           const float* dout, const float* mean, const float* rstd, const NormState* start,
                           const float* inp, const float* weight, int B, int T, const Config* config) {
     (config->norm_decay ? decaynorm_backward : timestepnorm_backward)(dinp, dweight, dbias, dstart, dend, dout, mean,
@@ -730,7 +727,7 @@ static Before before_of(const State* past) {
     return before;
 }
 
-void block_forward(const Model* model, const Pass* s, int l, const State* start, State* end) {
+void gecko_block_forward(const Model* model, const Pass* s, int l, const State* start, State* end) {
     const Config* config = &model->config;
     int B = s->B, T = s->T, D = config->model_dim, H = config->num_heads, Z = config->z_dim, V = config->value_dim;
     int F = config->ffn_hidden_dim, c = config->chunk_size;
@@ -743,8 +740,8 @@ void block_forward(const Model* model, const Pass* s, int l, const State* start,
     State past = state_layer(start, config, l), next = state_layer(end, config, l);
     Dropouts sites = dropouts_at(s->masks, T, l);
 
-    past.norm = slice_either_start(s, l, past.norm, x, w.timenorm_w, config); // several processes only
-    norm_either_forward(a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, past.norm, x, w.timenorm_w,
+    past.norm = gecko_slice_norm_start(s, l, past.norm, x, w.timenorm_w, config); // several processes only
+    gecko_timestepnorm_forward(a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, past.norm, x, w.timenorm_w,
                         w.timenorm_b, B, T, config);
     CemaParams cema = cema_either(&w, config, scratch(OF_ATTENTION, (size_t)D * (2 * config->cema_ndim + 1)));
     past.h = slice_cema_start(s, l, past.h, a.timenorm, cema, config); // several processes only
@@ -821,7 +818,7 @@ void block_forward(const Model* model, const Pass* s, int l, const State* start,
     for (size_t i = 0; i < rows * D; i++) { a.out[i] = base[i] + a.fc2[i] * w.rescale[i % D]; }
 }
 
-void block_backward(const Model* model, const Pass* s, int l, const State* start, State* dstart) {
+void gecko_block_backward(const Model* model, const Pass* s, int l, const State* start, State* dstart) {
     const Config* config = &model->config;
     int B = s->B, T = s->T, D = config->model_dim, H = config->num_heads, Z = config->z_dim, V = config->value_dim;
     int F = config->ffn_hidden_dim, c = config->chunk_size, N = config->cema_ndim;
@@ -916,9 +913,9 @@ void block_backward(const Model* model, const Pass* s, int l, const State* start
 
     OMP(omp parallel for schedule(static))
     for (size_t i = 0; i < rows * D; i++) { dx[i] = config->two_hop_residual ? da.out[i] + da.mega[i] : da.mega[i]; }
-    const NormState* dend = slice_either_dend(s, l, da.timenorm, a.timenorm_mean, a.timenorm_rstd, x, w.timenorm_w,
+    const NormState* dend = gecko_slice_norm_dend(s, l, da.timenorm, a.timenorm_mean, a.timenorm_rstd, x, w.timenorm_w,
                                               config); // several processes only
-    norm_either_backward(dx, dw.timenorm_w, dw.timenorm_b, dpast.norm, dend, da.timenorm, a.timenorm_mean,
+    gecko_timestepnorm_backward(dx, dw.timenorm_w, dw.timenorm_b, dpast.norm, dend, da.timenorm, a.timenorm_mean,
                          a.timenorm_rstd, past.norm, x, w.timenorm_w, B, T, config);
 }
 
@@ -935,7 +932,7 @@ bool megalodon_weights(Config* c, const char* architecture) {
 // CEMA is as there. For what Gecko adds, each slice needs of those before it: the two averages of the norm, the last chunk
 // of the process before, and the memory.
 
-NormState* slice_either_start(const Pass* s, int l, NormState* start, const float* inp, const float* weight,
+NormState* gecko_slice_norm_start(const Pass* s, int l, NormState* start, const float* inp, const float* weight,
                               const Config* c) {
     if (!c->norm_decay || !s->before.norm) { return slice_norm_start(s, l, start, inp, weight, c); }
     int n = s->B * c->norm_num_groups;
@@ -959,7 +956,7 @@ NormState* slice_either_start(const Pass* s, int l, NormState* start, const floa
     return before;
 }
 
-const NormState* slice_either_dend(const Pass* s, int l, const float* dout, const float* mean, const float* rstd,
+const NormState* gecko_slice_norm_dend(const Pass* s, int l, const float* dout, const float* mean, const float* rstd,
                                    const float* inp, const float* weight, const Config* c) {
     if (!c->norm_decay || !s->before.norm) { return slice_norm_dend(s, l, dout, mean, rstd, inp, weight, c); }
     int n = s->B * c->norm_num_groups;
