@@ -3,7 +3,8 @@
 # make test        what must hold; a minute, needs nothing but a compiler; VERBOSE=1 prints a line for each comparison
 # make test-long   what takes longer: streams of 10 million timesteps, kills at random moments, every tensor broken,
 #                  several processes, also of the GPU program on a CPU
-# make gecko       Gecko, the next architecture: dev/gecko/train_gecko and its test, see dev/gecko/README.md
+# make gecko       Gecko, the architecture after Megalodon: dev/gecko/train_gecko; see dev/gecko/README.md
+# make test-gecko  its tests; half a minute
 # make bench       speed, as ratios to OpenBLAS and PyTorch where they are there, and of the GPU program where one is
 # make cuda        the GPU programs, for the GPUs here (or CUDA_ARCH=90); dev/bin/check: GPU against CPU, kernel by kernel
 # make test-emulated   the GPU programs' test where there is no GPU, slowly: see dev/cuda/emulate.h
@@ -100,6 +101,14 @@ dev/bin/emulated/test_megalodon: EMULATED += -D__CUDA_ARCH__=800 # the others: 9
 dev/bin/emulated/%: dev/bin/emulated/sources.done dev/cuda/emulate.h $(SOURCES)
 	$(EMULATED) -x c++ dev/bin/emulated/$*.c* -x none $(if $(filter-out check,$*),$(MPI) $(if $(MPI),-DUSE_NCCL)) -o $@ -lm
 
+dev/bin/test_gecko_long: dev/gecko/test_long.c dev/gecko/gecko.c $(SOURCES)
+	@mkdir -p dev/bin
+	$(CC) $(THIS_CFLAGS) -I. $< -o $@ -lm
+
+test-gecko: gecko dev/bin/test_gecko_long
+	@sh dev/gecko/test.sh
+	@dev/bin/test_gecko_long
+
 train: train_megalodon
 	./train_megalodon $(if $(wildcard out/train/step_*),--resume,--sample-every 1000 --out) out/train
 
@@ -137,4 +146,4 @@ clean:
 
 FORCE:
 
-.PHONY: FORCE all cuda gecko train test test-long test-emulated bench clean
+.PHONY: FORCE all cuda gecko test-gecko train test test-long test-emulated bench clean

@@ -844,7 +844,7 @@ int main(int argc, char** argv) {
         summary("masks of dropout", 0, 0, 0);
         if (glob("data/reference/*.safetensors", 0, NULL, &found)) { die("data/reference holds no dumps"); }
 #ifdef PROGRAM
-        if (glob("dev/gecko/reference/*.safetensors", GLOB_APPEND, NULL, &found)) { die("dev/gecko/reference: no dumps"); }
+        if (glob("dev/gecko/reference/*.safetensors", GLOB_APPEND, NULL, &found)) { die("no dumps of Gecko"); }
 #endif
         for (size_t i = 0; i < found.gl_pathc; i++) { test_file(found.gl_pathv[i], NULL); }
         globfree(&found);

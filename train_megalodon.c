@@ -99,7 +99,8 @@ how far you agree; its opening comment has the details.
 
 enum { CEMA_MAX_NDIM = 64, MAX_VOCAB = 1 << 24 };
 
-// dev/gecko/gecko.c is another architecture. It includes this file, adds rows to the tables, and has a block of its own.
+// dev/gecko/gecko.c is another architecture. It includes this file, adds rows to the tables and has a block of its own.
+// These are Megalodon's values of what it defines.
 #ifndef OTHER_ARCHITECTURE
 #define ARCHITECTURE "megalodon"
 #define TITLE "Megalodon"
@@ -979,8 +980,8 @@ typedef struct {
 //   pos + T <= c. Each call has the same State as `start` and `end`. There is no backward pass.
 // Either way the result is that of one call on all tokens, up to rounding.
 //
-// Its arrays have a row each: field, shape for one layer and sequence (ends at a 0), and the name in checkpoints of those
-// that go from a training step to the next with --carry; "" if only streams have them.
+// Its arrays have a row each: field, shape for one layer and sequence (ends at a 0), and the name in checkpoints of
+// those that go from a training step to the next with --carry; "" if only streams have them.
 #define STATE_ARRAYS(X) \
     X(h, "layers.%d.mega.cema.h", D, N, 2) /* CEMA: (L,B,D,N,2) */ \
     MORE_CARRIED(X) \
@@ -1233,9 +1234,9 @@ void model_forward(const Model* model, const Pass* s, const int* tokens, const S
     for (int l = 0; l < L; l++) { OF_MODEL(block_forward)(model, s, l, start, end); }
     const float* x = block_input(s->specs, a, L);
     State past = state_layer(start, config, L);
-    past.norm = OF_MODEL(slice_norm_start)(s, L, past.norm, x, model->params.final_w, config); // several processes only
+    past.norm = OF_MODEL(slice_norm_start)(s, L, past.norm, x, model->params.final_w, config); // several processes
     OF_MODEL(timestepnorm_forward)(a.final, a.final_mean, a.final_rstd, state_layer(end, config, L).norm, past.norm, x,
-                 model->params.final_w, model->params.final_b, s->B, s->T, config);
+                                   model->params.final_w, model->params.final_b, s->B, s->T, config);
     matmul_forward(a.logits, a.final, output_weight(model, model->params), NULL, NULL, rows, D, config->vocab_size);
     if (end) { end->pos = ((start ? start->pos : 0) + s->T) % config->chunk_size; }
 }
@@ -1268,9 +1269,9 @@ void model_backward(const Model* model, const Pass* s, const int* tokens, const 
                     config->vocab_size);
     memset(dx, 0, sizeof(float) * rows * D);
     const NormState* dend = OF_MODEL(slice_norm_dend)(s, L, da.final, a.final_mean, a.final_rstd, x, w.final_w,
-                                            config); // several processes only
-    OF_MODEL(timestepnorm_backward)(dx, dw.final_w, dw.final_b, dpast.norm, dend, da.final, a.final_mean, a.final_rstd, past.norm, x,
-                  w.final_w, s->B, s->T, config);
+                                                      config); // several processes
+    OF_MODEL(timestepnorm_backward)(dx, dw.final_w, dw.final_b, dpast.norm, dend, da.final, a.final_mean, a.final_rstd,
+                                    past.norm, x, w.final_w, s->B, s->T, config);
     for (int l = L - 1; l >= 0; l--) { // with --recompute, only the last block's activations are still there
         if (s->keep == KEEP_BLOCKS && l < L - 1) { OF_MODEL(block_forward)(model, s, l, start, NULL); }
         OF_MODEL(block_backward)(model, s, l, start, dstart);
@@ -2561,7 +2562,9 @@ void params_gather_parts(const Model* m) { parts_exchange(m->params.embed, m->nu
     {"mega7.3B",      {32, 4096, 4, 1024, 8192,  8192, 2048, 64, 16, 32000, 10000,  1e-5, 1, 0, 0, 0}}, \
     {"paper7B",       {32, 4096, 4, 1024, 8192,  8192, 4096, 64, 16, 32000, 100000, 1e-5, 1, 0, 0, 0}},
 #endif
-static const struct { const char* name; Config config; } presets[] = {{"tiny", { MODEL_OPTIONS(DEFAULT_VALUE) }}, PRESETS};
+static const struct { const char* name; Config config; } presets[] = {
+    {"tiny", { MODEL_OPTIONS(DEFAULT_VALUE) }}, PRESETS
+};
 enum { NUM_PRESETS = sizeof(presets) / sizeof(presets[0]) };
 
 enum { INT, REAL, BOOL, TEXT, FLAG };
@@ -2907,7 +2910,7 @@ size_t read_step(const Options* o, const Dataset* data, int step, int* tokens, i
 // sampling follow from these. With --carry there are also the carried states.
 
 static const char* kind_prefixes[NUM_KINDS] = {"", "adam_m.", "adam_v.", "state."};
-enum { CARRIED_NORM = STATES, CARRIED_H }; // the `kind` of Backend.copy for the norms, and for the first array of states
+enum { CARRIED_NORM = STATES, CARRIED_H }; // `kind` of Backend.copy: the norms, the first array of states
 
 // The tensors of kind STATES, which hold the states of all sequences of a step. They have rows like those of
 // param_specs. In an array of specs they follow them.

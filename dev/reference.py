@@ -154,7 +154,7 @@ def timestep_norm(x, weight, bias, groups, eps, state=None):
 
 def decay_norm(x, weight, bias, groups, eps, decays, state=None):
     """Gecko's norm: averages, which forget, of the means and variances of single timesteps; arguments as above. state:
-    count, and both averages before their correction. In blocks of 256 timesteps, each a product with powers of decay."""
+    count, and both averages before their correction. In blocks of 256 timesteps: a product with powers of decay."""
     B, T, D = x.shape
     x = x.reshape(B, T, groups, D // groups)
     count, *before = state or (torch.zeros(B), *x.new_zeros(2, B, groups).double())
@@ -165,7 +165,8 @@ def decay_norm(x, weight, bias, groups, eps, decays, state=None):
         for block in now.double().split(256, 1):
             j = torch.arange(block.shape[1])
             powers = (decay ** (j[:, None] - j).double()).tril() * (1 - decay)
-            rows.append(torch.einsum("ts,bsg->btg", powers, block) + decay ** (j + 1).double()[:, None] * average[:, None])
+            old = decay ** (j + 1).double()[:, None] * average[:, None]
+            rows.append(torch.einsum("ts,bsg->btg", powers, block) + old)
             average = rows[-1][:, -1]
         averages.append(torch.cat(rows, 1))
     mu, var = (a / -torch.expm1(n * math.log(decay)) for a, decay in zip(averages, decays))
@@ -305,7 +306,7 @@ def two_chunk_attention(q, k, v, turn, turn_before, c, before, cache=None, kept=
 
 def working_memory(aq, ak, v, c, lag, chunks, M, lam, before=None, past=0):
     """Gecko's memory of the chunks that attention does not see; aq (B,T,H,S), ak (B,past+T,H,S), v (B,past+T,H,E)
-    before: ak and v of the chunk before; lag 2: it is not absorbed yet. Returns a (B,T,H*E), M (B,H,S,E), lam (B,H,S)."""
+    before: ak and v of the chunk before; lag 2: it is not absorbed yet. Returns a (B,T,H*E), M and lam (B,H,S)"""
     B, T, out = len(aq), aq.shape[1], []
     filled = lambda i: (chunks + i >= lag).view(B, 1, 1)
     M, lam = torch.where(filled(0)[..., None], M, torch.zeros(())), torch.where(filled(0), lam, torch.tensor(-math.inf))
@@ -367,7 +368,8 @@ class Megalodon:
         v = F.silu(note("mega.wv", linear("mega.wv", n)))  # eq. 16: of n, not m
         r = F.silu(note("mega.wr", linear("mega.wr", m)))  # eq. 18
         keys = f"{mega}.inner_attention.k", f"{mega}.inner_attention.v"
-        kept = self.dropout and self.dropout.kept(l, "keys", *x.shape[:2], c.num_heads * (1 + c.sliding), c.chunk_size)
+        key_heads = c.num_heads * (1 + c.sliding)
+        kept = self.dropout and self.dropout.kept(l, "keys", *x.shape[:2], key_heads, c.chunk_size)
         cache, a = state and [state[key] for key in keys], 0
         if c.sliding or c.memory:
             o, a = self.window_and_memory(mega, l, q, k, heads(v), z, gamma, beta, turn, cache, kept, state, new)
@@ -389,18 +391,18 @@ class Megalodon:
 
     def window_and_memory(self, mega, l, q, k, v, z, gamma, beta, turn, cache, kept, state, new):
         """Gecko's attention, and what its memory answers"""
-        c, C, B = self.c, self.c.chunk_size, len(q)
+        c, C, B, H = self.c, self.c.chunk_size, len(q), self.c.num_heads
         state = state or self.fresh_state(B)
-        chunks, names = state[f"{mega}.chunks"], [f"{mega}.inner_attention.{key}" for key in "kv"]
-        past = state[names[0]].shape[1]
-        get = lambda name: state.get(f"{mega}.{name}")
+        get = lambda name: state[f"{mega}.{name}"]
+        put = lambda **tensors: new.update({f"{mega}.{name.replace('__', '.')}": t for name, t in tensors.items()})
+        chunks, cache = get("chunks"), (get("inner_attention.k"), get("inner_attention.v"))
+        past = cache[0].shape[1]
         if c.sliding:
-            before = get("inner_attention.k_before"), get("inner_attention.v_before")
-            before = [t.view(B, C, c.num_heads, -1) for t in before]
-            o, (k, values) = two_chunk_attention(q, k, v, *turn, C, (*before, chunks), [state[name] for name in names], kept)
+            before = [get("inner_attention." + name).view(B, C, H, -1) for name in ("k_before", "v_before")]
+            o, (k, v) = two_chunk_attention(q, k, v, *turn, C, (*before, chunks), cache, kept)
         else:
-            o, _ = inner_attention(q, k, v, turn[0], C, [state[name] for name in names], kept)
-            k, values = torch.cat([state[names[0]].to(q.dtype), rotate(k, turn[0])], 1), torch.cat([state[names[1]].to(v.dtype), v], 1)
+            o, _ = inner_attention(q, k, v, turn[0], C, cache, kept)
+            k, v = (torch.cat([old.to(now.dtype), now], 1) for old, now in zip(cache, (rotate(k, turn[0]), v)))
         o = self.note(f"{mega}.inner_attention", o)
         a, whole = 0, (past + q.shape[1]) // C
         tail = lambda t: t[:, whole * C:]
@@ -408,16 +410,16 @@ class Megalodon:
         if c.memory:
             aq, ak = (torch.addcmul(beta[i], z, gamma[i]) for i in (2, 3))
             ak = torch.cat([get("memory.ak").to(ak.dtype), ak], 1)
-            absorbed = (get("memory.ak_before").view(B, C, c.num_heads, -1), before[1]) if c.sliding else None
-            M, lam = get("memory.m").view(B, c.num_heads, -1, c.value_dim // c.num_heads), get("memory.lam").view(B, c.num_heads, -1)
-            a, M, lam = working_memory(aq, ak, values, C, 1 + c.sliding, chunks, M, lam, absorbed, past)
+            absorbed = (get("memory.ak_before").view(B, C, H, -1), before[1]) if c.sliding else None
+            M, lam = get("memory.m").view(B, H, -1, c.value_dim // H), get("memory.lam").view(B, H, -1)
+            a, M, lam = working_memory(aq, ak, v, C, 1 + c.sliding, chunks, M, lam, absorbed, past)
             a = self.note(f"{mega}.memory", a)
-            new.update({f"{mega}.memory.m": M.flatten(1, 2), f"{mega}.memory.lam": lam.flatten(1), f"{mega}.memory.ak": tail(ak)})
-            if c.sliding: new[f"{mega}.memory.ak_before"] = last(ak, "memory.ak_before")
+            put(memory__m=M.flatten(1, 2), memory__lam=lam.flatten(1), memory__ak=tail(ak))
+            if c.sliding: put(memory__ak_before=last(ak, "memory.ak_before"))
         if c.sliding:
-            new[f"{mega}.inner_attention.k_before"] = last(k, "inner_attention.k_before")
-            new[f"{mega}.inner_attention.v_before"] = last(values, "inner_attention.v_before")
-        new.update({f"{mega}.chunks": chunks + whole, names[0]: tail(k), names[1]: tail(values)})
+            put(inner_attention__k_before=last(k, "inner_attention.k_before"),
+                inner_attention__v_before=last(v, "inner_attention.v_before"))
+        put(chunks=chunks + whole, inner_attention__k=tail(k), inner_attention__v=tail(v))
         return o, a
 
     def __call__(self, tokens, state=None):
@@ -450,7 +452,8 @@ class Megalodon:
                 if c.sliding: state[mega + "inner_attention." + name] = zeros(B, c.chunk_size, width)
             if c.memory:
                 state[mega + "memory.ak"] = zeros(B, 0, H, c.z_dim // H)
-                state[mega + "memory.m"], state[mega + "memory.lam"] = zeros(B, c.z_dim, c.value_dim // H), zeros(B, c.z_dim)
+                state[mega + "memory.m"] = zeros(B, c.z_dim, c.value_dim // H)
+                state[mega + "memory.lam"] = zeros(B, c.z_dim)
                 if c.sliding: state[mega + "memory.ak_before"] = zeros(B, c.chunk_size, c.z_dim)
         return state
 
@@ -575,8 +578,8 @@ DUMPS = {  # B, T, training steps, whether a state is carried in, config
     "dropout": (2, 23, 3, False, dict(SMALL, model_dim=30, num_heads=2, value_dim=26, ffn_hidden_dim=27, chunk_size=9,
                                       norm_num_groups=3, cema_ndim=4, rescale_nffn=1, scale_emb=1)),
 }
-# Where a pair of features hardly turns, a shift of all keys hardly changes anything: its gradient is all rounding, which
-# AdamW makes steps of. So those that train have a small rope_base, and positions in all heads.
+# Where a pair of features hardly turns, a shift of all keys hardly changes anything. Its gradient is all rounding, and
+# AdamW makes steps of it. So those that train have a small rope_base, and positions in all heads.
 GECKO = dict(SMALL, architecture="gecko", chunk_size=8, rope_base=30)
 GECKO_DUMPS = {
     # one head, more than five chunks, the last one short; trains; streams
@@ -588,8 +591,8 @@ GECKO_DUMPS = {
     # less than two chunks; swiglu, tied and scaled embeddings; trains; streams
     "short": (2, 13, 4, False, dict(GECKO, num_layers=1, num_heads=2, norm_num_groups=2, vocab_size=48, share_emb=1,
                                     scale_emb=1)),
-    # a state carried in, rows with different counts (one of them 0, one of a single chunk), several chunks; one head of two
-    # has positions
+    # a state carried in, rows with different counts (one of them 0, one of a single chunk), several chunks; one head of
+    # two has positions
     "state": (3, 27, 0, True, dict(GECKO, num_layers=1, num_heads=2, swiglu=0, num_rope_heads=1, rope_base=500000)),
     # one timestep: from nothing, and with a state carried in
     "one": (2, 1, 0, False, dict(GECKO, value_dim=48)),
@@ -608,8 +611,9 @@ GECKO_DUMPS = {
 DROPOUT = {"flag.dropout": "0.2", "flag.hidden_dropout": "0.1", "flag.attention_dropout": "0.3", "flag.seed": "5"}
 
 def dump(args):
-    dumps, default = ((GECKO_DUMPS, "dev/gecko/reference") if args.architecture == "gecko" else (DUMPS, "data/reference"))
-    args.out = args.out or default
+    gecko = args.architecture == "gecko"
+    dumps, folder = (GECKO_DUMPS, "dev/gecko/reference") if gecko else (DUMPS, "data/reference")
+    args.out = args.out or folder
     os.makedirs(args.out, exist_ok=True)
     # Seeds from 6: with some, a training step meets a gradient so near zero that rounding alone moves `final` by 3e-4.
     for seed, (name, (B, T, steps, carried, fields)) in enumerate(dumps.items(), 6):

@@ -4,9 +4,9 @@
     make gecko && dev/experiments/gecko.py input.txt --out out/gecko          all runs, then the table
     dev/experiments/gecko.py --table dev/experiments/logs/gecko_results.tsv
 
-The README's command for CPUs (797,696 parameters, 2,000 steps of 3 x 256 bytes) with chunks of 64, so that a sequence has
-four: with Gecko's window and memory the last of them see all of it. The loss is the last one over the held-out 10%, in one
-stream. Both ends have three learning rates, every step two seeds. Half an hour of two cores."""
+The README's command for CPUs (797,696 parameters, 2,000 steps of 3 x 256 bytes) with chunks of 64, so that a sequence
+has four: with Gecko's window and memory the last of them see all of it. The loss is the last one over the held-out 10%,
+in one stream. Both ends have three learning rates, every step two seeds. 40 minutes of two cores."""
 from runs import Run, parse_options, read_results, run_all
 
 COMMAND = "dev/gecko/train_gecko --steps 2000 --batch 3 --seq 256 --beta2 0.99 --chunk-size 64"

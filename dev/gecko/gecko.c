@@ -16,8 +16,8 @@ With the symbols of train_megalodon.c, a block is
     u   = layer_norm(y);  out = ffn(u) + y             6. y is added, not x
 
 Why. In Megalodon a token at the start of a chunk has nothing to attend to: the chunk before is gone, but for what CEMA
-and the norm carry. Here attention always sees at least c tokens back (4). What leaves this window does not vanish: it is
-merged, chunk by chunk, into a matrix for each head, which later tokens read by content (5). And the norm of a long
+and the norm carry. Here attention always sees at least c tokens back (4). What leaves this window does not vanish: it
+is merged, chunk by chunk, into a matrix for each head, which later tokens read by content (5). And the norm of a long
 stream follows it (1), where a mean over all timesteps hardly moves any more.
 
 Each change is an option, with Gecko's value as its default:
@@ -66,25 +66,25 @@ where 6 is, and at the end what several processes exchange when they share a seq
     X(k_before,  "layers.%d.mega.inner_attention.k_before", WINDOW, Z, 0)                    /* (L,B,c,Z) */ \
     X(v_before,  "layers.%d.mega.inner_attention.v_before", WINDOW, V, 0)                    /* (L,B,c,V) */ \
     X(ak_before, "layers.%d.mega.memory.ak_before",         MEMORY_WINDOW, Z, 0)             /* (L,B,c,Z) */ \
-    X(memory,    "layers.%d.mega.memory.m",          config->memory ? Z : 0, V / config->num_heads, 0) /* (L,B,Z,E) */ \
+    X(memory,    "layers.%d.mega.memory.m",          config->memory ? Z : 0, V / config->num_heads, 0) \
     X(lam,       "layers.%d.mega.memory.lam",        config->memory ? Z : 0, 0, 0)    /* (L,B,Z) */ \
-    X(lam_rest,  "layers.%d.mega.memory.lam_rest",   config->memory ? Z : 0, 0, 0)    /* (L,B,Z): what rounding cut off */
+    X(lam_rest,  "layers.%d.mega.memory.lam_rest",   config->memory ? Z : 0, 0, 0)    /* what rounding cut off lam */
 #define MORE_CACHED(X) X(ak, "", config->memory ? c : 0, Z, 0)
 
 // FLOPs of a token that Megalodon has not: the second half of the window, and the memory's read and merge.
 #define MORE_FLOPS(c) ((c)->num_layers * ((c)->sliding * 6.0 * (c)->chunk_size * ((c)->z_dim + (c)->value_dim) + \
                        (c)->memory * 18.0 * (c)->z_dim * (c)->value_dim / (c)->num_heads))
-#define AFFINES (c->memory ? 4 : 2)      // q, k, aq, ak
+#define AFFINES (size_t)(c->memory ? 4 : 2)      // q, k, aq, ak
 #define OMEGA_SIZE (c->cema_omega ? D : 0)
 #define GAMMA_STD (c->cema_omega ? 1 : 1 / sqrt(c->cema_ndim))
-#define ONE (c->cema_omega ? 1 : 0)
+#define ONE (size_t)(c->cema_omega ? 1 : 0)
 
 // Shapes with Megalodon's names are Megalodon's. Only gecko7B is that of the released code. Numbers of parameters:
 // 220,627,968; 1,327,628,288; 7,385,817,088.
 #define PRESET_NAMES "tiny gecko200M gecko1.3B_pg19 gecko7B"
 #define GECKO 1, 0.999, 0.9999, 0, 0, 1, 1, 0
 #define PRESETS \
-    /*                    L    D   H    Z     V      F     c   G   N  vocab   base   eps  swiglu scale share rescale */ \
+    /*                  L    D   H    Z     V      F     c   G   N  vocab   base   eps  swiglu scale share rescale */ \
     {"gecko200M",      {12, 1024, 1,  256, 2048,  2560, 2048, 32, 16, 32000, 500000, 1e-5, 0, 0, 0, 0, GECKO}}, \
     {"gecko1.3B_pg19", {24, 2048, 2,  512, 4096,  3584, 2048, 64, 16, 32000, 500000, 1e-5, 1, 1, 1, 0, GECKO}}, \
     {"gecko7B",        {32, 4096, 4, 1024, 8192,  8192, 2048, 64, 16, 32000, 500000, 1e-5, 1, 0, 0, 0, GECKO}},
@@ -96,24 +96,26 @@ where 6 is, and at the end what several processes exchange when they share a seq
     void gecko_block_forward(const Model* model, const Pass* s, int l, const State* start, State* end); \
     void gecko_block_backward(const Model* model, const Pass* s, int l, const State* start, State* dstart); \
     void gecko_timestepnorm_forward(float* out, float* mean, float* rstd, NormState* end, const NormState* start, \
-                             const float* inp, const float* weight, const float* bias, int B, int T, \
-                             const Config* config); \
-    void gecko_timestepnorm_backward(float* dinp, float* dweight, float* dbias, NormState* dstart, const NormState* dend, \
-                              const float* dout, const float* mean, const float* rstd, const NormState* start, \
-                              const float* inp, const float* weight, int B, int T, const Config* config); \
+                                    const float* inp, const float* weight, const float* bias, int B, int T, \
+                                    const Config* config); \
+    void gecko_timestepnorm_backward(float* dinp, float* dweight, float* dbias, NormState* dstart, \
+                                     const NormState* dend, const float* dout, const float* mean, const float* rstd, \
+                                     const NormState* start, const float* inp, const float* weight, int B, int T, \
+                                     const Config* config); \
     NormState* gecko_slice_norm_start(const Pass* s, int l, NormState* start, const float* inp, const float* weight, \
-                                  const Config* config); \
-    const NormState* gecko_slice_norm_dend(const Pass* s, int l, const float* dout, const float* mean, const float* rstd, \
-                                       const float* inp, const float* weight, const Config* config);
+                                      const Config* config); \
+    const NormState* gecko_slice_norm_dend(const Pass* s, int l, const float* dout, const float* mean, \
+                                           const float* rstd, const float* inp, const float* weight, \
+                                           const Config* config);
 
 #include "../../train_megalodon.c"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. Timestep decay norm
 
-// Megalodon: mean and variance of all timesteps so far, each with the same weight. Gecko: two averages that forget. With
-// mu_t and var_t the mean and population variance of a group's features in timestep t alone, and count the number of
-// timesteps so far, this one included,
+// Megalodon: mean and variance of all timesteps so far, each with the same weight. Gecko: two averages that forget.
+// With mu_t and var_t the mean and population variance of a group's features in timestep t alone, and count the number
+// of timesteps so far, this one included,
 //     m_t = b1 m_{t-1} + (1 - b1) mu_t              s_t = b2 s_{t-1} + (1 - b2) var_t            from 0
 //     mean_t = m_t / (1 - b1^count)                 variance_t = s_t / (1 - b2^count)            as in Adam
 //     out_t = (inp_t - mean_t) rstd_t (weight + 1) + bias,    rstd_t = 1/sqrt(variance_t + eps)
@@ -206,14 +208,15 @@ void decaynorm_backward(float* dinp, float* dweight, float* dbias, NormState* ds
 }
 
 // The norm that --norm-decay asks for.
-void gecko_timestepnorm_forward(float* out, float* mean, float* rstd, NormState* end, const NormState* start, const float* inp,
-                         const float* weight, const float* bias, int B, int T, const Config* config) {
+void gecko_timestepnorm_forward(float* out, float* mean, float* rstd, NormState* end, const NormState* start,
+                                const float* inp, const float* weight, const float* bias, int B, int T,
+                                const Config* config) {
     (config->norm_decay ? decaynorm_forward : timestepnorm_forward)(out, mean, rstd, end, start, inp, weight, bias, B,
                                                                     T, config);
 }
 void gecko_timestepnorm_backward(float* dinp, float* dweight, float* dbias, NormState* dstart, const NormState* dend,
-                          const float* dout, const float* mean, const float* rstd, const NormState* start,
-                          const float* inp, const float* weight, int B, int T, const Config* config) {
+                                 const float* dout, const float* mean, const float* rstd, const NormState* start,
+                                 const float* inp, const float* weight, int B, int T, const Config* config) {
     (config->norm_decay ? decaynorm_backward : timestepnorm_backward)(dinp, dweight, dbias, dstart, dend, dout, mean,
                                                                       rstd, start, inp, weight, B, T, config);
 }
@@ -223,8 +226,8 @@ void gecko_timestepnorm_backward(float* dinp, float* dweight, float* dbias, Norm
 
 // Megalodon: y_t = sum_k Re(g h_t) + omega x_t with g = gamma/sqrt(N). Gecko: omega is 1, so the input passes as in a
 // residual connection, and g = gamma, whose start has the standard deviation 1/sqrt(N) instead. Both are one function,
-// called with omega = 1 and gamma sqrt(N). The CemaParams of a layer, or of its gradients; `memory` for D(2N + 1) floats
-// receives what Gecko changes.
+// called with omega = 1 and gamma sqrt(N). The CemaParams of a layer, or of its gradients; `memory` for D(2N + 1)
+// floats receives what Gecko changes.
 CemaParams cema_either(const Params* w, const Config* config, float* memory) {
     CemaParams p = cema_params(w);
     int D = config->model_dim, N = config->cema_ndim;
@@ -274,15 +277,16 @@ static inline void pairs_turn(float* out, const float* inp, const float* turn, i
 }
 
 // Positions. Attention crosses the border of a chunk, so positions must go on there. In the release they count from the
-// start of the sequence, and in fp32 that loses precision with every timestep. But only differences matter. So keys keep
-// the position in their chunk, as in Megalodon, and a query has two forms: as it is for its own chunk, and turned
-// on by c for the chunk before. This is exact for streams of any length.
-// Cosines and sines for turning on by c (width = Z/H), and then those for not turning. To be freed.
+// start of the sequence, and in fp32 that loses precision with every timestep. But only differences matter. So keys
+// keep the position in their chunk, as in Megalodon, and a query has two forms: as it is for its own chunk, and turned
+// on by c for the chunk before. This is exact for streams of any length. Cosines and sines for turning on by c (width =
+// Z/H), and then those for not turning. To be freed.
 float* turns_of(const Config* config) {
     int width = config->z_dim / config->num_heads;
     float* turns = (float*)xcalloc(2 * width, sizeof(float));
     for (int j = 0; j < width; j += 2) { // in fp32, like the other positions
-        float frequency = 1.0f / (float)pow(config->rope_base, (double)j / width), angle = config->chunk_size * frequency;
+        float frequency = 1.0f / (float)pow(config->rope_base, (double)j / width);
+        float angle = config->chunk_size * frequency;
         turns[j] = cos(angle); turns[j + 1] = sin(angle); turns[width + j] = 1;
     }
     return turns;
@@ -309,11 +313,12 @@ void heads_unturn(float* x, const float* rotations, int B, int T, int pos, const
 // 4. Sliding chunk attention
 
 // Megalodon: a query sees the keys of its own chunk, up to itself. Gecko: and all keys of the chunk before. So it sees
-// c + 1 to 2c keys (in a first chunk 1 to c), in one softmax. (The left edge moves a chunk at a time. It is not a window
-// of fixed length.) Scores of both chunks stand side by side in a tile's rows of P: first the chunk before, then its own.
+// c + 1 to 2c keys (in a first chunk 1 to c), in one softmax. (The left edge moves a chunk at a time. It is not a
+// window of fixed length.) Scores of both chunks stand side by side in a tile's rows of P: first the chunk before, then
+// its own.
 
-// The chunk before: keys and values (B,c,..) that stand before the first timestep, and how many chunks each sequence has
-// had (B); its first chunk has none before. NULL where there is no past.
+// The chunk before: keys and values (B,c,..) that stand before the first timestep, and how many chunks each sequence
+// has had (B); its first chunk has none before. NULL where there is no past.
 typedef struct { const float *k, *v, *ak, *chunks; } Before;
 static bool has_before(const Before* before, int b, int chunk) {
     return chunk > 0 || (before->chunks && before->chunks[b] > 0);
@@ -352,8 +357,8 @@ void sliding_attention_forward(float* out, float* lse, const float* q, const flo
                     const float* k_earlier = chunk ? k + (at_k - c) * Z : before.k + (size_t)b * c * Z;
                     const float* v_earlier = chunk ? v + (at_k - c) * V : before.v + (size_t)b * c * V;
                     if (earlier) {
-                        scores_of(P, all, q + at * Z + h * zd, k_earlier + h * zd, turned, turns + turn_at(config, h), true,
-                                  rows, c, Z, H, zd, drop, b, t0, h);
+                        scores_of(P, all, q + at * Z + h * zd, k_earlier + h * zd, turned, turns + turn_at(config, h),
+                                  true, rows, c, Z, H, zd, drop, b, t0, h);
                     }
                     scores_of(P + earlier, all, q + at * Z + h * zd, k + at_k * Z + h * zd, NULL, NULL, false, rows,
                               keys, Z, H, zd, drop, b, t0, h);
@@ -380,10 +385,10 @@ void sliding_attention_forward(float* out, float* lse, const float* q, const flo
     free(turns);
 }
 
-// Backward: the equations of attention_backward, over the keys of both chunks. The keys and values of a chunk get gradients
-// from its own queries and from those of the chunk after it. So first the even chunks are done, all at the same time, and
-// then the odd ones. dq is assigned; dk and dv are zeroed and added to; dk_before, dv_before (B,c,..): the gradients of the
-// chunk before the first timestep, added to, or NULL.
+// Backward: the equations of attention_backward, over the keys of both chunks. The keys and values of a chunk get
+// gradients from its own queries and from those of the chunk after it. So first the even chunks are done, all at the
+// same time, and then the odd ones. dq is assigned; dk and dv are zeroed and added to; dk_before, dv_before (B,c,..):
+// the gradients of the chunk before the first timestep, added to, or NULL.
 void sliding_attention_backward(float* dq, float* dk, float* dv, float* dk_before, float* dv_before, const float* dout,
                                 const float* lse, const float* q, const float* k, const float* v, Before before, int B,
                                 int T, const Config* config, Dropout drop) {
@@ -443,7 +448,8 @@ void sliding_attention_backward(float* dq, float* dk, float* dv, float* dk_befor
                             for (int j = 0; j < zd; j++) { dq_tile[(size_t)i * Z + j] += dturned[i * zd + j]; }
                         }
                         if (!dk_to) { continue; }
-                        float *dk_earlier = dk_to + at_earlier * Z + h * zd, *dv_earlier = dv_to + at_earlier * V + h * vd;
+                        float* dk_earlier = dk_to + at_earlier * Z + h * zd;
+                        float* dv_earlier = dv_to + at_earlier * V + h * vd;
                         gemm(dk_earlier, Z, dS, 1, all, turned, zd, 1, c, zd, rows, dk_earlier, NULL);
                         gemm(dv_earlier, V, P, 1, all, dout_tile, V, 1, c, vd, rows, dv_earlier, NULL);
                     }
@@ -457,22 +463,22 @@ void sliding_attention_backward(float* dq, float* dk, float* dv, float* dk_befor
 // ---------------------------------------------------------------------------------------------------------------------
 // 5. Adaptive working memory
 
-// What no query sees any more is kept in a matrix M (S,E) for each head, S = Z/H, E = V/H, and a vector lam (S). A row of
-// M is the answer to one feature of a query: a query picks rows by a softmax over its features,
+// What no query sees any more is kept in a matrix M (S,E) for each head, S = Z/H, E = V/H, and a vector lam (S). A row
+// of M is the answer to one feature of a query: a query picks rows by a softmax over its features,
 //     Fq = softmax over features of aq_t (S)                a_t = Fq M
 // Chunk i reads M as it is after chunks 0..i-2 were absorbed: those that its attention does not see (with --sliding 0,
 // 0..i-1). So the first two chunks read zeros. A chunk, with keys ak (c,S) and values v (c,E), is absorbed by
-//     Fk = softmax over features of ak (c,S)                K = softmax over the chunk's timesteps of ak, transposed (S,c)
-//     W  = K (v - Fk M)                                     rho = share of the chunk in all that was absorbed (S)
-//     M' = M + rho (W - M)                                  by rows
+//     Fk = softmax over features of ak (c,S)             K = softmax over the chunk's timesteps of ak, transposed (S,c)
+//     W  = K (v - Fk M)                                  rho = share of the chunk in all that was absorbed (S)
+//     M' = M + rho (W - M)                               by rows
 // rho comes from the keys: with l (S) the log of the sum of exp(ak) over the chunk, and lam the same over all before,
 //     lam' = log(exp(lam) + exp(l))                         rho = exp(l - lam')
 // Without the term Fk M, row s of M would be the mean of all values so far, weighed by the softmax over all time of
 // feature s of the keys, as an online softmax computes it. With it, a chunk's values are first reduced by what the
 // memory would answer to their keys: the delta rule. What M knows already is not added again.
 //
-// M is kept in fp32 everywhere. In bf16, as in the release, an update gets lost when it is small beside M. lam grows like
-// the logarithm of time, by less and less: it is kept in double, in a state as two floats.
+// M is kept in fp32 everywhere. In bf16, as in the release, an update gets lost when it is small beside M. lam grows
+// like the logarithm of time, by less and less: it is kept in double, in a state as two floats.
 //
 // M and lam go from chunk to chunk, in T/c steps of two small products; all else is parallel. The backward pass makes
 // all M again rather than to keep T/c of them for each layer.
@@ -495,10 +501,15 @@ static void softmax_rows(float* F, const float* x, size_t ld, int n, int S) {
 static void softmax_columns(float* K, float* l, const float* x, size_t ld, int n, int S) {
     float* top = l; // until the end
     for (int s = 0; s < S; s++) { top[s] = -INFINITY; }
-    for (int t = 0; t < n; t++) { for (int s = 0; s < S; s++) { top[s] = x[t * ld + s] > top[s] ? x[t * ld + s] : top[s]; } }
+    for (int t = 0; t < n; t++) {
+        for (int s = 0; s < S; s++) { top[s] = x[t * ld + s] > top[s] ? x[t * ld + s] : top[s]; }
+    }
     for (int s = 0; s < S; s++) {
         double sum = 0;
-        for (int t = 0; t < n; t++) { K[(size_t)t * S + s] = exp_fast(x[t * ld + s] - top[s]); sum += K[(size_t)t * S + s]; }
+        for (int t = 0; t < n; t++) {
+            float e = K[(size_t)t * S + s] = exp_fast(x[t * ld + s] - top[s]);
+            sum += e;
+        }
         for (int t = 0; t < n; t++) { K[(size_t)t * S + s] /= sum; }
         l[s] = top[s] + log(sum);
     }
@@ -513,7 +524,9 @@ typedef struct {
     float *l, *rho;               // (S)
     float *dU, *dF, *dK, *dM_new; // (c,E), (c,S), (c,S), (S,E): for the backward pass
 } Merge;
-static size_t merge_size(int c, int S, int E) { return (size_t)4 * c * S + (size_t)2 * c * E + (size_t)2 * S * E + 2 * S; }
+static size_t merge_size(int c, int S, int E) {
+    return (size_t)4 * c * S + (size_t)2 * c * E + (size_t)2 * S * E + 2 * S;
+}
 static Merge merge_place(float* memory, int c, int S, int E, int values, size_t Z, size_t V) {
     Merge m = {c, S, E, values, Z, V, memory, 0, 0, 0, 0, 0, 0, 0, 0, 0};
     m.K = m.Fk + (size_t)c * S; m.dF = m.K + (size_t)c * S; m.dK = m.dF + (size_t)c * S; m.U = m.dK + (size_t)c * S;
@@ -545,8 +558,8 @@ static void memory_merge(Merge* m, float* M, double* lam, const float* ak, const
     }
 }
 
-// Backward: from the gradients dM (S,E) and dlam (S) of M' and lam' to those of M and lam, in their place, and to dak (c,S),
-// assigned, and dv (c,E), added to. M and lam are those before the merge, and are lost. Of M' and lam':
+// Backward: from the gradients dM (S,E) and dlam (S) of M' and lam' to those of M and lam, in their place, and to dak
+// (c,S), assigned, and dv (c,E), added to. M and lam are those before the merge, and are lost. Of M' and lam':
 //     drho = sum_e dM' (W - M)                      dW = rho dM'
 //     dU   = K^T dW  is the gradient of v           dK = dW U^T                 dFk = -dU M^T
 //     dM   = (1 - rho) dM' - Fk^T dU
@@ -592,12 +605,12 @@ static void memory_merge_backward(Merge* m, float* dM, float* dlam, float* dak, 
     }
 }
 
-// What the functions below need to know of a pass: shapes, and where the keys and values of a chunk are. K: timesteps of ak
-// and v for each sequence, see attention_forward.
+// What the functions below need to know of a pass: shapes, and where the keys and values of a chunk are. K: timesteps
+// of ak and v for each sequence, see attention_forward.
 typedef struct { const float *ak, *v; Before before; int B, T, K, pos; const Config* config; } MemoryPass;
 
-// The keys and values of the chunk that is absorbed when chunk i of sequence b is complete, for head h; false if there is
-// none. at (in timesteps): where they are; before: in the chunk before this pass.
+// The keys and values of the chunk that is absorbed when chunk i of sequence b is complete, for head h; false if there
+// is none. at (in timesteps): where they are; before: in the chunk before this pass.
 static bool absorbed_chunk(const MemoryPass* p, int b, int i, size_t* at, bool* before) {
     int c = p->config->chunk_size, j = i + 1 - memory_lag(p->config);
     *before = j < 0;
@@ -644,8 +657,10 @@ void memory_forward(float* out, const float* aq, const MemoryPass* p, const Stat
             size_t at = (size_t)b * Z + h * S;
             if (next->memory) {
                 memcpy(next->memory + at * E, M, sizeof(float) * S * E);
-                for (int s = 0; s < S; s++) { next->lam[at + s] = lam[s]; }
-                for (int s = 0; s < S; s++) { next->lam_rest[at + s] = lam[s] > -INFINITY ? lam[s] - next->lam[at + s] : 0; }
+                for (int s = 0; s < S; s++) {
+                    next->lam[at + s] = lam[s];
+                    next->lam_rest[at + s] = lam[s] > -INFINITY ? lam[s] - next->lam[at + s] : 0;
+                }
             }
         }
     }
@@ -654,8 +669,8 @@ void memory_forward(float* out, const float* aq, const MemoryPass* p, const Stat
 // Backward of a reader: daq = Fq (dFq - sum of dFq Fq) with dFq = dout M^T, and dM += Fq^T dout.
 //
 // daq and dak (B,T,Z) are assigned, dv (B,T,V) is added to. dM (B,Z,E) and dlam (B,Z) hold the gradients of the memory
-// after the last timestep and become those of the memory before the first. dak_before and dv_before (B,c,..): those of the
-// chunk before, added to; may be NULL. With daq NULL only dM and dlam are made.
+// after the last timestep and become those of the memory before the first. dak_before and dv_before (B,c,..): those of
+// the chunk before, added to; may be NULL. With daq NULL only dM and dlam are made.
 void memory_backward(float* daq, float* dak, float* dv, float* dak_before, float* dv_before, float* dM, float* dlam,
                      const float* dout, const float* aq, const MemoryPass* p, const State* past) {
     const Config* config = p->config;
@@ -689,8 +704,8 @@ void memory_backward(float* daq, float* dak, float* dv, float* dak_before, float
                     float *dak_to = before ? dak_before : dak, *dv_to = before ? dv_before : dv;
                     memcpy(lost, all + size * i, sizeof(float) * size);
                     memory_merge_backward(&m, dM_h, dlam_h, daq && dak_to ? dak_to + at_chunk * Z + h * S : NULL,
-                                          daq && dv_to ? dv_to + at_chunk * V + h * E : NULL, lost + 2 * S, (double*)lost,
-                                          (before ? p->before.ak : p->ak) + at_chunk * Z + h * S,
+                                          daq && dv_to ? dv_to + at_chunk * V + h * E : NULL, lost + 2 * S,
+                                          (double*)lost, (before ? p->before.ak : p->ak) + at_chunk * Z + h * S,
                                           (before ? p->before.v : p->v) + at_chunk * V + h * E);
                 }
                 const float* dO = dout + at * V + h * E;
@@ -855,7 +870,8 @@ void gecko_block_backward(const Model* model, const Pass* s, int l, const State*
     silu_backward(da.wr, da.attention, dgated, a.wr, a.attention, rows * V);
     matmul_backward(da.rmsnorm, dw.wr, dw.wr_b, da.wr, a.rmsnorm, w.wr, da.rmsnorm, rows, D, V);
 
-    // Attention and the memory. With slices, the chunk before belongs to the process before, which receives its gradient.
+    // Attention and the memory. With slices, the chunk before belongs to the process before, which receives its
+    // gradient.
     bool slices = ranks.slices > 1;
     MemoryPass p = {a.ak, a.v, before_of(&past), B, T, T, 0, config};
     size_t window = (size_t)B * c, state = (size_t)B * Z * (V / H + 1);
@@ -867,7 +883,8 @@ void gecko_block_backward(const Model* model, const Pass* s, int l, const State*
         sliding_attention_backward(da.q, da.k, da.v, dk_before, dv_before, da.attention, a.attention_lse, a.q, a.k, a.v,
                                    p.before, B, T, config, sites.keys);
     } else {
-        attention_backward(da.q, da.k, da.v, da.attention, a.attention_lse, a.q, a.k, a.v, B, T, c, H, Z, V, sites.keys);
+        attention_backward(da.q, da.k, da.v, da.attention, a.attention_lse, a.q, a.k, a.v, B, T, c, H, Z, V,
+                           sites.keys);
     }
     if (config->memory) {
         float *dM = (float*)xcalloc(state, sizeof(float)), *dlam = dM + (size_t)B * Z * (V / H);
@@ -928,9 +945,9 @@ bool megalodon_weights(Config* c, const char* architecture) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Sequences that are spread over several processes (--chunk-parallel), see the section of this name in train_megalodon.c.
-// CEMA is as there. For what Gecko adds, each slice needs of those before it: the two averages of the norm, the last chunk
-// of the process before, and the memory.
+// Sequences that are spread over several processes (--chunk-parallel), see the section of this name in
+// train_megalodon.c. CEMA is as there. For what Gecko adds, each slice needs of those before it: the two averages of
+// the norm, the last chunk of the process before, and the memory.
 
 NormState* gecko_slice_norm_start(const Pass* s, int l, NormState* start, const float* inp, const float* weight,
                               const Config* c) {
@@ -1028,10 +1045,10 @@ void slice_chunks_end(const Pass* s, const float* dk_before, const float* dv_bef
     free(all);
 }
 
-// A merge is affine in M: M' = X M + Y with X = diag(1 - rho) - diag(rho) K Fk and Y = diag(rho) K v. So are all merges of
-// a slice together: M_after = A M_before + C. Both come from running the memory on columns [C | A] that start as [0 | I],
-// where the columns of A take values of zero. rho needs lam before the slice, so there are two exchanges: first of each
-// slice's own lam, then of C and A. Each slice then composes those before it.
+// A merge is affine in M: M' = X M + Y with X = diag(1 - rho) - diag(rho) K Fk and Y = diag(rho) K v. So are all merges
+// of a slice together: M_after = A M_before + C. Both come from running the memory on columns [C | A] that start as [0
+// | I], where the columns of A take values of zero. rho needs lam before the slice, so there are two exchanges: first
+// of each slice's own lam, then of C and A. Each slice then composes those before it.
 //
 // The pair of this slice, (B,H,S,E+S), from lam (B,Z) before it. With pair NULL only lam is run on.
 static void memory_affine(float* pair, double* lam, const MemoryPass* p) {
@@ -1099,8 +1116,8 @@ void slice_memory_start(const Pass* s, int l, State* past, const MemoryPass* p) 
     free(all_lam); free(all); free(product);
 }
 
-// Backward: dM (B,Z,E) and dlam (B,Z) receive the gradients of the memory after this slice, which the later slices send.
-// Each finds by itself what it would send if nothing came after it. For dM this composes from the right,
+// Backward: dM (B,Z,E) and dlam (B,Z) receive the gradients of the memory after this slice, which the later slices
+// send. Each finds by itself what it would send if nothing came after it. For dM this composes from the right,
 // dM_before = A^T dM_after + its own. With dM known it does for dlam, whose factor is the product of (1 - rho) over the
 // slice's merges, exp(lam before - lam after).
 void slice_memory_end(const Pass* s, float* dM, float* dlam, const float* dout, const float* aq, const MemoryPass* p,
@@ -1110,7 +1127,8 @@ void slice_memory_end(const Pass* s, float* dM, float* dlam, const float* dout, 
     int B = p->B, H = config->num_heads, Z = config->z_dim, S = Z / H, E = config->value_dim / H, wide = E + S;
     size_t n = (size_t)B * Z * E, lams = (size_t)B * Z, pairs = (size_t)B * Z * wide, each = n + pairs + 2 * lams;
     float *all = (float*)xcalloc(each * ranks.slices, sizeof(float)), *mine = all + each * ranks.slice;
-    float *pair = mine + n, *factor = pair + pairs, *own_dlam = factor + lams, *scrap = (float*)xcalloc(n, sizeof(float));
+    float *pair = mine + n, *factor = pair + pairs, *own_dlam = factor + lams;
+    float* scrap = (float*)xcalloc(n, sizeof(float));
     double* lam = (double*)xcalloc(lams, sizeof(double));
     for (size_t i = 0; i < lams; i++) {
         lam[i] = memory_filled(p, i / Z, 0) ? (double)past->lam[i] + past->lam_rest[i] : -INFINITY;
@@ -1126,7 +1144,8 @@ void slice_memory_end(const Pass* s, float* dM, float* dlam, const float* dout, 
     for (int i = 0; i < B * H; i++) {
         float* d = dM + (size_t)i * S * E;
         for (int r = ranks.slices - 1; r > ranks.slice; r--) {
-            const float *theirs = all + r * each + (size_t)i * S * E, *A = all + r * each + n + (size_t)i * S * wide + E;
+            const float* theirs = all + r * each + (size_t)i * S * E;
+            const float* A = all + r * each + n + (size_t)i * S * wide + E;
             gemm(product, E, A, 1, wide, d, E, 1, S, E, S, theirs, NULL);
             memcpy(d, product, sizeof(float) * S * E);
         }

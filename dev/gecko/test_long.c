@@ -36,7 +36,8 @@ static double norm_error(void) {
                 expected[t % PIECE * D + g * D / G + i] = (now[i] - mh) / sqrt(vh + config.norm_eps);
             }
         }
-        if ((t + 1) % PIECE == 0) { decaynorm_forward(out, mean, rstd, state, state, x, zero, zero, 1, PIECE, &config); }
+        if ((t + 1) % PIECE) { continue; }
+        decaynorm_forward(out, mean, rstd, state, state, x, zero, zero, 1, PIECE, &config);
     }
     return worst(out, expected, PIECE * D);
 }
@@ -80,7 +81,7 @@ static double memory_error(double* lam_error) { // keys at random, values that d
 int main(void) {
     double lam, norm = norm_error(), memory = memory_error(&lam);
     bool good = norm <= 1e-5 && memory <= 1e-5 && lam <= 1e-5;
-    printf("after %d timesteps: norm %.1e, memory %.1e, lam %.1e (bound 1e-5)\noverall okay: %d\n", STEPS, norm, memory, lam,
-           good);
+    printf("after %d timesteps: norm %.1e, memory %.1e, lam %.1e (bound 1e-5)\noverall okay: %d\n", STEPS, norm, memory,
+           lam, good);
     return !good;
 }
