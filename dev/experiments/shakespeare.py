@@ -4,7 +4,7 @@
     dev/experiments/shakespeare.py input.txt --out out/shakespeare          all runs, then the table
     dev/experiments/shakespeare.py --table dev/experiments/logs/shakespeare_results.tsv
 
-Each model has two seeds and three learning rates. A loss is over the last 10% of the text, in nats per byte: the last
+Each model has two seeds and three to five learning rates. A loss is over the last 10% of the text, in nats per byte: the last
 one of a run, or with "best" the lowest of its validations. A Transformer is evaluated with windows that start every 64
 bytes, so that each byte has at least 192 before it, but for the first 192. Needs both programs, PyTorch and a GPU."""
 from runs import Run, parse_options, read_results, run_all
@@ -20,7 +20,7 @@ MODELS = [  # name, place, which loss, learning rates, command
     ("megalodon-10M", "gpu", "best", (1e-3, 2e-3, 3e-3, 4.5e-3),
      f"./train_megalodon_cuda {LARGE} {DROPOUT} --num-layers 6 --model-dim 384 --z-dim 192 --value-dim 768 "
      "--ffn-hidden-dim 512 --norm-num-groups 8 --chunk-size 256"),
-    ("transformer-10M", "gpu", "best", (2.5e-4, 5e-4, 1e-3, 2e-3),
+    ("transformer-10M", "gpu", "best", (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3),
      f"dev/transformer.py {LARGE} --num-layers 6 --model-dim 384 --num-heads 6 --ffn-hidden-dim 1024 --dropout 0.2 "
      "--val-stride 64"),
 ]
