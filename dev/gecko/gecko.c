@@ -59,16 +59,17 @@ where 6 is, and at the end what several processes exchange when they share a seq
 
 // What goes from one call to the next: besides the statistics of the norms (here count and both averages) and CEMA's
 // states, the chunk before, which attention still sees and the memory has not absorbed, and the memory.
-#define WINDOW (config->sliding ? c : 0)                      // timesteps before the current chunk that attention sees
-#define MEMORY_WINDOW (config->sliding && config->memory ? c : 0)
+#define WINDOW (config->sliding ? c : 0)                          // timesteps of the chunk before, for attention
+#define WAITING (config->sliding && config->memory ? c : 0)       // and for the memory
+#define MEMORY (config->memory ? Z : 0)
 #define MORE_CARRIED(X) \
-    X(chunks,    "layers.%d.mega.chunks",            (size_t)1, 0, 0)                 /* whole chunks so far */ \
-    X(k_before,  "layers.%d.mega.inner_attention.k_before", WINDOW, Z, 0)                    /* (L,B,c,Z) */ \
-    X(v_before,  "layers.%d.mega.inner_attention.v_before", WINDOW, V, 0)                    /* (L,B,c,V) */ \
-    X(ak_before, "layers.%d.mega.memory.ak_before",         MEMORY_WINDOW, Z, 0)             /* (L,B,c,Z) */ \
-    X(memory,    "layers.%d.mega.memory.m",          config->memory ? Z : 0, V / config->num_heads, 0) \
-    X(lam,       "layers.%d.mega.memory.lam",        config->memory ? Z : 0, 0, 0)    /* (L,B,Z) */ \
-    X(lam_rest,  "layers.%d.mega.memory.lam_rest",   config->memory ? Z : 0, 0, 0)    /* what rounding cut off lam */
+    X(chunks,    "layers.%d.mega.chunks",                   (size_t)1, 0, 0)     /* (L,B): whole chunks so far */ \
+    X(k_before,  "layers.%d.mega.inner_attention.k_before", WINDOW, Z, 0)        /* (L,B,c,Z): rotated keys */ \
+    X(v_before,  "layers.%d.mega.inner_attention.v_before", WINDOW, V, 0)        /* (L,B,c,V) */ \
+    X(ak_before, "layers.%d.mega.memory.ak_before",         WAITING, Z, 0)       /* (L,B,c,Z): the memory's keys */ \
+    X(memory,    "layers.%d.mega.memory.m",                 MEMORY, V / config->num_heads, 0) /* M (L,B,H,S,E) */ \
+    X(lam,       "layers.%d.mega.memory.lam",               MEMORY, 0, 0)        /* (L,B,H,S) */ \
+    X(lam_rest,  "layers.%d.mega.memory.lam_rest",          MEMORY, 0, 0)        /* what rounding cut off lam */
 #define MORE_CACHED(X) X(ak, "", config->memory ? c : 0, Z, 0)
 
 // FLOPs of a token that Megalodon has not: the second half of the window, and the memory's read and merge.
@@ -91,22 +92,11 @@ where 6 is, and at the end what several processes exchange when they share a seq
 
 #define OF_MODEL(function) gecko_##function
 #define OTHER_WEIGHTS(o, architecture) megalodon_weights(&(o)->model, architecture)
+#define LIKE(function) __typeof__(function) gecko_##function; // declares a function of the same type
 #define MORE_DECLARATIONS \
-    bool megalodon_weights(Config* c, const char* architecture); \
-    void gecko_block_forward(const Model* model, const Pass* s, int l, const State* start, State* end); \
-    void gecko_block_backward(const Model* model, const Pass* s, int l, const State* start, State* dstart); \
-    void gecko_timestepnorm_forward(float* out, float* mean, float* rstd, NormState* end, const NormState* start, \
-                                    const float* inp, const float* weight, const float* bias, int B, int T, \
-                                    const Config* config); \
-    void gecko_timestepnorm_backward(float* dinp, float* dweight, float* dbias, NormState* dstart, \
-                                     const NormState* dend, const float* dout, const float* mean, const float* rstd, \
-                                     const NormState* start, const float* inp, const float* weight, int B, int T, \
-                                     const Config* config); \
-    NormState* gecko_slice_norm_start(const Pass* s, int l, NormState* start, const float* inp, const float* weight, \
-                                      const Config* config); \
-    const NormState* gecko_slice_norm_dend(const Pass* s, int l, const float* dout, const float* mean, \
-                                           const float* rstd, const float* inp, const float* weight, \
-                                           const Config* config);
+    LIKE(timestepnorm_forward) LIKE(timestepnorm_backward) LIKE(slice_norm_start) LIKE(slice_norm_dend) \
+    LIKE(block_forward) LIKE(block_backward) \
+    bool megalodon_weights(Config* c, const char* architecture);
 
 #include "../../train_megalodon.c"
 
@@ -279,8 +269,9 @@ static inline void pairs_turn(float* out, const float* inp, const float* turn, i
 // Positions. Attention crosses the border of a chunk, so positions must go on there. In the release they count from the
 // start of the sequence, and in fp32 that loses precision with every timestep. But only differences matter. So keys
 // keep the position in their chunk, as in Megalodon, and a query has two forms: as it is for its own chunk, and turned
-// on by c for the chunk before. This is exact for streams of any length. Cosines and sines for turning on by c (width =
-// Z/H), and then those for not turning. To be freed.
+// on by c for the chunk before. This is exact for streams of any length.
+//
+// Returns cosines and sines (2,width), width = Z/H: of the angles of c timesteps, and of no angle. To be freed.
 float* turns_of(const Config* config) {
     int width = config->z_dim / config->num_heads;
     float* turns = (float*)xcalloc(2 * width, sizeof(float));
@@ -291,20 +282,20 @@ float* turns_of(const Config* config) {
     }
     return turns;
 }
-// Where those of head h stand: the heads from num_rope_heads on have no positions.
+// Which of the two are those of head h: the heads from num_rope_heads on have no positions.
 static int turn_at(const Config* config, int h) {
     return config->num_rope_heads && h >= config->num_rope_heads ? config->z_dim / config->num_heads : 0;
 }
 
-// --num-rope-heads: takes the rotation of q or k (B,T,Z) back from the heads that are to have none. `forwards` gives it
-// back to a gradient before qk_backward takes it away.
-void heads_unturn(float* x, const float* rotations, int B, int T, int pos, const Config* config, bool forwards) {
+// --num-rope-heads: qk_forward rotates all heads of q and k (B,T,Z). This takes the rotation back from those that are
+// to have none. Of a gradient it does the opposite, because qk_backward then takes the rotation back from all heads.
+void heads_unturn(float* x, const float* rotations, int B, int T, int pos, const Config* config, bool gradient) {
     int H = config->num_heads, Z = config->z_dim, width = Z / H, turned = config->num_rope_heads;
     if (!turned) { return; }
     for (size_t r = 0; r < (size_t)B * T; r++) {
         const float* turn = rotations + (size_t)((pos + r % T) % config->chunk_size) * width;
         for (int h = turned; h < H; h++) {
-            pairs_turn(x + r * Z + h * width, x + r * Z + h * width, turn, width, !forwards);
+            pairs_turn(x + r * Z + h * width, x + r * Z + h * width, turn, width, !gradient);
         }
     }
 }
@@ -317,15 +308,15 @@ void heads_unturn(float* x, const float* rotations, int B, int T, int pos, const
 // window of fixed length.) Scores of both chunks stand side by side in a tile's rows of P: first the chunk before, then
 // its own.
 
-// The chunk before: keys and values (B,c,..) that stand before the first timestep, and how many chunks each sequence
-// has had (B); its first chunk has none before. NULL where there is no past.
+// The chunk before the first timestep: keys and values of attention, and keys of the memory (B,c,..). chunks (B): how
+// many whole chunks each sequence has had. With none, there is no chunk before. All are NULL where nothing is carried.
 typedef struct { const float *k, *v, *ak, *chunks; } Before;
 static bool has_before(const Before* before, int b, int chunk) {
     return chunk > 0 || (before->chunks && before->chunks[b] > 0);
 }
 
-// The scores (rows,ld) of queries with keys of one chunk for one head. earlier: this is the chunk before, to which the
-// queries, turned on by `turn`, go from `turned` (rows,width). Drops keys.
+// The scores (rows,ld) of queries with the keys of one chunk, for one head; also drops keys, see attention_scores.
+// earlier: it is the chunk before. Then the queries are turned on by `turn`, and `turned` (rows,width) receives them.
 static void scores_of(float* scores, size_t ld, const float* q, const float* k, float* turned, const float* turn,
                       bool earlier, int rows, int keys, int Z, int H, int width, Dropout drop, int b, int t0, int h) {
     for (int i = 0; earlier && i < rows; i++) { pairs_turn(turned + i * width, q + (size_t)i * Z, turn, width, false); }
@@ -497,7 +488,7 @@ static void softmax_rows(float* F, const float* x, size_t ld, int n, int S) {
     }
 }
 
-// K (n,S) = softmax over the n rows of each feature, l (S) = the log of its sums.
+// K (n,S) = softmax over the n rows of each feature, l (S) = log of the sums of exp(x).
 static void softmax_columns(float* K, float* l, const float* x, size_t ld, int n, int S) {
     float* top = l; // until the end
     for (int s = 0; s < S; s++) { top[s] = -INFINITY; }
@@ -558,8 +549,8 @@ static void memory_merge(Merge* m, float* M, double* lam, const float* ak, const
     }
 }
 
-// Backward: from the gradients dM (S,E) and dlam (S) of M' and lam' to those of M and lam, in their place, and to dak
-// (c,S), assigned, and dv (c,E), added to. M and lam are those before the merge, and are lost. Of M' and lam':
+// Backward. dM (S,E) and dlam (S) hold the gradients of M' and lam' and become those of M and lam. dak (c,S) is
+// assigned, dv (c,E) is added to; both may be NULL. M and lam are those before the merge; they are overwritten.
 //     drho = sum_e dM' (W - M)                      dW = rho dM'
 //     dU   = K^T dW  is the gradient of v           dK = dW U^T                 dFk = -dU M^T
 //     dM   = (1 - rho) dM' - Fk^T dU
@@ -570,8 +561,8 @@ static void memory_merge_backward(Merge* m, float* dM, float* dlam, float* dak, 
     int c = m->c, S = m->S, E = m->E;
     float* before = m->dM_new; // a copy of M, until it holds the new dM
     memcpy(before, M, sizeof(float) * S * E);
-    memory_merge(m, M, lam, ak, v); // fills m; W, U, rho
-    for (int s = 0; s < S; s++) { // W becomes dW
+    memory_merge(m, M, lam, ak, v); // for Fk, K, U, W and rho
+    for (int s = 0; s < S; s++) { // W becomes dW, and l becomes dl
         double drho = 0, rho = m->rho[s];
         for (int e = 0; e < E; e++) {
             size_t at = (size_t)s * E + e;
@@ -579,7 +570,7 @@ static void memory_merge_backward(Merge* m, float* dM, float* dlam, float* dak, 
             m->W[at] = rho * dM[at];
         }
         double rest = dlam[s] - drho * rho;
-        m->l[s] = drho * rho + rest * rho; // dl
+        m->l[s] = drho * rho + rest * rho;
         dlam[s] = rest * (1 - rho);
     }
     gemm(m->dU, E, m->K, S, 1, m->W, E, 1, c, E, S, NULL, NULL);
@@ -609,8 +600,8 @@ static void memory_merge_backward(Merge* m, float* dM, float* dlam, float* dak, 
 // of ak and v for each sequence, see attention_forward.
 typedef struct { const float *ak, *v; Before before; int B, T, K, pos; const Config* config; } MemoryPass;
 
-// The keys and values of the chunk that is absorbed when chunk i of sequence b is complete, for head h; false if there
-// is none. at (in timesteps): where they are; before: in the chunk before this pass.
+// Which chunk of sequence b is absorbed at the end of chunk i; false if none is. Its keys and values begin at timestep
+// `at` of p->ak and p->v, or if `before` is true, of those of the chunk before this pass.
 static bool absorbed_chunk(const MemoryPass* p, int b, int i, size_t* at, bool* before) {
     int c = p->config->chunk_size, j = i + 1 - memory_lag(p->config);
     *before = j < 0;
