@@ -484,7 +484,7 @@ def read(path):
         raise Failure(f"{path}: not a safetensors file: {e}") from None
 
 def write(path, tensors, metadata):
-    data = save({name: t.contiguous() for name, t in tensors.items()}, metadata)
+    data = save({name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}, metadata)
     size = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:size])
     header["__metadata__"] = dict(sorted(metadata.items()))  # safetensors writes it in any order; we, the same bytes

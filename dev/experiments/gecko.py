@@ -5,7 +5,7 @@
     dev/experiments/gecko.py --table dev/experiments/logs/gecko_results.tsv
 
 The README's command for CPUs (797,696 parameters, 2,000 steps of 3 x 256 bytes), with chunks of 64, so that a sequence
-has four of them: with Gecko's window and memory the last sees all of it. The loss is the last one over the held-out 10%,
+has four. With Gecko's window and memory the last one sees all of it. The loss is the last one over the held-out 10%,
 in one stream. Both ends have three learning rates and two more sizes of chunks; each row has two seeds. An hour of two
 cores."""
 from runs import Run, parse_options, read_results, run_all
@@ -29,8 +29,8 @@ def runs_of(data):
             if ends or (chunk, rate) == (64, 3e-3):
                 words = f"{COMMAND} --train {data} --chunk-size {chunk} --lr {rate:g}".split()
                 words += [word for flag, value in flags.items() for word in ("--" + flag.replace("_", "-"), str(value))]
-                rows.append((name, chunk, rate, [Run(f"{i}_{chunk}_{rate:g}_{seed}", "cpu", words + ["--seed", str(seed)])
-                                                 for seed in SEEDS]))
+                runs = [Run(f"{i}_{chunk}_{rate:g}_{seed}", "cpu", words + ["--seed", str(seed)]) for seed in SEEDS]
+                rows.append((name, chunk, rate, runs))
     return rows
 
 
@@ -41,7 +41,7 @@ def main():
         results = read_results(options.table)
     else:
         results = run_all([run for row in rows for run in row[3]], options.out)
-    print("| step | chunks | learning rate | " + " | ".join(f"seed {seed}" for seed in SEEDS) + " |\n" + "|---" * 5 + "|")
+    print("| step | chunks | learning rate | seed 1337 | seed 1 |\n|---|---|---|---|---|")
     for name, chunk, rate, runs in rows:
         losses = [results.get(run.name, {}).get("val_last", "nan") for run in runs]
         print(f"| {name} | {chunk} | {rate:g} | " + " | ".join(f"{float(loss):.4f}" for loss in losses) + " |")
