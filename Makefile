@@ -18,7 +18,7 @@ THIS_CFLAGS = -std=gnu11 -Wall -Wextra -Wno-pass-failed -fno-trapping-math $(WID
 
 MPICC ?= mpicc
 
-SOURCES = train_megalodon.c data/base.h data/safetensors.h data/tokens.h
+SOURCES = train_megalodon.c data/base.h data/megalodon.h data/safetensors.h data/tokens.h
 
 # What there is, found by compiling and linking a probe. CUDA's takes seconds, so only a plain `make` asks for it. GNU make
 # before 4.3 takes a # inside a function call for a comment, hence HASH.

@@ -74,6 +74,7 @@ targets y, the weights as param.NAME, and whatever you want compared as act.NAME
 losses. NAME is the second column of the two tables below. ./test_megalodon FILE then says for each tensor whether and
 how far you agree; its opening comment has the details.
 */
+#include "data/megalodon.h"   // presets, and Megalodon's values of what another architecture (dev/gecko) replaces
 #include "data/base.h"        // die, which ends the program with a message; xcalloc, zeroed memory; text_of; min_int
 #include "data/safetensors.h" // files of tensors
 #include "data/tokens.h"      // tokenizers, files of tokens, documents
@@ -99,31 +100,10 @@ how far you agree; its opening comment has the details.
 
 enum { CEMA_MAX_NDIM = 64, MAX_VOCAB = 1 << 24 };
 
-// dev/gecko/gecko.c is another architecture. It includes this file, adds rows to the tables and has a block of its own.
-// These are Megalodon's values of what it defines.
-#ifndef OTHER_ARCHITECTURE
-#define ARCHITECTURE "megalodon"
-#define TITLE "Megalodon"
-#define HOME "" // from the program's folder to that of this file
-#define ROPE_BASE 10000
-#define MORE_MODEL_OPTIONS(X)
-#define MORE_ACTIVATIONS(X)
-#define MORE_CARRIED(X)
-#define MORE_CACHED(X)
-#define MORE_FLOPS(c) 0
-#define AFFINES 2    // affine maps of z: for q and k
-#define OMEGA_SIZE D // weights omega of CEMA
-#define GAMMA_STD 1  // of CEMA's gamma at the start
-#define ONE 1        // dimensions of one element, in the released shapes
-#define OF_MODEL(function) function
-#define MORE_DECLARATIONS
-#define OTHER_WEIGHTS(o, architecture) false // whether weights of that architecture can be used
-#endif
-
 // One row for each number: kind, name, default, smallest and largest value, help. From this table come the struct
-// Config, the flags of the command line (--num-layers), --help, and what is recorded with weights. The table `presets`,
-// under "Options as text", has a value for each row, in this order. The symbol that comments use stands in brackets.
-// The defaults are the preset `tiny`, which learns visibly in a minute on two cores.
+// Config, the flags of the command line (--num-layers), --help, and what is recorded with weights. The presets in
+// data/megalodon.h have a value for each row, in this order. The symbol that comments use stands in brackets. The
+// defaults are the preset `tiny`, which learns visibly in a minute on two cores.
 #define MODEL_OPTIONS(X) \
     X(INT,  num_layers,         4, 1, 10000,      "blocks [L]") \
     X(INT,  model_dim,        128, 2, 1 << 20,    "features of the residual stream [D]") \
@@ -1397,9 +1377,6 @@ void model_update(Model* model, const AdamW* o, int step, double grad_scale) {
     X(FLAG, dry_run,            0, 0, 1,          "print configuration, parameters and memory, and stop") \
     X(FLAG, help,               0, 0, 1,          "print this; also -h")
 
-#ifndef OTHER_ARCHITECTURE
-#define PRESET_NAMES "tiny mega200M mega1.3B mega1.3B_pg19 mega7.1B mega7.3B paper7B"
-#endif
 #define DEFAULT_VALUE(kind, name, value, ...) value,
 #define OTHER_OPTIONS(X) TOKEN_OPTIONS(X) TRAINING_OPTIONS(X) MODE_OPTIONS(X)
 typedef struct { Config model; OTHER_OPTIONS(STRUCT_FIELD) } Options;
@@ -2550,18 +2527,7 @@ void params_gather_parts(const Model* m) { parts_exchange(m->params.embed, m->nu
 // ---------------------------------------------------------------------------------------------------------------------
 // Options as text: the command line, what files record, and the printed configuration
 
-// The released configurations. Their exact numbers of parameters are 220,627,968; 1,342,832,640; 1,327,628,288;
-// 7,117,381,632; 7,385,817,088; and the last again, with the paper's chunks and rotary base.
-#ifndef OTHER_ARCHITECTURE
-#define PRESETS \
-    /*                   L    D   H    Z     V      F     c   G   N  vocab   base   eps  swiglu scale share rescale */ \
-    {"mega200M",      {12, 1024, 1,  256, 2048,  2560, 2048, 32, 16, 32000, 10000,  1e-5, 0, 0, 0, 0}}, \
-    {"mega1.3B",      {24, 2048, 2,  512, 4096,  4864, 2048, 64, 16, 32000, 10000,  1e-5, 0, 0, 0, 0}}, \
-    {"mega1.3B_pg19", {24, 2048, 2,  512, 4096,  3584, 2048, 64, 16, 32000, 10000,  1e-5, 1, 1, 1, 0}}, \
-    {"mega7.1B",      {32, 4096, 4, 1024, 8192, 11264, 2048, 64, 16, 32000, 10000,  1e-5, 0, 0, 0, 0}}, \
-    {"mega7.3B",      {32, 4096, 4, 1024, 8192,  8192, 2048, 64, 16, 32000, 10000,  1e-5, 1, 0, 0, 0}}, \
-    {"paper7B",       {32, 4096, 4, 1024, 8192,  8192, 4096, 64, 16, 32000, 100000, 1e-5, 1, 0, 0, 0}},
-#endif
+// Names and sizes of models: the defaults, and those in data/megalodon.h.
 static const struct { const char* name; Config config; } presets[] = {
     {"tiny", { MODEL_OPTIONS(DEFAULT_VALUE) }}, PRESETS
 };

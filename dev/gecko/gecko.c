@@ -36,7 +36,7 @@ where 6 is, and at the end what several processes exchange when they share a seq
 */
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The tables: rows that Gecko adds to those of Megalodon
+// The tables: rows that Gecko adds to those of Megalodon, and other values that data/megalodon.h has for Megalodon
 
 #define OTHER_ARCHITECTURE
 #define ARCHITECTURE "gecko"
