@@ -117,7 +117,7 @@ static void test_names(void) {
     expect(d.size == 1, "an absolute path needs no folder");
     dataset_free(&d);
     dataset_open(&d, NULL, "--train", text_of("data/*.h"), "");
-    expect(d.count == 3, "patterns in the current folder");
+    expect(d.count == 4, "patterns in the current folder");
     dataset_free(&d);
     dataset_open(&d, &held_out, "--train", "h,*", odd);
     expect(d.size == 921 && held_out.size == 103 && held_out.segments[0].begin == 921, "the last 10% are held out");

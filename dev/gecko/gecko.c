@@ -8,28 +8,29 @@ With the symbols of train_megalodon.c, a block is
     n   = timestep_decay_norm(x)                       1. the norm's statistics forget
     e   = cema(n)                                      2. CEMA passes its input on as it is
     m   = rms_norm(e)
-    z   = m Wz^T + bz;   q, k = rotary(affine(rms_norm(z)));   aq, ak = affine(rms_norm(z))
-    v   = silu(n Wv^T + bv);  r = silu(m Wr^T + br)    3. rotary positions go on across chunks
+    z   = m Wz^T + bz;  q, k = rotary(affine(rms_norm(z)))   3. positions go on across chunks
+    aq, ak = affine(rms_norm(z))
+    v   = silu(n Wv^T + bv);  r = silu(m Wr^T + br)
     s   = softmax(q k^T) v                             4. attention reaches through the chunk before
     a   = working_memory(aq, ak, v)                    5. and what is older is in a memory of fixed size
     y   = m Wh1^T + bh1 + (s * r + a) Wh2^T + x
     u   = layer_norm(y);  out = ffn(u) + y             6. y is added, not x
 
-Why. In Megalodon a token at the start of a chunk has nothing to attend to: the chunk before is gone, but for what CEMA
-and the norm carry. Here attention always sees at least c tokens back (4). What leaves this window does not vanish: it
-is merged, chunk by chunk, into a matrix for each head, which later tokens read by content (5). And the norm of a long
-stream follows it (1), where a mean over all timesteps hardly moves any more.
+Why. In Megalodon a token at the start of a chunk can attend to nothing but itself: the chunk before is gone, but for
+what CEMA and the norm carry. Here, from the second chunk on, attention sees at least c tokens back (4). What leaves
+this window does not vanish: it is merged, chunk by chunk, into a matrix for each head, which later tokens read by
+content (5). And the norm of a long stream follows it (1), where a mean over all timesteps hardly moves any more.
 
 Each change is an option, with Gecko's value as its default:
 
     1  --norm-decay 1  --timenorm-beta1 0.999  --timenorm-beta2 0.9999
-    2  --cema-omega 0
-    3  --num-rope-heads 0 (all)  --rope-base 500000
+    2  --cema-omega 0            omega is not learned, but 1
+    3  --num-rope-heads 0 (all)  --rope-base 500000; that positions go on comes with --sliding
     4  --sliding 1
     5  --memory 1
     6  --two-hop-residual 0
 
-With --norm-decay 0 --cema-omega 1 --sliding 0 --memory 0 --two-hop-residual 1 the model is Megalodon.
+With --norm-decay 0 --cema-omega 1 --sliding 0 --memory 0 --two-hop-residual 1 --rope-base 10000 it is Megalodon.
 
 The sections have the order of the block: first the tables, then 1 to 5 with forward and backward pass, then the block,
 where 6 is, and at the end what several processes exchange when they share a sequence.
@@ -57,8 +58,12 @@ where 6 is, and at the end what several processes exchange when they share a seq
     X(ak,            "",                              LAYER, c->memory ? Z : 0, 0)   /* its keys */ \
     X(memory,        "layers.%d.mega.memory",         LAYER, c->memory ? V : 0, 0)   /* a */
 
+// (In the tables of parameters and activations, c is the Config. In that of states it is the chunk size.)
+//
 // What goes from one call to the next: besides the statistics of the norms (here count and both averages) and CEMA's
-// states, the chunk before, which attention still sees and the memory has not absorbed, and the memory.
+// states, the chunk before, which attention still sees and the memory has not absorbed, and the memory. A state of
+// zeros is the empty past: `chunks`, which is a float because files of states hold floats, says whether the rest
+// counts.
 #define WINDOW (config->sliding ? c : 0)                          // timesteps of the chunk before, for attention
 #define WAITING (config->sliding && config->memory ? c : 0)       // and for the memory
 #define MEMORY (config->memory ? Z : 0)
@@ -78,10 +83,10 @@ where 6 is, and at the end what several processes exchange when they share a seq
 #define AFFINES (size_t)(c->memory ? 4 : 2)      // q, k, aq, ak
 #define OMEGA_SIZE (c->cema_omega ? D : 0)
 #define GAMMA_STD (c->cema_omega ? 1 : 1 / sqrt(c->cema_ndim))
-#define ONE (size_t)(c->cema_omega ? 1 : 0)
+#define ONE (size_t)(c->cema_omega ? 1 : 0) // 0 ends a shape: alpha is (D,N), without the 1 of Megalodon's
 
-// Shapes with Megalodon's names are Megalodon's. Only gecko7B is that of the released code. Numbers of parameters:
-// 220,627,968; 1,327,628,288; 7,385,817,088.
+// The first two have the shapes of Megalodon's presets. Only gecko7B is that of the released code. Numbers of
+// parameters: 220,627,968; 1,327,628,288; 7,385,817,088.
 #define PRESET_NAMES "tiny gecko200M gecko1.3B_pg19 gecko7B"
 #define GECKO 1, 0.999, 0.9999, 0, 0, 1, 1, 0
 #define PRESETS \
@@ -112,9 +117,9 @@ where 6 is, and at the end what several processes exchange when they share a seq
 // The variance is the average of the variances inside timesteps, each about its own mean. How the mean moves from one
 // timestep to the next is not in it, as it is in Megalodon's.
 //
-// A NormState holds count, m and s. The corrections are computed as -expm1(count log b), in double: by a product of
-// powers in fp32, as in the release, 1 - b2^count is off by 1e-4 of its size in the first timesteps.
-// Shapes and what is saved: as in timestepnorm_forward. mean is mean_t.
+// A NormState holds count, and as its mean and var the averages m and s, before correction. The corrections are
+// computed as -expm1(count log b), in double: by a product of powers in fp32, as in the release, 1 - b2^count is off by
+// 1e-4 of its size in the first timesteps. Shapes and what is saved: as in timestepnorm_forward. mean is mean_t.
 void decaynorm_forward(float* out, float* mean, float* rstd, NormState* end, const NormState* start, const float* inp,
                        const float* weight, const float* bias, int B, int T, const Config* config) {
     int D = config->model_dim, G = config->norm_num_groups, width = D / G;
@@ -153,8 +158,8 @@ void decaynorm_forward(float* out, float* mean, float* rstd, NormState* end, con
 // whole gradients U_t of m_t and W_t of s_t are two recurrences, from the last timestep to the first:
 //     U_t = b1 U_{t+1} - rstd_t sum_i f_ti / (1 - b1^count)
 //     W_t = b2 W_{t+1} - 1/2 rstd_t^3 sum_i f_ti (x_ti - mean_t) / (1 - b2^count)
-// which begin with the gradient of the state after timestep T, dend. x_ti enters m_t through mu_t, with the factor
-// (1 - b1)/width, and s_t through var_t, with (1 - b2) 2 (x_ti - mu_t)/width:
+// At t = T the gradient of the state after timestep T, dend, takes the place of b1 U_{T+1} and b2 W_{T+1}. x_ti enters
+// m_t through mu_t, with the factor (1 - b1)/width, and s_t through var_t, with (1 - b2) 2 (x_ti - mu_t)/width:
 //     dx_ti = f_ti rstd_t + ((1 - b1) U_t + 2 (1 - b2) W_t (x_ti - mu_t)) / width
 //     dstart.mean = b1 U_1           dstart.var = b2 W_1
 // Arguments as in timestepnorm_backward.
@@ -458,12 +463,14 @@ void sliding_attention_backward(float* dq, float* dk, float* dv, float* dk_befor
 // of M is the answer to one feature of a query: a query picks rows by a softmax over its features,
 //     Fq = softmax over features of aq_t (S)                a_t = Fq M
 // Chunk i reads M as it is after chunks 0..i-2 were absorbed: those that its attention does not see (with --sliding 0,
-// 0..i-1). So the first two chunks read zeros. A chunk, with keys ak (c,S) and values v (c,E), is absorbed by
+// 0..i-1). So the first two chunks read zeros (with --sliding 0, the first). A chunk, with keys ak (c,S) and values v
+// (c,E), is absorbed by
 //     Fk = softmax over features of ak (c,S)             K = softmax over the chunk's timesteps of ak, transposed (S,c)
 //     W  = K (v - Fk M)                                  rho = share of the chunk in all that was absorbed (S)
 //     M' = M + rho (W - M)                               by rows
 // rho comes from the keys: with l (S) the log of the sum of exp(ak) over the chunk, and lam the same over all before,
 //     lam' = log(exp(lam) + exp(l))                         rho = exp(l - lam')
+// Before the first chunk lam is -infinity, so then rho is 1 and M' = W.
 // Without the term Fk M, row s of M would be the mean of all values so far, weighed by the softmax over all time of
 // feature s of the keys, as an online softmax computes it. With it, a chunk's values are first reduced by what the
 // memory would answer to their keys: the delta rule. What M knows already is not added again.
@@ -471,10 +478,11 @@ void sliding_attention_backward(float* dq, float* dk, float* dv, float* dk_befor
 // M is kept in fp32 everywhere. In bf16, as in the release, an update gets lost when it is small beside M. lam grows
 // like the logarithm of time, by less and less: it is kept in double, in a state as two floats.
 //
-// M and lam go from chunk to chunk, in T/c steps of two small products; all else is parallel. The backward pass makes
-// all M again rather than to keep T/c of them for each layer.
+// M and lam go from chunk to chunk, in T/c steps. Here sequences and heads are parallel, and a thread walks through the
+// chunks of its own. The backward pass makes all M again; T/c of them for each layer would take much memory.
 
-// How many chunks are not absorbed yet at the end of a chunk: with --sliding the chunk itself.
+// Chunk i reads the memory as it is after chunks 0..i-lag. So at the end of chunk i, chunk i+1-lag is absorbed. With
+// --sliding: at the end of chunk 0 the one before this call, if there is one; at the end of chunk 1 chunk 0, and so on.
 static int memory_lag(const Config* config) { return config->sliding ? 2 : 1; }
 
 // F (n,S) = softmax over the features of each row of x, whose rows lie ld apart.
@@ -511,7 +519,7 @@ static void softmax_columns(float* K, float* l, const float* x, size_t ld, int n
 typedef struct {
     int c, S, E, values;
     size_t Z, V;                  // distance of rows of ak and v
-    float *Fk, *K, *U, *W;        // (c,S), (c,S), (c,E): v - Fk M, (S,E)
+    float *Fk, *K, *U, *W;        // (c,S), (c,S) not transposed, (c,E): v - Fk M, (S,E)
     float *l, *rho;               // (S)
     float *dU, *dF, *dK, *dM_new; // (c,E), (c,S), (c,S), (S,E): for the backward pass
 } Merge;
@@ -549,8 +557,8 @@ static void memory_merge(Merge* m, float* M, double* lam, const float* ak, const
     }
 }
 
-// Backward. dM (S,E) and dlam (S) hold the gradients of M' and lam' and become those of M and lam. dak (c,S) is
-// assigned, dv (c,E) is added to; both may be NULL. M and lam are those before the merge; they are overwritten.
+// Backward. dM (S,E) and dlam (S) hold the gradients of M' and lam' and become those of M and lam. dak (c,S) and
+// dv (c,E) are added to, and may be NULL. M and lam are those before the merge; they are overwritten.
 //     drho = sum_e dM' (W - M)                      dW = rho dM'
 //     dU   = K^T dW  is the gradient of v           dK = dW U^T                 dFk = -dU M^T
 //     dM   = (1 - rho) dM' - Fk^T dU
@@ -575,7 +583,8 @@ static void memory_merge_backward(Merge* m, float* dM, float* dlam, float* dak, 
     }
     gemm(m->dU, E, m->K, S, 1, m->W, E, 1, c, E, S, NULL, NULL);
     gemm(m->dK, S, m->U, E, 1, m->W, 1, E, c, S, E, NULL, NULL);
-    gemm(m->dF, S, m->dU, E, 1, before, 1, E, c, S, E, NULL, NULL); // -dFk
+    gemm(m->dF, S, m->dU, E, 1, before, 1, E, c, S, E, NULL, NULL);
+    for (int i = 0; i < c * S; i++) { m->dF[i] = -m->dF[i]; }
     gemm(m->dM_new, E, m->Fk, 1, S, m->dU, E, 1, S, E, c, NULL, NULL);
     for (int i = 0; i < S * E; i++) { dM[i] = (1 - m->rho[i / E]) * dM[i] - m->dM_new[i]; }
     for (int t = 0; dv && t < c; t++) {
@@ -586,13 +595,13 @@ static void memory_merge_backward(Merge* m, float* dM, float* dlam, float* dak, 
         for (int t = 0; t < c; t++) { sum += (double)m->dK[(size_t)t * S + s] * m->K[(size_t)t * S + s]; }
         for (int t = 0; t < c; t++) {
             size_t at = (size_t)t * S + s;
-            dak[t * m->Z + s] = m->K[at] * (m->dK[at] - sum + m->l[s]);
+            dak[t * m->Z + s] += m->K[at] * (m->dK[at] - sum + m->l[s]);
         }
     }
     for (int t = 0; dak && t < c; t++) {
         float dot = 0, *f = m->Fk + (size_t)t * S, *df = m->dF + (size_t)t * S;
-        for (int s = 0; s < S; s++) { dot -= df[s] * f[s]; }
-        for (int s = 0; s < S; s++) { dak[t * m->Z + s] += f[s] * (-df[s] - dot); }
+        for (int s = 0; s < S; s++) { dot += df[s] * f[s]; }
+        for (int s = 0; s < S; s++) { dak[t * m->Z + s] += f[s] * (df[s] - dot); }
     }
 }
 
@@ -671,7 +680,7 @@ void memory_backward(float* daq, float* dak, float* dv, float* dak_before, float
     OMP(omp parallel for schedule(static) collapse(2))
     for (int b = 0; b < p->B; b++) {
         for (int h = 0; h < H; h++) {
-            size_t size = 2 * S + (size_t)S * E; // lam, in double, and M before each chunk
+            size_t size = 2 * S + (size_t)S * E; // before each chunk: lam, in double (S is even: aligned), and M
             float* all = scratch(OF_ATTENTION, size * (chunks + 1) + (size_t)2 * c * S + merge_size(c, S, E));
             float *Fq = all + size * (chunks + 1), *dFq = Fq + (size_t)c * S;
             float *dM_h = dM + ((size_t)b * Z + h * S) * E, *dlam_h = dlam + (size_t)b * Z + h * S;
@@ -691,7 +700,7 @@ void memory_backward(float* daq, float* dak, float* dv, float* dak_before, float
                 float* M = all + size * i + 2 * S;
                 size_t at = (size_t)b * p->T + i * c;
                 if ((i + 1) * c <= p->T && absorbed_chunk(p, b, i, &at_chunk, &before)) {
-                    float* lost = all + size * (i + 1);
+                    float* lost = all + size * (i + 1); // is done with: the merge is run once more in its place
                     float *dak_to = before ? dak_before : dak, *dv_to = before ? dv_before : dv;
                     memcpy(lost, all + size * i, sizeof(float) * size);
                     memory_merge_backward(&m, dM_h, dlam_h, daq && dak_to ? dak_to + at_chunk * Z + h * S : NULL,
@@ -727,7 +736,6 @@ void slice_memory_end(const Pass* s, float* dM, float* dlam, const float* dout, 
 void slice_chunks_end(const Pass* s, const float* dk_before, const float* dv_before, const float* dak_before,
                       const Acts* da, const Config* config);
 
-// The chunk before the first timestep, and a view of this pass for the memory. K, ak and v: as attention sees them.
 static Before before_of(const State* past) {
     Before before = {past->k_before, past->v_before, past->ak_before, past->chunks};
     return before;
@@ -857,7 +865,7 @@ void gecko_block_backward(const Model* model, const Pass* s, int l, const State*
     matmul_backward(da.gated, dw.wh2, NULL, dmega, a.gated, w.wh2, NULL, rows, V, D);
     matmul_backward(da.rmsnorm, dw.wh1, dw.wh1_b, dmega, a.rmsnorm, w.wh1, NULL, rows, D, D);
     const float* dgated = dropout(da.wr, da.gated, NULL, sites.gated, rows, V);
-    if (config->memory) { memcpy(da.memory, dgated, sizeof(float) * rows * V); }
+    if (config->memory) { memcpy(da.memory, dgated, sizeof(float) * rows * V); } // dgated may stand in da.wr
     silu_backward(da.wr, da.attention, dgated, a.wr, a.attention, rows * V);
     matmul_backward(da.rmsnorm, dw.wr, dw.wr_b, da.wr, a.rmsnorm, w.wr, da.rmsnorm, rows, D, V);
 
@@ -985,7 +993,8 @@ const NormState* gecko_slice_norm_dend(const Pass* s, int l, const float* dout, 
     return dend;
 }
 
-// The last chunk of the process before: keys, values and keys of the memory, in s->before. Each process sends its own.
+// Each slice has whole chunks, at least one. The last chunk of the process before: keys, values and keys of the memory,
+// in s->before. Each process sends its own.
 void slice_chunks_start(const Pass* s, int l, State* past, const Acts* a, const Config* config) {
     if (!s->before.norm) { return; }
     int B = s->B, T = s->T, c = config->chunk_size, Z = config->z_dim, V = config->value_dim;
@@ -1000,8 +1009,8 @@ void slice_chunks_start(const Pass* s, int l, State* past, const Acts* a, const 
         before.chunks[b] = (past->chunks ? past->chunks[b] : 0) + (float)ranks.slice * (T / c);
     }
     if (config->sliding) { all_gather(all, mine, each * sizeof(float)); }
-    const float* from = all + each * (ranks.slice - 1);
     if (config->sliding && ranks.slice) {
+        const float* from = all + each * (ranks.slice - 1);
         memcpy(before.k_before, from, sizeof(float) * B * c * Z);
         memcpy(before.v_before, from + (size_t)B * c * Z, sizeof(float) * B * c * V);
         if (config->memory) { memcpy(before.ak_before, from + (size_t)B * c * (Z + V), sizeof(float) * B * c * Z); }
