@@ -913,7 +913,8 @@ def test_reference(folder):
 def test_experiments():
     """The tables of the experiments, from the results that are kept."""
     for name, expected in (("wikitext2", "106.5516 | 100.7638"), ("books", "280.0049 | 258.7253"),
-                           ("bytes", "0.002 | 1.1373"), ("gecko", "1.5388 | 1.5286"), ("shakespeare", "1.5412 | 1.5462")):
+                           ("bytes", "0.002 | 1.1373"), ("gecko", "1.5388 | 1.5286"),
+                           ("shakespeare", "1.5412 | 1.5462")):
         works(f"{name}.py --table", f"dev/experiments/{name}.py", "--table", f"dev/experiments/logs/{name}_results.tsv",
               expects=[expected])
     works("context.py table", "dev/experiments/context.py", "table", "dev/experiments/logs/context_transformer.tsv",
