@@ -9,8 +9,8 @@ books once.
 Each model is tried with five learning rates on the first quarter of every row's text, and then reads all of it with
 the best. Books are read in order, in sequences of 4,096 tokens; no book is read twice. Further Megalodons take this
 rate too: with carried states, with sequences of 32,768 tokens, and with chunks of 256. The Transformer is evaluated
-with windows of 4,096 tokens that start every 2,048, Megalodon in one stream a book. Needs a GPU; six minutes
-of four. To compare another model, add a line to MODELS, RATES and WINDOWS, and its command to evals_of in runs.py."""
+with windows of 4,096 tokens that start every 2,048, Megalodon in one stream a book. Needs a GPU, for 15
+minutes. To compare another model, add a line to MODELS, RATES and WINDOWS, and its command to evals_of in runs.py."""
 from runs import Run, best_of, evals_of, parse_options, read_results, run_all
 
 TOKENS = 65536 # of a step

@@ -7,8 +7,8 @@
 
 Each model is tried with three learning rates; Megalodon then also with carried states. Books are read in order, in
 sequences of 4,096 bytes, and none twice. Losses are over the first 4 MiB of the validation books: Megalodon reads each
-book in one stream, the Transformer in windows of 4,096 bytes that start every 2,048. Needs a GPU;
-2.5 minutes of four."""
+book in one stream, the Transformer in windows of 4,096 bytes that start every 2,048. Needs a GPU,
+for 6.5 minutes."""
 from runs import Run, best_of, parse_options, read_results, run_all
 
 STEPS = 750

@@ -8,8 +8,8 @@
 Each model has as many trials: five learning rates at a quarter of the length, then at full length four rates of
 dropout with the best of them. Both see the same tokens, at random places. The Transformer is evaluated with windows of
 1024 tokens that start every 256, Megalodon in one stream. Perplexity is per word or line end, over the whole text:
-what a model gives to all the pieces of a word, its spaces included, is what it gives to the word. Needs a GPU; seven
-minutes of four."""
+what a model gives to all the pieces of a word, its spaces included, is what it gives to the word. Needs a GPU, for 21
+minutes."""
 from runs import Run, best_of, evals_of, parse_options, read_results, run_all
 
 STEPS = 4400

@@ -332,7 +332,8 @@ static void scores_of(float* scores, size_t ld, const float* q, const float* k, 
     }
 }
 
-// Arguments as in attention_forward.
+//     out_t = sum_s P_ts v_s        P_ts = exp(q_t k_s - lse_t)        s: the chunk before, and the own one up to t
+// where q_t is turned on by c for the keys of the chunk before. Shapes and what is saved: as in attention_forward.
 void sliding_attention_forward(float* out, float* lse, const float* q, const float* k, const float* v, Before before,
                                int B, int T, int K, int pos, const Config* config, Dropout drop) {
     int c = config->chunk_size, H = config->num_heads, Z = config->z_dim, V = config->value_dim, zd = Z / H, vd = V / H;
@@ -756,7 +757,7 @@ void gecko_block_forward(const Model* model, const Pass* s, int l, const State* 
 
     past.norm = gecko_slice_norm_start(s, l, past.norm, x, w.timenorm_w, config); // several processes only
     gecko_timestepnorm_forward(a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, past.norm, x, w.timenorm_w,
-                        w.timenorm_b, B, T, config);
+                               w.timenorm_b, B, T, config);
     CemaParams cema = cema_either(&w, config, scratch(OF_ATTENTION, (size_t)D * (2 * config->cema_ndim + 1)));
     past.h = slice_cema_start(s, l, past.h, a.timenorm, cema, config); // several processes only
     cema_forward(a.cema, next.h, past.h, a.timenorm, cema, B, T, D, config->cema_ndim);
@@ -930,16 +931,17 @@ void gecko_block_backward(const Model* model, const Pass* s, int l, const State*
     OMP(omp parallel for schedule(static))
     for (size_t i = 0; i < rows * D; i++) { dx[i] = config->two_hop_residual ? da.out[i] + da.mega[i] : da.mega[i]; }
     const NormState* dend = gecko_slice_norm_dend(s, l, da.timenorm, a.timenorm_mean, a.timenorm_rstd, x, w.timenorm_w,
-                                              config); // several processes only
+                                                    config); // several processes only
     gecko_timestepnorm_backward(dx, dw.timenorm_w, dw.timenorm_b, dpast.norm, dend, da.timenorm, a.timenorm_mean,
-                         a.timenorm_rstd, past.norm, x, w.timenorm_w, B, T, config);
+                                a.timenorm_rstd, past.norm, x, w.timenorm_w, B, T, config);
 }
 
-// Weights of Megalodon: all that Gecko changes is turned off.
+// Weights of Megalodon: all that Gecko changes is turned off. False for other names.
 bool megalodon_weights(Config* c, const char* architecture) {
     if (strcmp(architecture, "megalodon")) { return false; }
     c->norm_decay = c->sliding = c->memory = c->num_rope_heads = 0;
     c->cema_omega = c->two_hop_residual = 1;
+    c->rope_base = 10000; // unless the file records another
     return true;
 }
 
@@ -949,7 +951,7 @@ bool megalodon_weights(Config* c, const char* architecture) {
 // the norm, the last chunk of the process before, and the memory.
 
 NormState* gecko_slice_norm_start(const Pass* s, int l, NormState* start, const float* inp, const float* weight,
-                              const Config* c) {
+                                  const Config* c) {
     if (!c->norm_decay || !s->before.norm) { return slice_norm_start(s, l, start, inp, weight, c); }
     int n = s->B * c->norm_num_groups;
     NormState *all = (NormState*)xcalloc((size_t)n * ranks.slices, sizeof(NormState)), *mine = all + n * ranks.slice;
@@ -973,7 +975,7 @@ NormState* gecko_slice_norm_start(const Pass* s, int l, NormState* start, const 
 }
 
 const NormState* gecko_slice_norm_dend(const Pass* s, int l, const float* dout, const float* mean, const float* rstd,
-                                   const float* inp, const float* weight, const Config* c) {
+                                       const float* inp, const float* weight, const Config* c) {
     if (!c->norm_decay || !s->before.norm) { return slice_norm_dend(s, l, dout, mean, rstd, inp, weight, c); }
     int n = s->B * c->norm_num_groups;
     NormState *all = (NormState*)xcalloc((size_t)n * ranks.slices, sizeof(NormState)), *mine = all + n * ranks.slice;
@@ -1045,10 +1047,12 @@ void slice_chunks_end(const Pass* s, const float* dk_before, const float* dv_bef
     free(all);
 }
 
-// A merge is affine in M: M' = X M + Y with X = diag(1 - rho) - diag(rho) K Fk and Y = diag(rho) K v. So are all merges
-// of a slice together: M_after = A M_before + C. Both come from running the memory on columns [C | A] that start as [0
-// | I], where the columns of A take values of zero. rho needs lam before the slice, so there are two exchanges: first
-// of each slice's own lam, then of C and A. Each slice then composes those before it.
+// A merge is affine in M:
+//     M' = X M + Y        X = diag(1 - rho) - diag(rho) K Fk        Y = diag(rho) K v
+// So all merges of a slice together are too: M_after = A M_before + C. Both come from running the memory on the columns
+// [C | A]. They start as zeros and the identity, and the columns of A take values of zero. rho needs lam before the
+// slice, so there are two exchanges: first of each slice's own lam, then of C and A. Each slice then composes those
+// before it.
 //
 // The pair of this slice, (B,H,S,E+S), from lam (B,Z) before it. With pair NULL only lam is run on.
 static void memory_affine(float* pair, double* lam, const MemoryPass* p) {
@@ -1085,7 +1089,6 @@ void slice_memory_start(const Pass* s, int l, State* past, const MemoryPass* p) 
     memory_affine(NULL, mine, p);
     all_gather(all_lam, mine, lams * sizeof(double));
     int own_chunks = p->T / config->chunk_size, lag = memory_lag(config);
-    double* starts = (double*)xcalloc(lams, sizeof(double));
     for (size_t i = 0; i < lams; i++) {
         bool filled = past->lam && p->before.chunks[i / Z] - ranks.slice * own_chunks >= lag;
         double sum = filled ? (double)past->lam[i] + past->lam_rest[i] : -INFINITY;
@@ -1093,12 +1096,10 @@ void slice_memory_start(const Pass* s, int l, State* past, const MemoryPass* p) 
             double other = all_lam[r * lams + i], top = fmax(sum, other);
             if (top > -INFINITY) { sum = top + log(exp(sum - top) + exp(other - top)); }
         }
-        starts[i] = sum;
+        mine[i] = sum; // nobody reads this row any more
         before.lam[i] = sum;
         before.lam_rest[i] = sum > -INFINITY ? sum - before.lam[i] : 0;
     }
-    memcpy(mine, starts, lams * sizeof(double));
-    free(starts);
     memory_affine(all + pairs * ranks.slice, mine, p);
     all_gather(all, all + pairs * ranks.slice, pairs * sizeof(float));
     for (int i = 0; i < B * H; i++) {
@@ -1128,7 +1129,6 @@ void slice_memory_end(const Pass* s, float* dM, float* dlam, const float* dout, 
     size_t n = (size_t)B * Z * E, lams = (size_t)B * Z, pairs = (size_t)B * Z * wide, each = n + pairs + 2 * lams;
     float *all = (float*)xcalloc(each * ranks.slices, sizeof(float)), *mine = all + each * ranks.slice;
     float *pair = mine + n, *factor = pair + pairs, *own_dlam = factor + lams;
-    float* scrap = (float*)xcalloc(n, sizeof(float));
     double* lam = (double*)xcalloc(lams, sizeof(double));
     for (size_t i = 0; i < lams; i++) {
         lam[i] = memory_filled(p, i / Z, 0) ? (double)past->lam[i] + past->lam_rest[i] : -INFINITY;
@@ -1151,8 +1151,8 @@ void slice_memory_end(const Pass* s, float* dM, float* dlam, const float* dout, 
         }
     }
     memset(own_dlam, 0, lams * sizeof(float));
-    memcpy(scrap, dM, n * sizeof(float));
-    memory_backward(NULL, NULL, NULL, NULL, NULL, scrap, own_dlam, dout, aq, p, past);
+    memcpy(mine, dM, n * sizeof(float)); // nobody reads this part any more
+    memory_backward(NULL, NULL, NULL, NULL, NULL, mine, own_dlam, dout, aq, p, past);
     all_gather(all, mine, each * sizeof(float));
     for (size_t i = 0; i < lams; i++) {
         for (int r = ranks.slices - 1; r > ranks.slice; r--) {
@@ -1160,5 +1160,5 @@ void slice_memory_end(const Pass* s, float* dM, float* dlam, const float* dout, 
             dlam[i] = theirs[i] * dlam[i] + theirs[lams + i];
         }
     }
-    free(all); free(scrap); free(product);
+    free(all); free(product);
 }
