@@ -4,9 +4,10 @@
     dev/experiments/shakespeare.py input.txt --out out/shakespeare          all runs, then the table
     dev/experiments/shakespeare.py --table dev/experiments/logs/shakespeare_results.tsv
 
-Each model has two seeds and three to five learning rates. A loss is over the last 10% of the text, in nats per byte: the last
-one of a run, or with "best" the lowest of its validations. A Transformer is evaluated with windows that start every 64
-bytes, so that each byte has at least 192 before it, but for the first 192. Needs both programs, PyTorch and a GPU."""
+Each model has two seeds and three to five learning rates. A loss is over the last 10% of the text, in nats per byte:
+the last one of a run, or with "best" the lowest of its validations. A Transformer is evaluated with windows that
+start every 64 bytes, so that each byte has at least 192 before it, but for the first 192. Needs both programs,
+PyTorch and a GPU."""
 from runs import Run, parse_options, read_results, run_all
 
 SEEDS = 1337, 1
