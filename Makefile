@@ -66,6 +66,9 @@ train_megalodon test_megalodon: %: %.c $(SOURCES) dev/bin/flags
 	$(CC) $(THIS_CFLAGS) $< $(OPENMP) $(MPI) -o $@ -lm
 
 gecko: dev/gecko/train_gecko dev/gecko/test_gecko
+	@if [ -n "$(CUDA)" ]; then $(MAKE) gecko-cuda; else echo "CUDA: not found"; fi
+
+gecko-cuda: dev/gecko/train_gecko_cuda dev/gecko/test_gecko_cuda
 
 dev/gecko/train_gecko: dev/gecko/gecko.c $(SOURCES) dev/bin/flags
 	$(CC) $(THIS_CFLAGS) $< $(OPENMP) $(MPI) -o $@ -lm
@@ -78,6 +81,12 @@ train_megalodon_cuda: train_megalodon.cu $(SOURCES) dev/bin/flags_cuda
 
 test_megalodon_cuda: test_megalodon.c train_megalodon.cu $(SOURCES) dev/bin/flags_cuda
 	$(NVCC) $(NVCCFLAGS) $(MPI) $(NCCL) -DGPU -x cu $< -o $@
+
+dev/gecko/train_gecko_cuda: dev/gecko/gecko.cu dev/gecko/gecko.c train_megalodon.cu $(SOURCES) dev/bin/flags_cuda
+	$(NVCC) $(NVCCFLAGS) -I. $(MPI) $(NCCL) $< -o $@
+
+dev/gecko/test_gecko_cuda: test_megalodon.c dev/gecko/gecko.cu dev/gecko/gecko.c train_megalodon.cu $(SOURCES) dev/bin/flags_cuda
+	$(NVCC) $(NVCCFLAGS) -I. $(MPI) $(NCCL) -DGPU -DPROGRAM='"dev/gecko/gecko.cu"' -x cu $< -o $@
 
 dev/bin/test_tokens dev/bin/test_safetensors: dev/bin/%: dev/%.c dev/expect.h $(SOURCES)
 	@mkdir -p dev/bin
@@ -94,12 +103,18 @@ dev/bin/check: dev/cuda/check.cu test_megalodon.c train_megalodon.cu $(SOURCES)
 
 # The GPU programs on a CPU: train_megalodon, test_megalodon and check in dev/bin/emulated
 EMULATED = g++ -std=gnu++17 -O2 -march=native -w -DGPU $(OPENMP) -I. -include dev/cuda/emulate.h
-dev/bin/emulated/sources.done: dev/cuda/emulate.sh train_megalodon.cu test_megalodon.c dev/cuda/check.cu
+dev/bin/emulated/sources.done: dev/cuda/emulate.sh train_megalodon.cu test_megalodon.c dev/cuda/check.cu \
+                              dev/gecko/gecko.cu
 	@mkdir -p dev/bin/emulated
 	sh $^ && touch $@
 dev/bin/emulated/test_megalodon: EMULATED += -D__CUDA_ARCH__=800 # the others: 900, which has kernels in other forms
 dev/bin/emulated/%: dev/bin/emulated/sources.done dev/cuda/emulate.h $(SOURCES)
 	$(EMULATED) -x c++ dev/bin/emulated/$*.c* -x none $(if $(filter-out check,$*),$(MPI) $(if $(MPI),-DUSE_NCCL)) -o $@ -lm
+
+dev/bin/emulated/train_gecko: dev/bin/emulated/sources.done dev/cuda/emulate.h dev/gecko/gecko.c $(SOURCES)
+	$(EMULATED) -x c++ dev/bin/emulated/gecko.cu -x none $(MPI) $(if $(MPI),-DUSE_NCCL) -o $@ -lm
+dev/bin/emulated/test_gecko: dev/bin/emulated/sources.done dev/cuda/emulate.h dev/gecko/gecko.c $(SOURCES)
+	$(EMULATED) -D__CUDA_ARCH__=800 -DPROGRAM='"gecko.cu"' -x c++ dev/bin/emulated/test_megalodon.c -x none $(MPI) $(if $(MPI),-DUSE_NCCL) -o $@ -lm
 
 dev/bin/test_gecko_long: dev/gecko/test_long.c dev/gecko/gecko.c $(SOURCES)
 	@mkdir -p dev/bin
@@ -142,8 +157,8 @@ bench: dev/bin/bench
 
 clean:
 	rm -rf train_megalodon test_megalodon train_megalodon_cuda test_megalodon_cuda dev/bin
-	rm -f dev/gecko/train_gecko dev/gecko/test_gecko
+	rm -f dev/gecko/train_gecko dev/gecko/test_gecko dev/gecko/train_gecko_cuda dev/gecko/test_gecko_cuda
 
 FORCE:
 
-.PHONY: FORCE all cuda gecko test-gecko train test test-long test-emulated bench clean
+.PHONY: FORCE all cuda gecko gecko-cuda test-gecko train test test-long test-emulated bench clean

@@ -302,12 +302,10 @@ template <typename X> void model_copy(const ModelOf<X>* m, float* arena, Params 
         }
     }
 }
-// Copies norms and h between a State of the CPU and one of the GPU.
+// Copies what is carried between a State of the CPU and one of the GPU.
 template <typename X> void state_copy(Gpu& gpu, StateOf<X>* s, State* host, bool to_host) {
-    size_t h = (char*)s->norm - (char*)s->h, norm = s->bytes - h;
     gpu_sync(&gpu);
-    CUDA(cudaMemcpy(to_host ? (void*)host->norm : s->norm, to_host ? s->norm : host->norm, norm, cudaMemcpyDefault));
-    CUDA(cudaMemcpy(to_host ? (void*)host->h : s->h, to_host ? s->h : host->h, h, cudaMemcpyDefault));
+    CUDA(cudaMemcpy(to_host ? host->norm : s->norm, to_host ? s->norm : host->norm, s->bytes, cudaMemcpyDefault));
     if (to_host) { host->pos = s->pos; } else { s->pos = host->pos; }
 }
 // Activation i of layer l, or with grads its gradient, in the CPU's layout: (B,T,...) floats. False if it is not there.
@@ -318,7 +316,7 @@ template <typename X> bool pass_fetch(Gpu& gpu, const PassOf<X>* s, const Config
     if (!p->pitch) { return false; }
     act_specs(specs, c, 1, KEEP_ALL);
     size_t BT = (size_t)s->B * s->T, n = specs[i].size, bytes = act_is_float(i) ? sizeof(float) : sizeof(X);
-    bool head_major = i == A_q || i == A_k || i == A_v || i == A_attention || i == A_attention_lse;
+    bool head_major = i == A_q || i == A_k || i == A_v || i == A_attention || i == A_attention_lse || i > A_losses;
     int H = head_major ? c->num_heads : 1;
     void* raw = xcalloc(BT * n, bytes);
     gpu_sync(&gpu);

@@ -80,7 +80,15 @@ CONVENTIONS, where they differ from the CPU's:
 #define TESTING
 #define GPU_MAIN
 #endif
+#ifdef OTHER_ARCHITECTURE_C // dev/gecko/gecko.cu; see data/megalodon.h
+#include OTHER_ARCHITECTURE_C
+#else
 #include "train_megalodon.c"
+#define MORE_GPU_DECLARATIONS
+#define MORE_SCRATCH
+#define MORE_MEMORY(T, of_element) 0 // bytes of that scratch memory, for T timesteps
+#define CHUNKS_CACHED 1              // of keys and values in streams
+#endif
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -127,6 +135,7 @@ enum { PARTIALS,     // partial sums of gradients, by CUDA block
        CEMA_SUMS,    // CEMA: sums over time that its gradients are made of
        SCORES,       // attention: scores, in the backward pass also their gradients
        SLICES, SLICE_NORMS, // several GPUs: what slices tell each other, by copy engines or by kernels
+       MORE_SCRATCH
        NUM_SCRATCH };
 
 struct Gpu;
@@ -1643,12 +1652,20 @@ __device__ inline uint64_t dropout_bits_of_query(const Dropout& d, size_t at, in
     unsigned head = (unsigned)at / d.T;
     return dropout_bits(d, head / H, (unsigned)at % d.T, head % H);
 }
+// Dropout of scores: E neighbours from key j on, of a query with these bits. The first `before` keys (none in Megalodon)
+// belong to the chunk before, which has masks of its own, those of heads H, H + 1, ...
+template <bool DROP, int E> __device__ inline void drop_keys(float (&v)[E], const Dropout& drop, uint64_t bits, int j,
+        int before, int H) {
+    if (j < before) { bits += (uint64_t)H << 32; } else { j -= before; }
+    drop_elements<DROP>(v, drop, bits, j);
+}
 // A warp has one query: i of `rows` in the query tile, which sees keys 0 .. past + i of `keys`. It walks through the
 // row of scores, 8 pieces of each lane at a time, which stay in registers, with a running maximum and sum. Rows that
 // fit (2048 keys, 256 in the plain form) are read once, others twice. Pair p (blockIdx.y) has its scores at S[p*step],
 // rows ld apart, and query i's lse at lse[p*stride + i]. at, for dropout: the number in (B,H,T) of pair 0's query 0.
 template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(256) softmax_forward_kernel(X* S, int ld,
-        size_t step, float* lse, size_t stride, int rows, int keys, int past, size_t at, int H, Dropout drop) {
+        size_t step, float* lse, size_t stride, int rows, int keys, int past, int before, size_t at, int H,
+        Dropout drop) {
     enum { E = WIDE ? 8 : 1, KEPT = 8 };
     int i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32, n = past + i + 1;
     if (i >= rows) { return; }
@@ -1658,7 +1675,7 @@ template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(25
     auto fetch = [&](Piece<X, E>& piece, int j) { // dropped scores become -infinity
         piece.load(s + j);
         if (!DROP) { return; }
-        piece.get(x); drop_elements<DROP>(x, drop, bits, j); piece.set(x);
+        piece.get(x); drop_keys<DROP>(x, drop, bits, j, before, H); piece.set(x);
     };
     for (int j0 = lane * E; j0 < n; j0 += 32 * E * KEPT) {
         EACH(k, KEPT) {
@@ -1666,14 +1683,14 @@ template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(25
             if (j >= n) { break; }
             fetch(kept[k], j);
         }
-        float before = top;
+        float last_top = top;
         EACH(k, KEPT) {
             int j = j0 + k * 32 * E;
             if (j >= n) { break; }
             kept[k].get(x);
             EACH(e, E) { if (j + e < n) { top = fmaxf(top, x[e]); } }
         }
-        sum *= before == top ? 1 : exp_of<X>(before - top);
+        sum *= last_top == top ? 1 : exp_of<X>(last_top - top);
         EACH(k, KEPT) {
             int j = j0 + k * 32 * E;
             if (j >= n) { break; }
@@ -1701,26 +1718,26 @@ template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(25
     if (lane == 0) { lse[blockIdx.y * stride + i] = all + logf(sum); }
 }
 
-// A warp has one query. Here i and `rows` count all queries of the pair, not those of a query tile. The other arguments
-// are as above; dP lies as S. In place S becomes P = exp(S - lse), and dP becomes dS = P (dP - dot), up to the end of
-// the query's tile. dot is the sum of P dP. In bf16 it comes as the sum of dout out, which is more exact than that of
-// the rounded P dP. But for query 0, P = 1, so dS = dP - dot must be exactly 0; a dot from other roundings would leave
-// noise. So for it, and in fp32 for all, the kernel makes the sum.
+// A warp has one query. Here i and `rows` count all queries of the pair, not those of a query tile, and query i sees keys
+// 0 .. before + i. The other arguments are as above; dP lies as S. In place S becomes P = exp(S - lse), and dP becomes
+// dS = P (dP - dot), up to the end of the query's tile. dot is the sum of P dP. In bf16 it comes as the sum of dout out, which is more exact than that of
+// the rounded P dP. But for a query with one key, P = 1, so dS = dP - dot must be exactly 0; a dot from other roundings
+// would leave noise. So for it, and in fp32 for all, the kernel makes the sum.
 template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(256) softmax_backward_kernel(X* S, X* dP,
-        int ld, size_t step, const float* lse, const float* dot, size_t stride, int rows, size_t at, int H,
+        int ld, size_t step, const float* lse, const float* dot, size_t stride, int rows, int before, size_t at, int H,
         Dropout drop) {
     enum { E = WIDE ? 8 : 1 };
-    int i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    int i = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32, last = before + i;
     if (i >= rows) { return; }
     size_t own = blockIdx.y * step + (size_t)i * ld;
-    int keys = min((i / QUERY_TILE + 1) * QUERY_TILE, rows);
+    int keys = before + min((i / QUERY_TILE + 1) * QUERY_TILE, rows);
     float lse_i = lse[blockIdx.y * stride + i], d = dot[blockIdx.y * stride + i];
     uint64_t bits = DROP ? dropout_bits_of_query(drop, at + blockIdx.y * stride + i, H) : 0;
-    if (std::is_same<X, float>::value || i == 0) {
+    if (std::is_same<X, float>::value || last == 0) {
         d = 0;
-        for (int j = lane; j <= i; j += 32) {
+        for (int j = lane; j <= last; j += 32) {
             float x[1] = {to_float(S[own + j])};
-            drop_elements<DROP>(x, drop, bits, j);
+            drop_keys<DROP>(x, drop, bits, j, before, H);
             d += exp_of<X>(x[0] - lse_i) * to_float(dP[own + j]);
         }
         d = warp_sum(d);
@@ -1728,8 +1745,8 @@ template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(25
 #pragma unroll 4
     for (int j = lane * E; j < keys; j += 32 * E) {
         float x[E], y[E]; load(x, S + own + j); load(y, dP + own + j);
-        drop_elements<DROP>(x, drop, bits, j);
-        EACH(e, E) { x[e] = j + e <= i ? exp_of<X>(x[e] - lse_i) : 0; y[e] = j + e <= i ? x[e] * (y[e] - d) : 0; }
+        drop_keys<DROP>(x, drop, bits, j, before, H);
+        EACH(e, E) { x[e] = j + e <= last ? exp_of<X>(x[e] - lse_i) : 0; y[e] = j + e <= last ? x[e] * (y[e] - d) : 0; }
         store(S + own + j, x); store(dP + own + j, y);
     }
 }
@@ -1768,7 +1785,7 @@ template <typename X> static void attention_forward(Gpu& gpu, X* out, float* lse
                 Matrix keys_transposed(k + at_k * zd, zd, a.step_k * zd, true);
                 gemm<X, X>(gpu, scores, queries, keys_transposed, m, keys, zd, batch);
                 LAUNCH(FORM_DROP(softmax_forward_kernel, wide(keys), drop), dim3(ceil_div(m, 8), batch), 256, S, ld,
-                       (size_t)step, lse + at_q, (size_t)a.step_q, m, keys, pos + i, at_q, H, drop);
+                       (size_t)step, lse + at_q, (size_t)a.step_q, m, keys, pos + i, 0, at_q, H, drop);
                 gemm<X, X>(gpu, result, scores, values, m, vd, keys, batch);
             }
         }
@@ -1800,7 +1817,7 @@ template <typename X> static void attention_backward(Gpu& gpu, X* dq, X* dk, X* 
                 gemm<X, X>(gpu, of_scores(dS, i, 0), of_v(dout, i), transposed(of_v(v, 0)), m, i + m, vd, batch);
             }
             LAUNCH(FORM_DROP(softmax_backward_kernel, wide(rows), drop), dim3(ceil_div(rows, 8), batch), 256, S, dS, ld,
-                   (size_t)step, lse + at, dot + at, (size_t)a.step_q, rows, at, H, drop);
+                   (size_t)step, lse + at, dot + at, (size_t)a.step_q, rows, 0, at, H, drop);
             for (int i = 0; i < rows; i += QUERY_TILE) {
                 int m = min_int(QUERY_TILE, rows - i);
                 gemm<X, X>(gpu, of_z(dq, i), of_scores(dS, i, 0), of_z(k, 0), m, zd, i + m, batch);
@@ -1896,12 +1913,15 @@ template <typename X> struct ModelOf {
     cudaEvent_t* came;             // several GPUs, by part: its gradients, or later its weights, have come
 };
 
+#define POINTER_FIELD_X(field, ...) X* field;
 template <typename X> struct StateOf { // as the CPU's State
     int B, pos;
-    size_t bytes;    // of h and norm, which are one arena
-    float* h;        // (L,B,D,N,2)
+    size_t bytes;    // of norm, h and what other architectures carry, which are one arena
     NormState* norm; // (L+1,B,G)
+    float* h;        // (L,B,D,N,2)
+    MORE_CARRIED(POINTER_FIELD)
     X *k, *v;        // (L,B,H,c,Z/H), (L,B,H,c,V/H); NULL if calls end where chunks do
+    MORE_CACHED(POINTER_FIELD_X)
     // Generation
     float* scores;   // of one layer: (B,H,c)
     CemaCoef* coef;  // (L,D,N rounded up), made of the weights by the first step of one token
@@ -2094,6 +2114,8 @@ template <typename X> static void pass_upload(Gpu& gpu, const PassOf<X>* s, int*
     CUDA(cudaEventRecord(s->copied, gpu.stream));
 }
 
+MORE_GPU_DECLARATIONS // OF_MODEL stands before what another architecture may replace
+
 // Several GPUs, and generation
 template <typename X> static void part_wait(Gpu& gpu, const ModelOf<X>* m, int part); // its weights have come
 template <typename X> static void part_reduce(Gpu& gpu, const ModelOf<X>* m, int part);
@@ -2102,11 +2124,36 @@ template <typename X> static void slices_finish(Gpu& gpu, PassOf<X>* s, const St
 template <typename X> static void model_step(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* tokens,
         StateOf<X>* state);
 
+// The norm after the last layer, forward and backward.
+template <typename X> static void final_norm_forward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s,
+        const StateOf<X>* start, const StateOf<X>* end) {
+    OF_LAYER(m, s, 0);
+    NormState *past = state_layer(start, config, L).norm, *next = state_layer(end, config, L).norm;
+    const X* inp = block_input<X>(s->places, s->acts, L);
+    timestepnorm_statistics(gpu, inp, B, T, D, G);
+    if (s->before.h) { slice_norm_start(gpu, past, B, T, G); }
+    timestepnorm_forward(gpu, a.final, a.final_mean, a.final_rstd, next, past, inp, w.final_w, w.final_b, B, T, D, G,
+                         eps);
+}
+template <typename X> static void final_norm_backward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s,
+        const StateOf<X>* start, const StateOf<X>* dstart) {
+    OF_LAYER(m, s, 0);
+    Params dw = gradients_layer(m, 0); ActsOf<X> da = acts_layer<X>(s->dplaces, s->grads, 0);
+    NormState *past = state_layer(start, config, L).norm, *dpast = state_layer(dstart, config, L).norm;
+    const X* inp = block_input<X>(s->places, s->acts, L);
+    timestepnorm_backward_sums(gpu, dw.final_w, dw.final_b, da.final, a.final_mean, a.final_rstd, past, inp, w.final_w,
+                               B, T, D, G);
+    if (s->before.h) { slice_norm_begin(gpu, B, T, G); }
+    const NormSums* after = s->before.h ? slice_norm_after(gpu, B, G) : NULL;
+    timestepnorm_backward<X>(gpu, block_input<X>(s->dplaces, s->grads, L), dpast, after, NULL, NULL, da.final,
+                             a.final_mean, a.final_rstd, past, inp, w.final_w, B, T, D, G);
+}
+
 // tokens (B,T), on the host, to logits (B,T,vocab) on the device; see the CPU's. Returns at once, the GPU goes on
 // working. One token more of each stream is model_step's; for it tokens may be NULL, see there.
 template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, PassOf<X>* s, const int* tokens,
         const StateOf<X>* start, StateOf<X>* end) {
-    if (s->T == 1 && end && end->k && start == end) { model_step(gpu, m, s, tokens, end); return; }
+    if (s->T == 1 && end && end->k && start == end) { OF_MODEL(model_step)(gpu, m, s, tokens, end); return; }
     OF_LAYER(m, s, 0);
     const StateOf<X> *past = start, *next = end;
     if (s->before.h) { slices_start(gpu, s, start); past = &s->before; next = &s->after; }
@@ -2115,13 +2162,8 @@ template <typename X> static void model_forward(Gpu& gpu, const ModelOf<X>* m, P
     pass_upload(gpu, s, s->tokens, rows);
     part_wait(gpu, m, 0); part_wait(gpu, m, 1);
     embedding_forward(gpu, a.embed, s->tokens, w.embed, embedding_scale(config), rows, D, sites.embed);
-    for (int l = 0; l < L; l++) { part_wait(gpu, m, 2 + l); block_forward(gpu, m, s, l, past, next); }
-    const X* inp = block_input<X>(s->places, s->acts, L);
-    NormState *norm_past = state_layer(past, config, L).norm, *norm_next = state_layer(next, config, L).norm;
-    timestepnorm_statistics(gpu, inp, B, T, D, G);
-    if (s->before.h) { slice_norm_start(gpu, norm_past, B, T, G); }
-    timestepnorm_forward(gpu, a.final, a.final_mean, a.final_rstd, norm_next, norm_past, inp, w.final_w, w.final_b, B,
-                         T, D, G, eps);
+    for (int l = 0; l < L; l++) { part_wait(gpu, m, 2 + l); OF_MODEL(block_forward)(gpu, m, s, l, past, next); }
+    OF_MODEL(final_norm_forward)(gpu, m, s, past, next);
     part_wait(gpu, m, m->parts - 1);
     matmul_forward<X>(gpu, a.logits, vocab, a.final, D, config->share_emb ? w.embed : w.output, NULL, NULL, 0, rows, D,
                       vocab);
@@ -2188,21 +2230,14 @@ template <typename X> static void model_backward(Gpu& gpu, const ModelOf<X>* m, 
     Params dw = gradients_layer(m, 0);
     ActsOf<X> da = acts_layer<X>(s->dplaces, s->grads, 0);
     if (s->before.h) { start = &s->before; }
-    StateOf<X> past = state_layer(start, config, L), dpast = state_layer(dstart, config, L);
-    const X* inp = block_input<X>(s->places, s->acts, L);
     pass_sort(gpu, s, tokens, rows, vocab);
     matmul_backward(gpu, da.final, D, a.logits, vocab, config->share_emb ? w.embed : w.output, rows, D, vocab, false);
     matmul_backward_weight(gpu, config->share_emb ? dw.embed : dw.output, a.logits, vocab, a.final, D, rows, D, vocab);
     if (gpu.reduce) { part_reduce(gpu, m, m->parts - 1); }
-    timestepnorm_backward_sums(gpu, dw.final_w, dw.final_b, da.final, a.final_mean, a.final_rstd, past.norm, inp,
-                               w.final_w, B, T, D, G);
-    if (s->before.h) { slice_norm_begin(gpu, B, T, G); }
-    const NormSums* after = s->before.h ? slice_norm_after(gpu, B, G) : NULL;
-    timestepnorm_backward<X>(gpu, block_input<X>(s->dplaces, s->grads, L), dpast.norm, after, NULL, NULL, da.final,
-                             a.final_mean, a.final_rstd, past.norm, inp, w.final_w, B, T, D, G);
+    OF_MODEL(final_norm_backward)(gpu, m, s, start, dstart);
     for (int l = L - 1; l >= 0; l--) { // with --recompute, only the last layer's activations are still there
-        if (s->keep == KEEP_BLOCKS && l < L - 1) { block_forward<X>(gpu, m, s, l, start, NULL); }
-        block_backward(gpu, m, s, l, start, dstart);
+        if (s->keep == KEEP_BLOCKS && l < L - 1) { OF_MODEL(block_forward)<X>(gpu, m, s, l, start, NULL); }
+        OF_MODEL(block_backward)(gpu, m, s, l, start, dstart);
         if (gpu.reduce) { part_reduce(gpu, m, 2 + l); }
     }
     if (!config->share_emb && !gpu.accumulate) { // tokens that do not occur have no gradient
@@ -2633,19 +2668,24 @@ template <typename X> static void model_copy_row(Gpu& gpu, ModelOf<X>* m, int ki
 }
 
 template <typename X> static void state_alloc(Gpu& gpu, StateOf<X>* s, const Config* c, int B, bool cache) {
-    size_t layers = c->num_layers, chunk = (size_t)B * c->chunk_size, h = layers * B * c->model_dim * c->cema_ndim * 2;
+    Spec specs[NUM_ARRAYS];
+    int named = state_specs(specs, c, B);
+    size_t layers = c->num_layers, norms = (layers + 1) * B * c->norm_num_groups;
     memset(s, 0, sizeof(*s));
-    s->B = B; s->bytes = h * sizeof(float) + (layers + 1) * B * c->norm_num_groups * sizeof(NormState);
-    s->h = (float*)gpu_alloc(&gpu, s->bytes); s->norm = (NormState*)(s->h + h);
+    s->B = B; s->bytes = norms * sizeof(NormState) + specs_size(specs, named) * sizeof(float);
+    s->norm = (NormState*)gpu_alloc(&gpu, s->bytes);
+    specs_place(&s->h, (float*)(s->norm + norms), specs, named);
     if (!cache) { return; }
-    s->k = (X*)gpu_alloc(&gpu, layers * chunk * c->z_dim * sizeof(X));
-    s->v = (X*)gpu_alloc(&gpu, layers * chunk * c->value_dim * sizeof(X));
-    s->scores = (float*)gpu_alloc(&gpu, chunk * c->num_heads * sizeof(float));
+    for (int i = named; i < NUM_ARRAYS; i++) {
+        (&s->k)[i - named] = (X*)gpu_alloc(&gpu, layers * specs[i].size * CHUNKS_CACHED * sizeof(X));
+    }
+    s->scores = (float*)gpu_alloc(&gpu, (size_t)B * c->chunk_size * c->num_heads * sizeof(float));
     s->coef = (CemaCoef*)gpu_alloc(&gpu, layers * c->model_dim * cema_width(c->cema_ndim) * sizeof(CemaCoef));
 }
 template <typename X> static void state_free(Gpu& gpu, StateOf<X>* s) {
     gpu_sync(&gpu);
-    cudaFree(s->h); cudaFree(s->k); cudaFree(s->v); cudaFree(s->scores); cudaFree(s->coef);
+    cudaFree(s->norm); cudaFree(s->scores); cudaFree(s->coef);
+    for (X** cached = &s->k; cached < (X**)&s->scores; cached++) { cudaFree(*cached); }
     if (s->graph) { CUDA(cudaGraphExecDestroy(s->graph)); }
 }
 
@@ -2701,7 +2741,7 @@ template <typename X> static void pass_free(Gpu& gpu, PassOf<X>* s) {
 }
 
 template <typename X> static void state_reset(Gpu& gpu, StateOf<X>* s) {
-    CUDA(cudaMemsetAsync(s->h, 0, s->bytes, gpu.stream));
+    CUDA(cudaMemsetAsync(s->norm, 0, s->bytes, gpu.stream));
     s->pos = s->steps = 0;
 }
 // A thread rounds one number of a state to float, as files have it.
@@ -2709,25 +2749,31 @@ __global__ void norm_round_kernel(double* norm, size_t n) {
     size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
     if (i < n) { norm[i] = float_rounded(norm[i]); }
 }
-// See the CPU's. In each layer, h and norm have a piece for each sequence.
+// See the CPU's. In each layer, norm and the other arrays have a piece for each sequence.
 template <typename X> static void state_carry(Gpu& gpu, StateOf<X>* s, const Config* c, const bool* fresh) {
-    size_t norm = sizeof(NormState) * c->norm_num_groups, h = sizeof(float) * c->model_dim * c->cema_ndim * 2;
+    Spec specs[NUM_ARRAYS];
+    int named = state_specs(specs, c, 1);
+    size_t norm = sizeof(NormState) * c->norm_num_groups;
     size_t L = c->num_layers, B = s->B, n = (L + 1) * B * c->norm_num_groups * 3;
     LAUNCH(norm_round_kernel, ceil_div(n, 256), 256, (double*)s->norm, n);
     for (size_t b = 0; b < B; b++) {
         if (!fresh[b]) { continue; }
         CUDA(cudaMemset2DAsync((char*)s->norm + b * norm, B * norm, 0, norm, L + 1, gpu.stream));
-        CUDA(cudaMemset2DAsync((char*)s->h + b * h, B * h, 0, h, L, gpu.stream));
+        for (int i = 0; i < named; i++) {
+            size_t n = sizeof(float) * specs[i].size;
+            if (n) { CUDA(cudaMemset2DAsync((char*)(&s->h)[i] + b * n, B * n, 0, n, L, gpu.stream)); }
+        }
     }
 }
 template <typename X> static StateOf<X> state_layer(const StateOf<X>* s, const Config* c, int l) {
     StateOf<X> r = {};
-    if (!s || !s->h) { return r; }
-    size_t chunk = (size_t)s->B * c->chunk_size;
+    if (!s || !s->norm) { return r; }
+    Spec specs[NUM_ARRAYS];
+    int named = state_specs(specs, c, s->B);
     r = *s; r.norm += (size_t)l * s->B * c->norm_num_groups;
-    r.h += (size_t)l * s->B * c->model_dim * c->cema_ndim * 2;
+    for (int i = 0; i < named; i++) { (&r.h)[i] += l * specs[i].size; }
     if (s->k && l < c->num_layers) {
-        r.k += l * chunk * c->z_dim; r.v += l * chunk * c->value_dim;
+        for (int i = named; i < NUM_ARRAYS; i++) { (&r.k)[i - named] += l * specs[i].size * CHUNKS_CACHED; }
         r.coef += (size_t)l * c->model_dim * cema_width(c->cema_ndim);
     }
     return r;
@@ -2757,7 +2803,8 @@ template <typename X> static size_t memory_needed(const Gpu& gpu, const Options*
     count.gpu.dry = true;
     count.gpu.allocated = WORKSPACE + (scores > least ? scores : least) + o->batch * T * D / 4
                           + (D + V) * gpu.card.multiProcessorCount * 160
-                          + o->batch * D * cema_width(o->model.cema_ndim) * sizeof(CemaSums);
+                          + o->batch * D * cema_width(o->model.cema_ndim) * sizeof(CemaSums)
+                          + MORE_MEMORY(T, sizeof(X));
     if (ranks.slices > 1) { // SLICES
         count.gpu.allocated += sizeof(float2) * o->batch * D * o->model.cema_ndim * (ranks.slices + 2);
     }
@@ -2820,9 +2867,11 @@ template <typename X> static void backend_copy(void* self, int kind, int row, in
     }
     const Config* c = &m->config;
     StateOf<X> s = state_layer(&of<X>(self)->carried[row], c, layer); // for these, row is the micro-step
-    void* here = kind == CARRIED_NORM ? (void*)s.norm : s.h;
+    Spec specs[NUM_ARRAYS];
+    state_specs(specs, c, s.B);
+    void* here = kind == CARRIED_NORM ? (void*)s.norm : (&s.h)[kind - CARRIED_H];
     size_t bytes = kind == CARRIED_NORM ? sizeof(NormState) * s.B * c->norm_num_groups
-                                        : sizeof(float) * s.B * c->model_dim * c->cema_ndim * 2;
+                                        : sizeof(float) * specs[kind - CARRIED_H].size;
     CUDA(cudaMemcpy(to_host ? host : here, to_host ? here : host, bytes, cudaMemcpyDefault));
 }
 
@@ -3237,16 +3286,16 @@ static void slices_wait(Gpu& gpu) { stream_after(gpu, gpu.stream, gpu.slice_stre
 
 // before: what comes before the first slice, until the layers' exchanges add the slices before this one.
 template <typename X> static void slices_start(Gpu& gpu, PassOf<X>* s, const StateOf<X>* start) {
-    if (start) { CUDA(cudaMemcpyAsync(s->before.h, start->h, s->before.bytes, cudaMemcpyDefault, gpu.stream)); }
-    else { CUDA(cudaMemsetAsync(s->before.h, 0, s->before.bytes, gpu.stream)); }
+    if (start) { CUDA(cudaMemcpyAsync(s->before.norm, start->norm, s->before.bytes, cudaMemcpyDefault, gpu.stream)); }
+    else { CUDA(cudaMemsetAsync(s->before.norm, 0, s->before.bytes, gpu.stream)); }
 }
 template <typename X> static void slices_finish(Gpu& gpu, PassOf<X>* s, const StateOf<X>* end) {
-    if (end) { CUDA(cudaMemcpyAsync(end->h, s->after.h, end->bytes, cudaMemcpyDefault, gpu.stream)); }
+    if (end) { CUDA(cudaMemcpyAsync(end->norm, s->after.norm, end->bytes, cudaMemcpyDefault, gpu.stream)); }
 }
 // The last slice's state to all: what the next step goes on from.
 template <typename X> static void slices_share_last(Gpu& gpu, const StateOf<X>* s) {
     stream_after(gpu, gpu.slice_stream, gpu.stream);
-    NCCL(ncclBroadcast(s->h, s->h, s->bytes, ncclUint8, ranks.slices - 1, gpu.group, gpu.slice_stream));
+    NCCL(ncclBroadcast(s->norm, s->norm, s->bytes, ncclUint8, ranks.slices - 1, gpu.group, gpu.slice_stream));
     slices_wait(gpu);
 }
 
