@@ -101,6 +101,10 @@ dev/bin/check: dev/cuda/check.cu test_megalodon.c train_megalodon.cu $(SOURCES)
 	@mkdir -p dev/bin
 	$(NVCC) $(NVCCFLAGS) $< -o $@
 
+dev/bin/check_gecko: dev/cuda/check.cu test_megalodon.c dev/gecko/gecko.cu dev/gecko/gecko.c train_megalodon.cu $(SOURCES)
+	@mkdir -p dev/bin
+	$(NVCC) $(NVCCFLAGS) -I. -DPROGRAM='"dev/gecko/gecko.cu"' $< -o $@
+
 # The GPU programs on a CPU: train_megalodon, test_megalodon and check in dev/bin/emulated
 EMULATED = g++ -std=gnu++17 -O2 -march=native -w -DGPU $(OPENMP) -I. -include dev/cuda/emulate.h
 dev/bin/emulated/sources.done: dev/cuda/emulate.sh train_megalodon.cu test_megalodon.c dev/cuda/check.cu \

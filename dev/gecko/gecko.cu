@@ -358,14 +358,15 @@ template <typename X> struct Window {
     const X *q, *k, *v; const float* chunks;
     int H, zd, vd; Dropout drop; bool cached;
 };
-// Scores of keys that do not exist become so small that nothing is left of them.
+// Scores of keys that do not exist become -infinity. The kernels of softmax ask for that only in their form for dropout.
 template <typename X> __global__ void no_keys_kernel(X* S, int ld, size_t step, int before, const float* chunks, int p,
         int H) {
     int j = blockIdx.x * blockDim.x + threadIdx.x;
     if (j < before && chunks[(p + blockIdx.z) / H] == 0) {
-        S[blockIdx.z * step + (size_t)blockIdx.y * ld + j] = from_float<X>(-1e30f);
+        S[blockIdx.z * step + (size_t)blockIdx.y * ld + j] = from_float<X>(-INFINITY);
     }
 }
+struct Masked { bool drop; };
 // (In these batches pairs are heads in turn, of one chunk; p: the first one.)
 template <typename X> static void no_keys(Gpu& gpu, X* S, int ld, int64_t step, int rows, int p, int batch,
         const Window<X>& w) {
@@ -390,7 +391,7 @@ template <typename X> static void window_forward(Gpu& gpu, X* out, float* lse, c
             gemm<X, X>(gpu, {S, ld, step}, {w.q + at_q * zd, zd, w.rows_q * zd},
                        {w.k + at_k * zd, zd, w.rows_k * zd, true}, m, keys, zd, batch);
             no_keys(gpu, S, ld, step, m, p, batch, w);
-            LAUNCH(FORM_DROP(softmax_forward_kernel, wide(keys, w.before), w.drop), dim3(ceil_div(m, 8), batch), 256, S,
+            LAUNCH(FORM_DROP(softmax_forward_kernel, wide(keys, w.before), Masked{w.chunks || w.drop.drop}), dim3(ceil_div(m, 8), batch), 256, S,
                    ld, (size_t)step, lse + at_q, (size_t)w.rows_q, m, keys, past, w.before, w.at + at_q, w.H, w.drop);
             gemm<X, X>(gpu, {out + at_q * vd, vd, w.rows_q * vd}, {S, ld, step},
                        {w.v + at_k * vd, vd, w.rows_k * vd}, m, vd, keys, batch);
