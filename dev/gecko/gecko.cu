@@ -24,7 +24,8 @@ scores, as in train_megalodon.cu. n counts chunks of a call, the last of which m
     CEMA_EITHER,      /* see cema_either */ \
     AFFINE_GRADIENTS, /* of z through aq and ak */ \
     BORDER,           /* the chunk before and the first one, side by side */ \
-    MERGES,           /* the memory: see Merges */
+    MERGES,           /* the memory: see Merges */ \
+    SLICE_CHUNKS,     /* several GPUs: gradients of the chunk before */
 #define MORE_MEMORY(T, of_element) gecko_memory(&o->model, o->batch, T, of_element)
 #define MORE_GPU_DECLARATIONS \
     template <typename X> static void gecko_block_forward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l, \
@@ -92,9 +93,9 @@ static int team_of(int width) {
 //     forward, BACK = false: first, second (B,T,G) are mu_t and var_t, and become mean_t and rstd_t
 //     backward, descending: first, second are sum_f and sum_fx, and become (1 - b1) U_t/width and 2 (1 - b2) W_t/width
 //
-// past (B,G): the state before (its count for both), or in the backward pass `after`, the gradients U, W that come from
-// behind. end (B,G): forward, the state at the end; backward, U and W before the first timestep, added to. NULL if not
-// wanted. apply false: only end is made, in the backward pass assigned.
+// start (B,G): the state before, for the backward pass its count. after (B,G): U and W of the timestep behind the last
+// one. end (B,G): forward, the state at the end; backward, the gradients of the state before, added to. Each may be NULL.
+// apply false: only end is made, in the backward pass as U and W of the first timestep.
 enum { SCAN_GROUPS = 8, SCAN_LANES = 128, AT_ONCE = 8 };
 struct Decays { double b1, b2, log1, log2; float eps; int T, G, width; };
 template <bool BACK> __global__ void __launch_bounds__(SCAN_GROUPS * SCAN_LANES) decay_scan_kernel(float* first,
@@ -142,7 +143,7 @@ template <bool BACK> __global__ void __launch_bounds__(SCAN_GROUPS * SCAN_LANES)
             sums[i][own] = now;
             if (length) { now = {exp(length * d.log1) * now.x + mine.x, exp(length * d.log2) * now.y + mine.y}; }
         }
-        if (BACK) { now = {d.b1 * now.x, d.b2 * now.y}; }
+        if (BACK && apply) { now = {d.b1 * now.x, d.b2 * now.y}; } // else as it is for the timestep before
         if (end && !BACK) { end[line] = {count0 + d.T, now.x, now.y}; }
         if (end && BACK) { end[line].mean += now.x; end[line].var += now.y; }
     }
@@ -158,6 +159,10 @@ template <bool BACK> static void decay_scan(Gpu& gpu, float* first, float* secon
     LAUNCH(decay_scan_kernel<BACK>, dim3(ceil_div(G, SCAN_GROUPS), B), dim3(SCAN_GROUPS, SCAN_LANES), first, second,
            rstd, end, start, after, d, apply);
 }
+
+// Several GPUs; see the last section.
+template <bool BACK> static const NormState* slice_decay(Gpu& gpu, NormState* before, float* first, float* second,
+        const float* rstd, const NormState* start, int B, int T, const Config* config);
 
 // Step 3 of the backward pass, a row kernel. add1 and add2 are other gradients of inp, or NULL; add1 may be dinp.
 template <typename X, bool WIDE> __global__ void decaynorm_backward_kernel(X* dinp, float* partials, const float* mu,
@@ -186,52 +191,60 @@ template <typename X, bool WIDE> __global__ void decaynorm_backward_kernel(X* di
 }
 
 // The shapes and what is saved: as in timestepnorm_forward and timestepnorm_backward.
-template <typename X> static void decaynorm_forward(Gpu& gpu, const PassOf<X>* s, X* out, float* mean, float* rstd,
-        NormState* end, NormState* start, const X* inp, const float* w, const float* b, const Config* config) {
-    int B = s->B, T = s->T, D = config->model_dim, G = config->norm_num_groups, width = D / G, team = team_of(width);
+template <typename X> static void decaynorm_forward(Gpu& gpu, bool sliced, int B, int T, X* out, float* mean,
+        float* rstd, NormState* end, NormState* start, const X* inp, const float* w, const float* b,
+        const Config* config) {
+    int D = config->model_dim, G = config->norm_num_groups, width = D / G, team = team_of(width);
     size_t groups = (size_t)B * T * G;
     LAUNCH((wide(width) ? group_statistics_kernel<X, 8> : group_statistics_kernel<X, 1>), ceil_div(groups * team, 256),
            256, mean, rstd, inp, groups, width, team);
+    if (sliced) { slice_decay<false>(gpu, start, mean, rstd, NULL, NULL, B, T, config); } // several GPUs
     decay_scan<false>(gpu, mean, rstd, NULL, end, start, NULL, B, T, config);
     timestepnorm_again(gpu, out, mean, rstd, inp, w, b, (size_t)B * T, D, G);
 }
-template <typename X> static void decaynorm_backward(Gpu& gpu, const PassOf<X>* s, X* dinp, float* dw, float* db,
-        NormState* dstart, const X* add1, const X* add2, const X* dout, const float* mean, const float* rstd,
+template <typename X> static void decaynorm_backward(Gpu& gpu, bool sliced, int B, int T, X* dinp, float* dw,
+        float* db, NormState* dstart, const X* add1, const X* add2, const X* dout, const float* mean, const float* rstd,
         const NormState* start, const X* inp, const float* w, const Config* config) {
-    int B = s->B, T = s->T, D = config->model_dim, G = config->norm_num_groups, width = D / G, team = team_of(width);
+    int D = config->model_dim, G = config->norm_num_groups, width = D / G, team = team_of(width);
     size_t groups = (size_t)B * T * G;
     float* constant = gpu_scratch<float>(gpu, NORM_STEPS, 3 * groups), *slope = constant + groups, *mu = slope + groups;
     NormInputs<X> in = {dout, mean, rstd, start, inp, w, B, T, D, G};
     LAUNCH((wide(width) ? group_sums_kernel<X, 8> : group_sums_kernel<X, 1>), ceil_div(groups * team, 256), 256,
            constant, slope, mu, in, groups, width, team);
-    decay_scan<true>(gpu, constant, slope, rstd, dstart, start, NULL, B, T, config);
+    const NormState* after = sliced ? slice_decay<true>(gpu, NULL, constant, slope, rstd, start, B, T, config) : NULL;
+    decay_scan<true>(gpu, constant, slope, rstd, dstart, start, after, B, T, config);
     RowGrid r = row_grid(gpu, (size_t)B * T, D, 1, 4, 2 * D);
     LAUNCH(FORM(decaynorm_backward_kernel, wide(width)), r.grid, r.block, dinp, r.partials, mu, constant, slope, add1,
            add2, in);
     reduce_columns(gpu, r.partials, r.blocks, {{dw, db}, 2, D});
 }
 
-// The norm that --norm-decay asks for.
-template <typename X> static void gecko_norm_forward(Gpu& gpu, const PassOf<X>* s, X* out, float* mean, float* rstd,
-        NormState* end, NormState* start, const X* inp, const float* w, const float* b, const Config* config) {
-    int B = s->B, T = s->T, D = config->model_dim, G = config->norm_num_groups;
+// The norm that --norm-decay asks for. In several GPUs start becomes the state before this one's slice.
+template <typename X> static void gecko_norm_forward(Gpu& gpu, bool sliced, int B, int T, X* out, float* mean,
+        float* rstd, NormState* end, NormState* start, const X* inp, const float* w, const float* b,
+        const Config* config) {
+    int D = config->model_dim, G = config->norm_num_groups;
     if (config->norm_decay) {
-        decaynorm_forward(gpu, s, out, mean, rstd, end, start, inp, w, b, config);
+        decaynorm_forward(gpu, sliced, B, T, out, mean, rstd, end, start, inp, w, b, config);
         return;
     }
     timestepnorm_statistics(gpu, inp, B, T, D, G);
+    if (sliced) { slice_norm_start(gpu, start, B, T, G); }
     timestepnorm_forward(gpu, out, mean, rstd, end, start, inp, w, b, B, T, D, G, config->norm_eps);
 }
-template <typename X> static void gecko_norm_backward(Gpu& gpu, const PassOf<X>* s, X* dinp, float* dw, float* db,
-        NormState* dstart, const X* add1, const X* add2, const X* dout, const float* mean, const float* rstd,
+template <typename X> static void gecko_norm_backward(Gpu& gpu, bool sliced, int B, int T, X* dinp, float* dw,
+        float* db, NormState* dstart, const X* add1, const X* add2, const X* dout, const float* mean, const float* rstd,
         const NormState* start, const X* inp, const float* w, const Config* config) {
-    int B = s->B, T = s->T, D = config->model_dim, G = config->norm_num_groups;
+    int D = config->model_dim, G = config->norm_num_groups;
     if (config->norm_decay) {
-        decaynorm_backward(gpu, s, dinp, dw, db, dstart, add1, add2, dout, mean, rstd, start, inp, w, config);
+        decaynorm_backward(gpu, sliced, B, T, dinp, dw, db, dstart, add1, add2, dout, mean, rstd, start, inp, w,
+                           config);
         return;
     }
     timestepnorm_backward_sums(gpu, dw, db, dout, mean, rstd, start, inp, w, B, T, D, G);
-    timestepnorm_backward<X>(gpu, dinp, dstart, NULL, add1, add2, dout, mean, rstd, start, inp, w, B, T, D, G);
+    if (sliced) { slice_norm_begin(gpu, B, T, G); }
+    const NormSums* after = sliced ? slice_norm_after(gpu, B, G) : NULL;
+    timestepnorm_backward<X>(gpu, dinp, dstart, after, add1, add2, dout, mean, rstd, start, inp, w, B, T, D, G);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -446,25 +459,31 @@ template <typename X> static Border<X> border_place(Gpu& gpu, int B, const Confi
     X* at = gpu_scratch<X>(gpu, BORDER, 6 * Z + 4 * V);
     return {at, at + 6 * Z, at + 4 * Z, at + 2 * Z, at + 6 * Z + 2 * V, at + 5 * Z};
 }
-// Between a state's floats (B,c,H,width) and timesteps first .. first + c - 1 of x (B,H,K,width): to x, or from it, then
-// added to what is there if `add`, and turned back by the angles of one position if these are given, in the first
-// `turned` heads (0: in all). A thread has two features if they are turned, else one.
+// Between floats (B,c,H,width), as a state has them, and timesteps first .. first + c - 1 of x (B,H,K,width): to x, or
+// from it. With `add` it is added to what is there. With `turn`, angles of one position, pairs of features are turned on
+// their way to x, and turned back on their way from it, in the first `turned` heads (0: in all). A thread has two features.
 template <typename X> __global__ void carry_kernel(float* state, X* x, bool to_x, bool add, const float* turn,
         int turned, int H, int c, int K, int first, int width) {
-    int i = (blockIdx.x * blockDim.x + threadIdx.x) * (turn ? 2 : 1), t = i / width, j = i % width;
+    int i = (blockIdx.x * blockDim.x + threadIdx.x), pairs = (width + 1) / 2, t = i / pairs, j = i % pairs * 2;
     if (t >= c) { return; }
+    bool two = j + 1 < width, turns = turn && !(turned && blockIdx.y % H >= turned);
     float* there = state + (((size_t)blockIdx.y / H * c + t) * H + blockIdx.y % H) * width + j;
     X* here = x + ((size_t)blockIdx.y * K + first + t) * width + j;
-    if (to_x) { *here = from_float<X>(*there); return; }
-    if (!turn) { *there = (add ? *there : 0) + to_float(*here); return; }
-    float re = to_float(here[0]), im = to_float(here[1]);
-    if (turned && blockIdx.y % H >= turned) { there[0] = re; there[1] = im; return; }
-    there[0] = re * turn[j] + im * turn[j + 1]; there[1] = im * turn[j] - re * turn[j + 1];
+    float re = to_x ? there[0] : to_float(here[0]), im = !two ? 0 : to_x ? there[1] : to_float(here[1]);
+    float cosine = turns ? turn[j] : 1, sine = !turns ? 0 : to_x ? turn[j + 1] : -turn[j + 1];
+    float out[2] = {re * cosine - im * sine, re * sine + im * cosine};
+    EACH(k, 2) {
+        if (k && !two) { return; }
+        if (to_x) { here[k] = from_float<X>((add ? to_float(here[k]) : 0) + out[k]); }
+        else { there[k] = (add ? there[k] : 0) + out[k]; }
+    }
 }
-template <typename X> static void carry_copy(Gpu& gpu, float* state, X* x, bool to_x, bool add, const float* turn,
-        int B, int H, int c, int K, int first, int width, int turned = 0) {
-    LAUNCH(carry_kernel<X>, dim3(ceil_div((size_t)c * width, 256), B * H), 256, state, x, to_x, add, turn, turned, H, c,
-           K, first, width);
+enum { TO_X = 1, ADD = 2 };
+template <typename X> static void carry_copy(Gpu& gpu, float* state, X* x, int how, const float* turn, int B, int c,
+        int K, int first, int width, const Config* config) {
+    int H = config->num_heads;
+    LAUNCH(carry_kernel<X>, dim3(ceil_div((size_t)c * ((width + 1) / 2), 256), B * H), 256, state, x, how & TO_X,
+           how & ADD, turn, config->num_rope_heads, H, c, K, first, width);
 }
 // `length` timesteps of `sequences` heads, from one head-major tensor to another.
 template <typename X> static void rows_copy(Gpu& gpu, X* to, int K_to, const X* from, int K_from, int length, int width,
@@ -536,15 +555,15 @@ template <typename X> static void sliding_attention_backward(Gpu& gpu, X* dq, X*
 // call of n chunks, merges first .. last-1 are made: without a past, merge 0 has nothing to absorb where lag is 2; and
 // the last one is only made where somebody reads it. Chunk i reads M_i, which is 0 for i < reads.
 template <typename X> struct Merges {
-    int BH, n, S, E, c, lag, first, last, reads;
+    int BH, H, n, S, E, c, lag, first, last, reads;
     X *Fq, *N, *K;       // (B,H,T,S): softmaxes of aq and ak over features, and of ak over the timesteps of a chunk
     X *N0, *K0;          // (B,H,c,S): of the chunk before the call
     X *G, *dG;           // (B,H,n,S,S)
     X *M, *dW;           // (B,H,n,S,E), rounded: M_i, and dW of merge i
-    float* Y;            // (B,H,n,S,E): Y, then W, then W - M
-    float* D;            // (B,H,n,S,E)
+    float *Y, *delta, *D; // (B,H,n,S,E): Y; W, then W - M; and D
     float *now, *dnow;   // (B,H,S,E): M and dM, in fp32
-    float *l, *rho, *dl; // (B,H,n,S); dl first holds drho rho
+    float* dlam;         // (2,B,H,S): of lam at the start; what others of several GPUs tell of that at the end
+    float *l, *rho, *drho, *dl; // (B,H,n,S); drho is drho rho
     float* dK;           // (B,H,T,S), then of the chunk before (B,H,c,S)
     X* dF;               // the same: dFq, then dN
 };
@@ -556,14 +575,15 @@ template <typename X> static size_t merges_place(Merges<X>* m, char* memory, con
     auto take = [&](auto*& p, size_t count) {
         p = (std::remove_reference_t<decltype(p)>)(memory + at); at += ceil_div(count * sizeof(*p), 256) * 256;
     };
-    m->BH = BH; m->n = n; m->S = S; m->E = E; m->c = c; m->lag = memory_lag(config);
+    m->BH = BH; m->H = H; m->n = n; m->S = S; m->E = E; m->c = c; m->lag = memory_lag(config);
     take(m->Fq, BH * T * S); take(m->N, BH * T * S); take(m->K, BH * T * S);
     take(m->N0, BH * c * S); take(m->K0, BH * c * S);
-    take(m->G, BH * n * S * S); take(m->M, BH * n * S * E); take(m->Y, BH * n * S * E); take(m->now, BH * S * E);
+    take(m->G, BH * n * S * S); take(m->M, BH * n * S * E); take(m->Y, BH * n * S * E);
+    take(m->delta, BH * n * S * E); take(m->now, BH * S * E);
     take(m->l, BH * n * S); take(m->rho, BH * n * S);
     if (!backward) { return at; }
     take(m->dG, BH * n * S * S); take(m->dW, BH * n * S * E); take(m->D, BH * n * S * E); take(m->dnow, BH * S * E);
-    take(m->dl, BH * n * S); take(m->dK, BH * (T + c) * S); take(m->dF, BH * (T + c) * S);
+    take(m->dlam, 2 * BH * S); take(m->drho, BH * n * S); take(m->dl, BH * n * S); take(m->dK, BH * (T + c) * S); take(m->dF, BH * (T + c) * S);
     return at;
 }
 static size_t gecko_memory(const Config* c, size_t B, size_t T, size_t of_element) {
@@ -691,19 +711,20 @@ __device__ inline bool memory_filled(const Past& past, int b, int lag) { return 
 
 // M before the merge `first`, and rounded. A thread has an element of one head (blockIdx.y).
 template <typename X> __global__ void memory_start_kernel(float* now, X* M, Past past, int H, int n, int first, int lag,
-        int size) {
+        int size, bool from_nothing) {
     int i = blockIdx.x * blockDim.x + threadIdx.x, p = blockIdx.y;
     if (i >= size) { return; }
-    float v = memory_filled(past, p / H, lag) ? past.M[(size_t)p * size + i] : 0;
+    float v = !from_nothing && memory_filled(past, p / H, lag) ? past.M[(size_t)p * size + i] : 0;
     now[(size_t)p * size + i] = v; M[((size_t)p * n + first) * size + i] = from_float<X>(v);
 }
 // rho of all merges from l. A thread has one feature of one head and walks through the merges. Where merge 0 finds no
 // chunk before, it changes nothing. lam_to, rest_to (B,H,S): lam after the last merge, or NULL.
 __global__ void memory_shares_kernel(float* rho, float* lam_to, float* rest_to, const float* l, Past past, int BH,
-        int H, int n, int first, int last, int lag, int S) {
+        int H, int n, int first, int last, int lag, int S, bool from_nothing) {
     int i = blockIdx.x * blockDim.x + threadIdx.x, p = i / S, s = i % S;
     if (p >= BH) { return; }
-    double lam = memory_filled(past, p / H, lag) ? (double)past.lam[i] + past.lam_rest[i] : -INFINITY;
+    bool filled = !from_nothing && memory_filled(past, p / H, lag);
+    double lam = filled ? (double)past.lam[i] + past.lam_rest[i] : -INFINITY;
     for (int j = first; j < last; j++) {
         size_t at = ((size_t)p * n + j) * S + s;
         bool absorbs = j > 0 || lag == 1 || past.chunks[p / H] > 0;
@@ -715,14 +736,14 @@ __global__ void memory_shares_kernel(float* rho, float* lam_to, float* rest_to, 
     lam_to[i] = lam;
     rest_to[i] = lam > -INFINITY ? lam - lam_to[i] : 0;
 }
-// Merge i: W becomes W - M, and M, `now`, moves on; rounded it is M_{i+1}, if somebody reads that.
-template <typename X> __global__ void memory_merge_kernel(float* now, X* M, float* W, const float* rho, int n, int i,
-        int S, int E) {
+// Merge i: delta = W - M, where delta may be W; and M, `now`, moves on. Rounded it is M_{i+1}, if somebody reads that.
+template <typename X> __global__ void memory_merge_kernel(float* now, X* M, float* delta, const float* W,
+        const float* rho, int n, int i, int S, int E) {
     int k = blockIdx.x * blockDim.x + threadIdx.x, size = S * E;
     if (k >= size) { return; }
     size_t p = blockIdx.y, at = p * size + k, merge = p * n + i;
-    float delta = W[merge * size + k] - now[at], v = now[at] + rho[merge * S + k / E] * delta;
-    W[merge * size + k] = delta; now[at] = v;
+    float d = W[merge * size + k] - now[at], v = now[at] + rho[merge * S + k / E] * d;
+    delta[merge * size + k] = d; now[at] = v;
     if (i + 1 < n) { M[(merge + 1) * size + k] = from_float<X>(v); }
 }
 // Merge i backward, without its product: dW = rho dM', drho rho, and in dM (1 - rho) dM' + D. A CUDA block has a row.
@@ -744,63 +765,76 @@ template <typename X> __global__ void memory_merge_backward_kernel(float* dnow, 
     sum = warp_sum(lane < blockDim.x / 32 ? sums[lane] : 0);
     if (merges && threadIdx.x == 0) { drho[merge * S + s] = r * sum; }
 }
-// From drho rho to dl, through the chain of lam. dlam (B,H,S): of lam at the end, and becomes that of lam at the start.
-__global__ void memory_shares_backward_kernel(float* dl, float* dlam, const float* rho, int BH, int n, int first,
-        int last, int S) {
+// From drho rho to dl, through the chain of lam. dlam (B,H,S): of lam at the end, NULL for 0. to (B,H,S): that of lam at
+// the start; share: by what factor it depends on that at the end. Both may be NULL.
+__global__ void memory_shares_backward_kernel(float* dl, float* to, float* share, const float* dlam, const float* drho,
+        const float* rho, int BH, int n, int first, int last, int S) {
     int i = blockIdx.x * blockDim.x + threadIdx.x, p = i / S, s = i % S;
     if (p >= BH) { return; }
-    float d = dlam ? dlam[i] : 0;
+    float d = dlam ? dlam[i] : 0, factor = 1;
     for (int j = last - 1; j >= first; j--) {
         size_t at = ((size_t)p * n + j) * S + s;
-        float own = dl[at], rest = d - own;
-        dl[at] = own + rest * rho[at]; d = rest * (1 - rho[at]);
+        float rest = d - drho[at];
+        dl[at] = drho[at] + rest * rho[at]; d = rest * (1 - rho[at]);
+        factor *= 1 - rho[at];
     }
-    if (dlam) { dlam[i] = d; }
+    if (to) { to[i] = d; }
+    if (share) { share[i] = factor; }
 }
 
-// All M_i of a call, from ak (B,H,T,S) and v (B,H,T,E). ak0, v0: the chunk that merge 0 absorbs if it is not one of
-// these, with rows_ak and rows_v timesteps for a sequence; NULL for none. out_M, out_lam, out_rest: the memory at the end, or NULL.
-template <typename X> static void memory_merges(Gpu& gpu, Merges<X>& m, const X* ak, const X* v, const X* ak0,
-        int rows_ak, const X* v0, int rows_v, Past past, float* out_M, float* out_lam, float* out_rest, int T, int H) {
-    int BH = m.BH, n = m.n, S = m.S, E = m.E, c = m.c, size = S * E, shift = m.lag - 1;
-    int own = m.first > 0 || !ak0 ? m.first : 1; // the first merge that absorbs one of the call's own chunks
-    LAUNCH(memory_start_kernel<X>, dim3(ceil_div(size, 256), BH), 256, m.now, m.M, past, H, n, min_int(m.first, n - 1),
-           m.lag, size);
+// Where a merge finds keys and values: those of the call, ak (B,H,T,S) and v (B,H,T,E); and ak0, v0, with rows_ak and
+// rows_v timesteps for a sequence, of the chunk that merge 0 absorbs if it is not one of these. NULL for none.
+template <typename X> struct Absorbed { const X *ak, *v, *ak0, *v0; int rows_ak, rows_v; };
+template <typename X> static int first_own(const Merges<X>& m, const Absorbed<X>& from) {
+    return m.first > 0 || !from.ak0 ? m.first : 1; // the first merge that absorbs one of the call's own chunks
+}
+
+// N, K, l, G and Y of all merges.
+template <typename X> static void memory_prepare(Gpu& gpu, const Merges<X>& m, const Absorbed<X>& from, int T) {
+    int BH = m.BH, n = m.n, S = m.S, E = m.E, c = m.c, shift = m.lag - 1, own = first_own(m, from);
     auto affine = [&](const X* N, const X* K, int64_t step, const X* v, int64_t step_v, size_t merge, int64_t merges,
             int batch) {
         gemm<X, X>(gpu, {m.G + merge * S * S, S, merges * S * S}, {K, S, step * S, true}, {N, S, step * S}, S, S, c,
                    batch);
-        gemm<X, float>(gpu, {m.Y + merge * size, E, merges * size}, {K, S, step * S, true}, {v, E, step_v * E}, S, E, c,
-                       batch);
+        gemm<X, float>(gpu, {m.Y + merge * S * E, E, merges * S * E}, {K, S, step * S, true}, {v, E, step_v * E}, S, E,
+                       c, batch);
     };
-    if (ak0 && m.last > 0) {
-        rows_copy(gpu, m.N0, c, ak0, rows_ak, c, S, BH); // side by side, like the others
+    if (from.ak0 && m.last > 0) {
+        rows_copy(gpu, m.N0, c, from.ak0, from.rows_ak, c, S, BH); // side by side, like the others
         softmax_columns(gpu, m.K0, m.l, m.N0, BH, c, 1, n, c, S);
         softmax_rows(gpu, m.N0, m.N0, -1, (size_t)BH * c, S);
-        affine(m.N0, m.K0, c, v0, rows_v, 0, n, BH);
+        affine(m.N0, m.K0, c, from.v0, from.rows_v, 0, n, BH);
     }
-    if (own < m.last) {
-        int count = m.last - own;
-        softmax_columns(gpu, m.K + (size_t)(own - shift) * c * S, m.l + (size_t)own * S,
-                        ak + (size_t)(own - shift) * c * S, BH, T, count, n, c, S);
-        softmax_rows(gpu, m.N, ak, -1, (size_t)BH * T, S);
-        each_batch(BH, T, c, own, count, [&](const Batch& b) {
-            size_t row = b.row - (size_t)shift * c;
-            affine(m.N + row * S, m.K + row * S, b.rows, v + row * E, b.rows, b.chunk, b.chunks, b.size);
-        });
-    }
-    LAUNCH(memory_shares_kernel, ceil_div(BH * S, 128), 128, m.rho, out_lam, out_rest, m.l, past, BH, H, n, m.first,
-           m.last, m.lag, S);
+    if (own >= m.last) { return; }
+    int count = m.last - own;
+    size_t begin = (size_t)(own - shift) * c * S;
+    softmax_columns(gpu, m.K + begin, m.l + (size_t)own * S, from.ak + begin, BH, T, count, n, c, S);
+    softmax_rows(gpu, m.N, from.ak, -1, (size_t)BH * T, S);
+    each_batch(BH, T, c, own, count, [&](const Batch& b) {
+        size_t row = b.row - (size_t)shift * c;
+        affine(m.N + row * S, m.K + row * S, b.rows, from.v + row * E, b.rows, b.chunk, b.chunks, b.size);
+    });
+}
+// rho of all merges. lam_to, rest_to (B,H,S): lam at the end, or NULL.
+template <typename X> static void memory_shares(Gpu& gpu, const Merges<X>& m, Past past, float* lam_to, float* rest_to,
+        bool from_nothing = false) {
+    LAUNCH(memory_shares_kernel, ceil_div(m.BH * m.S, 128), 128, m.rho, lam_to, rest_to, m.l, past, m.BH, m.H, m.n,
+           m.first, m.last, m.lag, m.S, from_nothing);
+}
+// All M_i. With a past M is that at the start; else it is 0.
+template <typename X> static void memory_chain(Gpu& gpu, const Merges<X>& m, Past past, bool from_nothing = false) {
+    int BH = m.BH, n = m.n, S = m.S, E = m.E, size = S * E;
+    LAUNCH(memory_start_kernel<X>, dim3(ceil_div(size, 256), BH), 256, m.now, m.M, past, m.H, n,
+           min_int(m.first, n - 1), m.lag, size, from_nothing);
     for (int i = m.first; i < m.last; i++) {
-        float* Y = m.Y + (size_t)i * size;
-        if (i > m.first || past.chunks) { // else M is 0
-            gemm<X, float>(gpu, {Y, E, (int64_t)n * size}, {m.G + (size_t)i * S * S, S, (int64_t)n * S * S},
-                           {m.M + (size_t)i * size, E, (int64_t)n * size}, S, E, S, BH, Y, E);
+        bool empty = i == m.first && (!past.chunks || from_nothing); // then M is 0, and W is Y
+        if (!empty) {
+            gemm<X, float>(gpu, {m.delta + (size_t)i * size, E, (int64_t)n * size},
+                           {m.G + (size_t)i * S * S, S, (int64_t)n * S * S},
+                           {m.M + (size_t)i * size, E, (int64_t)n * size}, S, E, S, BH, m.Y + (size_t)i * size, E);
         }
-        LAUNCH(memory_merge_kernel<X>, dim3(ceil_div(size, 256), BH), 256, m.now, m.M, m.Y, m.rho, n, i, S, E);
-    }
-    if (out_M) {
-        CUDA(cudaMemcpyAsync(out_M, m.now, (size_t)BH * size * sizeof(float), cudaMemcpyDefault, gpu.stream));
+        LAUNCH(memory_merge_kernel<X>, dim3(ceil_div(size, 256), BH), 256, m.now, m.M, m.delta,
+               empty ? m.Y : m.delta, m.rho, n, i, S, E);
     }
 }
 // Which merges a call makes. to_end: those after its last whole chunk, too.
@@ -833,16 +867,12 @@ template <typename X> static void memory_read(Gpu& gpu, X* out, Merges<X>& m, co
     if (T % c && full >= m.reads) { read(full, 1, T % c); }
 }
 
-// From dO (B,H,T,E). daq and dak (B,H,T,S) are assigned, dv (B,H,T,E) is added to. dak0, dv0 (rows0 timesteps for a
-// sequence): those of the chunk that merge 0 absorbs, if it is not one of these; dak0 (B,H,c,S) is assigned, dv0 added
-// to. m.dnow holds the gradient of the memory at the end and becomes that at the start. dlam: see above, may be NULL.
-template <typename X> static void memory_backward(Gpu& gpu, Merges<X>& m, X* daq, X* dak, X* dv, X* dak0, X* dv0,
-        const X* v0, int64_t rows0, float* dlam, const X* dO, const X* v, int T) {
-    int BH = m.BH, n = m.n, S = m.S, E = m.E, c = m.c, size = S * E, shift = m.lag - 1, full = T / c;
-    int own = m.first > 0 || !v0 ? m.first : 1;
-    size_t bytes = (size_t)BH * T * S * sizeof(X);
-    CUDA(cudaMemsetAsync(daq, 0, bytes, gpu.stream)); CUDA(cudaMemsetAsync(dak, 0, bytes, gpu.stream));
-    if (dak0) { CUDA(cudaMemsetAsync(dak0, 0, (size_t)BH * c * S * sizeof(X), gpu.stream)); }
+// Backward of memory_read, from dO (B,H,T,E): D, and daq (B,H,T,S).
+template <typename X> static void memory_read_backward(Gpu& gpu, X* daq, const Merges<X>& m, const X* aq, const X* dO,
+        int T) {
+    int BH = m.BH, S = m.S, E = m.E, c = m.c, size = S * E, full = T / c;
+    size_t rows = (size_t)BH * T;
+    if (m.reads) { CUDA(cudaMemsetAsync(m.dF, 0, rows * S * sizeof(X), gpu.stream)); } // of the first chunks
     auto read = [&](int first, int count, int rows) {
         each_batch(BH, T, c, first, count, [&](const Batch& b) {
             gemm<X, float>(gpu, {m.D + b.chunk * size, E, b.chunks * size}, {m.Fq + b.row * S, S, b.rows * S, true},
@@ -851,72 +881,91 @@ template <typename X> static void memory_backward(Gpu& gpu, Merges<X>& m, X* daq
                        {m.M + b.chunk * size, E, b.chunks * size, true}, rows, S, E, b.size);
         });
     };
-    if (m.reads < n) {
-        if (m.reads) { CUDA(cudaMemsetAsync(m.dF, 0, bytes, gpu.stream)); }
-        read(m.reads, full - m.reads, c);
-        if (T % c && full >= m.reads) { read(full, 1, T % c); }
-        softmax_rows_backward(gpu, daq, m.Fq, m.dF, 1, NULL, (size_t)BH * T, S);
-    }
+    softmax_rows(gpu, m.Fq, aq, 1, rows, S);
+    read(m.reads, full - m.reads, c);
+    if (T % c && full >= m.reads) { read(full, 1, T % c); }
+    softmax_rows_backward(gpu, daq, m.Fq, m.dF, 1, NULL, rows, S);
+}
+// dW and drho of all merges. dnow, the gradient of the memory at the end, becomes that of the memory at the start.
+template <typename X> static void memory_chain_backward(Gpu& gpu, const Merges<X>& m) {
+    int n = m.n, S = m.S, E = m.E, size = S * E;
     for (int i = n - 1; i >= m.first; i--) {
         bool merges = i < m.last, reads = i >= m.reads;
-        LAUNCH(memory_merge_backward_kernel<X>, dim3(S, BH), 256, m.dnow, m.dW, m.dl, m.Y, m.D, m.rho, n, i, S, E,
-               merges, reads);
+        LAUNCH(memory_merge_backward_kernel<X>, dim3(S, m.BH), 256, m.dnow, m.dW, m.drho, m.delta, m.D, m.rho, n, i, S,
+               E, merges, reads);
         if (!merges || (i == m.first && m.reads)) { continue; } // before the first merge M is 0, without a gradient
         gemm<X, float>(gpu, {m.dnow, E, size}, {m.G + (size_t)i * S * S, S, (int64_t)n * S * S, true},
-                       {m.dW + (size_t)i * size, E, (int64_t)n * size}, S, E, S, BH, m.dnow, E);
+                       {m.dW + (size_t)i * size, E, (int64_t)n * size}, S, E, S, m.BH, m.dnow, E);
     }
+}
+// See memory_shares_backward_kernel.
+template <typename X> static void memory_shares_backward(Gpu& gpu, const Merges<X>& m, float* to, float* share,
+        const float* dlam) {
+    LAUNCH(memory_shares_backward_kernel, ceil_div(m.BH * m.S, 128), 128, m.dl, to, share, dlam, m.drho, m.rho, m.BH,
+           m.n, m.first, m.last, m.S);
+}
+// Backward of memory_prepare, from dW and dl: dak (B,H,T,S) is assigned, dv (B,H,T,E) is added to. dak0 (B,H,c,S) and dv0
+// (from.rows_v timesteps for a sequence): of the chunk that merge 0 absorbs; dak0 is assigned, dv0 added to.
+template <typename X> static void memory_prepare_backward(Gpu& gpu, X* dak, X* dv, X* dak0, X* dv0, const Merges<X>& m,
+        const Absorbed<X>& from, int T) {
+    int BH = m.BH, n = m.n, S = m.S, E = m.E, c = m.c, size = S * E, shift = m.lag - 1, own = first_own(m, from);
+    CUDA(cudaMemsetAsync(dak, 0, (size_t)BH * T * S * sizeof(X), gpu.stream));
+    if (dak0) { CUDA(cudaMemsetAsync(dak0, 0, (size_t)BH * c * S * sizeof(X), gpu.stream)); }
     if (m.first >= m.last) { return; }
-    LAUNCH(memory_shares_backward_kernel, ceil_div(BH * S, 128), 128, m.dl, dlam, m.rho, BH, n, m.first, m.last, S);
     each_batch(BH, n * c, c, m.first, m.last - m.first, [&](const Batch& b) {
         gemm<X, X>(gpu, {m.dG + b.chunk * S * S, S, b.chunks * S * S}, {m.dW + b.chunk * size, E, b.chunks * size},
                    {m.M + b.chunk * size, E, b.chunks * size, true}, S, S, E, b.size);
     });
-    // Of a batch of merges: keys and values `step` timesteps apart, those of values step_v.
+    // Of a batch of merges, whose keys lie `step` timesteps apart, and values step_v.
     auto absorbed = [&](const X* N, const X* K, float* dK, X* dN, int64_t step, const X* v, X* dv, int64_t step_v,
             size_t merge, int64_t merges, int batch) {
         Matrix<const X> dW(m.dW + merge * size, E, merges * size), dG(m.dG + merge * S * S, S, merges * S * S);
-        if (dv) { gemm<X, X>(gpu, {dv, E, step_v * E}, {K, S, step * S}, dW, c, E, S, batch, dv, E); }
+        gemm<X, X>(gpu, {dv, E, step_v * E}, {K, S, step * S}, dW, c, E, S, batch, dv, E);
         gemm<X, float>(gpu, {dK, S, step * S}, {v, E, step_v * E}, transposed(dW), c, S, E, batch);
         gemm<X, float>(gpu, {dK, S, step * S}, {N, S, step * S}, transposed(dG), c, S, S, batch, dK, S);
         gemm<X, X>(gpu, {dN, S, step * S}, {K, S, step * S}, dG, c, S, S, batch);
     };
     if (own < m.last) {
         int count = m.last - own;
-        size_t from = (size_t)(own - shift) * c;
+        size_t begin = (size_t)(own - shift) * c;
         each_batch(BH, T, c, own, count, [&](const Batch& b) {
             size_t row = b.row - (size_t)shift * c;
-            absorbed(m.N + row * S, m.K + row * S, m.dK + row * S, m.dF + row * S, b.rows, v + row * E, dv + row * E,
-                     b.rows, b.chunk, b.chunks, b.size);
+            absorbed(m.N + row * S, m.K + row * S, m.dK + row * S, m.dF + row * S, b.rows, from.v + row * E,
+                     dv + row * E, b.rows, b.chunk, b.chunks, b.size);
         });
-        softmax_columns_backward(gpu, m.dK + from * S, m.K + from * S, m.dl + (size_t)own * S, BH, T, count, n, c, S);
+        softmax_columns_backward(gpu, m.dK + begin * S, m.K + begin * S, m.dl + (size_t)own * S, BH, T, count, n, c, S);
         for (int p = 0; p < BH; p++) {
-            size_t row = ((size_t)p * T + from) * S;
+            size_t row = ((size_t)p * T + begin) * S;
             softmax_rows_backward(gpu, dak + row, m.N + row, m.dF + row, -1, m.dK + row, (size_t)count * c, S);
         }
     }
     if (own == m.first || !dak0) { return; }
     float* dK0 = m.dK + (size_t)BH * T * S; X* dN0 = m.dF + (size_t)BH * T * S;
-    absorbed(m.N0, m.K0, dK0, dN0, c, v0, dv0, rows0, 0, n, BH);
+    absorbed(m.N0, m.K0, dK0, dN0, c, from.v0, dv0, from.rows_v, 0, n, BH);
     softmax_columns_backward(gpu, dK0, m.K0, m.dl, BH, c, 1, n, c, S);
     softmax_rows_backward(gpu, dak0, m.N0, dN0, -1, dK0, (size_t)BH * c, S);
 }
-// The gradient of the memory before the call, where there was one: dM (B,H,S,E) is added to, and dlam, which holds that of
-// lam already, set to 0 where there was none. A thread has one element of dM.
-__global__ void memory_dstart_kernel(float* dM, float* dlam, const float* dnow, Past past, int H, int lag, int S,
-        int E) {
+
+// Adds the gradients of the memory before the call, where there was one: dnow to dM (B,H,S,E), own to dlam (B,H,S). A
+// thread has one element of dM.
+__global__ void memory_dstart_kernel(float* dM, float* dlam, const float* dnow, const float* own, Past past, int H,
+        int lag, int S, int E) {
     int i = blockIdx.x * blockDim.x + threadIdx.x, p = blockIdx.y;
-    if (i >= S * E) { return; }
-    bool filled = memory_filled(past, p / H, lag);
-    if (filled) { dM[(size_t)p * S * E + i] += dnow[(size_t)p * S * E + i]; }
-    if (!filled && i < S) { dlam[p * S + i] = 0; }
-}
-template <typename X> static void memory_dstart(Gpu& gpu, float* dM, float* dlam, const Merges<X>& m, Past past,
-        int H) {
-    LAUNCH(memory_dstart_kernel, dim3(ceil_div(m.S * m.E, 256), m.BH), 256, dM, dlam, m.dnow, past, H, m.lag, m.S, m.E);
+    if (i >= S * E || !memory_filled(past, p / H, lag)) { return; }
+    dM[(size_t)p * S * E + i] += dnow[(size_t)p * S * E + i];
+    if (i < S) { dlam[p * S + i] += own[p * S + i]; }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The block
+
+// Several GPUs; see the last section.
+template <typename X> static void slice_chunks_start(Gpu& gpu, const StateOf<X>& past, const StateOf<X>& next, int B,
+        int n, const Config* config);
+template <typename X> static void slice_chunks_end(Gpu& gpu, const ActsOf<X>& da, const Border<X>* border,
+        const float* angles, int B, int T, const Config* config);
+template <typename X> static void slice_memory_start(Gpu& gpu, const Merges<X>& m, const StateOf<X>& past);
+template <typename X> static float* slice_memory_end(Gpu& gpu, const Merges<X>& m);
 
 // The gate with the memory's answer, a row kernel like gate_forward_kernel: out = dropout(silu(inp) attention + memory).
 template <typename X, bool WIDE, bool DROP> __global__ void answer_forward_kernel(X* out, int ldo, const X* attention,
@@ -984,9 +1033,9 @@ template <typename X> static Border<X> border_of(Gpu& gpu, const StateOf<X>& pas
     Border<X> border = border_place<X>(gpu, B, config);
     int c = config->chunk_size, H = config->num_heads, S = config->z_dim / H, E = config->value_dim / H;
     int first = min_int(c, T);
-    carry_copy(gpu, past.k_before, border.k, true, false, NULL, B, H, c, 2 * c, 0, S);
-    carry_copy(gpu, past.v_before, border.v, true, false, NULL, B, H, c, 2 * c, 0, E);
-    if (config->memory) { carry_copy(gpu, past.ak_before, border.ak, true, false, NULL, B, H, c, c, 0, S); }
+    carry_copy(gpu, past.k_before, border.k, TO_X, NULL, B, c, 2 * c, 0, S, config);
+    carry_copy(gpu, past.v_before, border.v, TO_X, NULL, B, c, 2 * c, 0, E, config);
+    if (config->memory) { carry_copy(gpu, past.ak_before, border.ak, TO_X, NULL, B, c, c, 0, S, config); }
     rows_copy(gpu, border.k + (size_t)c * S, 2 * c, a.k, T, first, S, B * H);
     rows_copy(gpu, border.v + (size_t)c * E, 2 * c, a.v, T, first, E, B * H);
     return border;
@@ -995,14 +1044,17 @@ template <typename X> static Border<X> border_of(Gpu& gpu, const StateOf<X>& pas
 template <typename X> static void gecko_block_forward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s, int l,
         const StateOf<X>* start, const StateOf<X>* end) {
     OF_GECKO(m, s, l, start, end);
+    bool sliced = s->before.h && next.h; // several GPUs, else skip its lines; not where the backward pass runs this
 
     // 1, 2: n = timestep_decay_norm(x), e = cema(n), m = rms_norm(e)
-    gecko_norm_forward(gpu, s, a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, past.norm, x, w.timenorm_w,
-                       w.timenorm_b, config);
+    gecko_norm_forward(gpu, sliced, B, T, a.timenorm, a.timenorm_mean, a.timenorm_rstd, next.norm, past.norm, x,
+                       w.timenorm_w, w.timenorm_b, config);
     CemaParams cema = cema_either(gpu, &w, config, NULL);
+    if (sliced) { slice_cema_begin(gpu, a.timenorm, false, cema, B, T, D, N); }
     X *k = streams ? next.k : a.k, *v = streams ? next.v : a.v, *ak = streams ? next.ak : a.ak;
     matmul_forward<X>(gpu, a.wv, V, a.timenorm, D, w.wv, w.wv_b, NULL, 0, rows, D, V);
     value_forward(gpu, v, a.wv, B, T, K, at_k, V, H);
+    if (sliced) { slice_cema_start(gpu, past.h, B, T, D, N); }
     cema_forward(gpu, a.cema, next.h, s->carries + l * s->carries_step, past.h, a.timenorm, cema, B, T, D, N);
     norm_forward<X>(gpu, a.rmsnorm, pitch_m, NULL, a.rmsnorm_rstd, a.cema, w.rmsnorm_w, NULL, rows, D, eps,
                     sites.rmsnorm);
@@ -1018,12 +1070,22 @@ template <typename X> static void gecko_block_forward(Gpu& gpu, const ModelOf<X>
                       at_k, 1, Z, H, eps);
     }
 
-    // 4, 5: attention over two chunks, and the memory of what is older
+    // The chunk before: for this call, and for the next one
     if (streams && pos == 0 && config->sliding) { // a new chunk: the last one is now the one before
-        carry_copy(gpu, past.k_before, k, true, false, NULL, B, H, c, K, 0, S);
-        carry_copy(gpu, past.v_before, v, true, false, NULL, B, H, c, K, 0, E);
-        if (config->memory) { carry_copy(gpu, past.ak_before, ak, true, false, NULL, B, H, c, K, 0, S); }
+        carry_copy(gpu, past.k_before, k, TO_X, NULL, B, c, K, 0, S, config);
+        carry_copy(gpu, past.v_before, v, TO_X, NULL, B, c, K, 0, E, config);
+        if (config->memory) { carry_copy(gpu, past.ak_before, ak, TO_X, NULL, B, c, K, 0, S, config); }
     }
+    int whole = (pos + T) / c, last = streams ? own : (whole - 1) * c; // whole chunks; where the last one begins
+    if (next.chunks && whole && config->sliding) {
+        const float* turn = angles + (size_t)(streams ? c : whole * c) * S; // of this chunk's first position
+        carry_copy(gpu, next.k_before, k, 0, turn, B, c, K, last, S, config);
+        carry_copy(gpu, next.v_before, v, 0, NULL, B, c, K, last, E, config);
+        if (config->memory) { carry_copy(gpu, next.ak_before, ak, 0, NULL, B, c, K, last, S, config); }
+    }
+    if (sliced) { slice_chunks_start(gpu, past, next, B, whole, config); }
+
+    // 4, 5: attention over two chunks, and the memory of what is older
     if (!config->sliding) {
         attention_forward(gpu, a.attention, a.attention_lse, a.q, k, v, B, T, K, at_k, c, H, Z, V, sites.keys);
     } else if (streams) {
@@ -1034,23 +1096,21 @@ template <typename X> static void gecko_block_forward(Gpu& gpu, const ModelOf<X>
         sliding_attention_forward(gpu, a.attention, a.attention_lse, a.q, k, v, border, past.chunks, B, T, config,
                                   sites.keys);
     }
-    int whole = (pos + T) / c, last = streams ? own : (whole - 1) * c; // whole chunks; where the last one begins
     if (config->memory) {
         Merges<X> merges = merges_of<X>(gpu, config, B, T, (pos + T) % c == 0, past.chunks, next.chunks, false);
-        const X *ak0 = streams ? ak : border ? border->ak : NULL, *v0 = streams ? v : border ? border->v : NULL;
-        memory_merges(gpu, merges, ak, v, ak0, streams ? K : c, v0, streams ? K : 2 * c, of_memory, next.memory,
-                      next.lam, next.lam_rest, T, H);
+        Absorbed<X> from = {ak, v, streams ? ak : border ? border->ak : NULL, streams ? v : border ? border->v : NULL,
+                            streams ? K : c, streams ? K : 2 * c};
+        memory_prepare(gpu, merges, from, T);
+        if (sliced) { slice_memory_start(gpu, merges, past); }
+        memory_shares(gpu, merges, of_memory, next.lam, next.lam_rest);
+        memory_chain(gpu, merges, of_memory);
+        if (next.memory) {
+            CUDA(cudaMemcpyAsync(next.memory, merges.now, (size_t)B * Z * E * sizeof(float), cudaMemcpyDefault,
+                                 gpu.stream));
+        }
         memory_read(gpu, a.memory, merges, a.aq, T);
     }
-    if (next.chunks) {
-        LAUNCH(chunks_kernel, ceil_div(B, 128), 128, next.chunks, past.chunks, whole, B);
-    }
-    if (next.chunks && whole && config->sliding) { // what the next call needs
-        const float* turn = angles + (size_t)(c + last - (streams ? own : 0)) * S; // of this chunk's first position
-        carry_copy(gpu, next.k_before, k, false, false, turn, B, H, c, K, last, S, config->num_rope_heads);
-        carry_copy(gpu, next.v_before, v, false, false, NULL, B, H, c, K, last, E);
-        if (config->memory) { carry_copy(gpu, next.ak_before, ak, false, false, NULL, B, H, c, K, last, S); }
-    }
+    if (next.chunks) { LAUNCH(chunks_kernel, ceil_div(B, 128), 128, next.chunks, past.chunks, whole, B); }
 
     // The gate, for attention alone, and the first hop
     if (config->memory) {
@@ -1078,7 +1138,7 @@ template <typename X> static void gecko_block_backward(Gpu& gpu, const ModelOf<X
     X* dx = block_input<X>(s->dplaces, s->grads, l); Params dw = gradients_layer(m, l);
     ActsOf<X> da = acts_layer<X>(s->dplaces, s->grads, l);
     StateOf<X> dpast = state_layer(dstart, config, l), after = state_layer(&s->after, config, l);
-    bool again = s->keep == KEEP_CHEAPLY, one_hop = !config->two_hop_residual;
+    bool sliced = s->before.h, again = s->keep == KEEP_CHEAPLY, one_hop = !config->two_hop_residual;
     X *hidden = again ? a.hidden : NULL, *norm = again ? a.norm : NULL;
     X *gated = again && !config->memory ? a.gated : NULL, *rmsnorm = again ? a.rmsnorm : NULL;
 
@@ -1130,20 +1190,31 @@ template <typename X> static void gecko_block_backward(Gpu& gpu, const ModelOf<X
                            sites.keys);
     }
     if (config->memory) {
-        Merges<X> merges = merges_of<X>(gpu, config, B, T, T % c == 0, past.chunks, false, true);
-        memory_merges(gpu, merges, a.ak, a.v, border ? border->ak : NULL, c, border ? border->v : NULL, 2 * c,
-                      of_memory, (float*)NULL, (float*)NULL, (float*)NULL, T, H);
-        if (merges.reads < merges.n) { softmax_rows(gpu, merges.Fq, a.aq, 1, (size_t)B * H * T, S); }
-        CUDA(cudaMemsetAsync(merges.dnow, 0, (size_t)B * Z * E * sizeof(float), gpu.stream));
-        memory_backward(gpu, merges, da.aq, da.ak, da.v, border ? border->dak : NULL, border ? border->dv : NULL,
-                        border ? border->v : NULL, 2 * c, dpast.lam, da.memory, a.v, T);
-        if (dpast.memory) { memory_dstart(gpu, dpast.memory, dpast.lam, merges, of_memory, H); }
+        Merges<X> merges = merges_of<X>(gpu, config, B, T, T % c == 0, past.chunks, sliced, true);
+        Absorbed<X> from = {a.ak, a.v, border ? border->ak : NULL, border ? border->v : NULL, c, 2 * c};
+        float* dlam_end = NULL;
+        if (merges.reads < merges.n) {
+            memory_prepare(gpu, merges, from, T);
+            memory_shares(gpu, merges, of_memory, (float*)NULL, (float*)NULL);
+            memory_chain(gpu, merges, of_memory);
+            memory_read_backward(gpu, da.aq, merges, a.aq, da.memory, T);
+            CUDA(cudaMemsetAsync(merges.dnow, 0, (size_t)B * Z * E * sizeof(float), gpu.stream));
+            if (sliced) { dlam_end = slice_memory_end(gpu, merges); } else { memory_chain_backward(gpu, merges); }
+            memory_shares_backward(gpu, merges, merges.dlam, (float*)NULL, dlam_end);
+        } else { CUDA(cudaMemsetAsync(da.aq, 0, rows * Z * sizeof(X), gpu.stream)); } // nobody reads
+        memory_prepare_backward(gpu, da.ak, da.v, border ? border->dak : NULL, border ? border->dv : NULL, merges, from,
+                                T);
+        if (dpast.memory) {
+            LAUNCH(memory_dstart_kernel, dim3(ceil_div(S * E, 256), B * H), 256, dpast.memory, dpast.lam, merges.dnow,
+                   merges.dlam, of_memory, H, merges.lag, S, E);
+        }
     }
-    if (border && dpast.chunks) {
-        carry_copy(gpu, dpast.k_before, border->dk, false, true, NULL, B, H, c, 2 * c, 0, S);
-        carry_copy(gpu, dpast.v_before, border->dv, false, true, NULL, B, H, c, 2 * c, 0, E);
-        if (config->memory) { carry_copy(gpu, dpast.ak_before, border->dak, false, true, NULL, B, H, c, c, 0, S); }
+    if (border && dpast.chunks && ranks.slice == 0) {
+        carry_copy(gpu, dpast.k_before, border->dk, ADD, NULL, B, c, 2 * c, 0, S, config);
+        carry_copy(gpu, dpast.v_before, border->dv, ADD, NULL, B, c, 2 * c, 0, E, config);
+        if (config->memory) { carry_copy(gpu, dpast.ak_before, border->dak, ADD, NULL, B, c, c, 0, S, config); }
     }
+    if (sliced) { slice_chunks_end(gpu, da, border, angles, B, T, config); }
 
     // Queries and keys
     heads_unturn(gpu, da.q, angles, B, T, T, 0, c, config, true);
@@ -1169,12 +1240,14 @@ template <typename X> static void gecko_block_backward(Gpu& gpu, const ModelOf<X
     // RMS norm, CEMA, values
     norm_backward<X>(gpu, da.cema, dw.rmsnorm_w, NULL, NULL, rmsnorm, da.rmsnorm, pitch_m, NULL, a.rmsnorm_rstd, a.cema,
                      w.rmsnorm_w, NULL, rows, D, sites.rmsnorm);
+    CemaParams dcema = cema_params(&dw), cema = cema_either(gpu, &w, config, &dcema);
+    if (sliced) { slice_cema_begin(gpu, da.cema, true, cema, B, T, D, N); }
     matmul_backward_weight(gpu, dw.wh1, dmega, D, a.rmsnorm, pitch_m, rows, pitch_m, D);
     matmul_backward_weight(gpu, dw.wz, da.wz, pitch_z, a.rmsnorm, pitch_m, rows, D, pitch_z);
     value_backward(gpu, da.wv, dw.wv_b, da.v, a.wv, B, T, V, H);
-    CemaParams dcema = cema_params(&dw), cema = cema_either(gpu, &w, config, &dcema);
-    cema_backward(gpu, da.timenorm, dcema, dpast.h, da.cema, s->carries + l * s->carries_step, past.h, after.h,
-                  (const float*)NULL, a.timenorm, cema, B, T, D, N);
+    const float* a_end = sliced ? slice_cema_a_end(gpu, B, T, D, N) : NULL;
+    cema_backward(gpu, da.timenorm, dcema, dpast.h, da.cema, s->carries + l * s->carries_step, past.h, after.h, a_end,
+                  a.timenorm, cema, B, T, D, N);
     if (!config->cema_omega) {
         LAUNCH(cema_gamma_kernel, ceil_div(2 * D * N, 256), 256, dw.cema_gamma, dcema.gamma, gpu.accumulate, D, N);
     }
@@ -1182,8 +1255,8 @@ template <typename X> static void gecko_block_backward(Gpu& gpu, const ModelOf<X
 
     // x has two readers, or three with two hops
     matmul_backward_weight(gpu, dw.wv, da.wv, V, a.timenorm, D, rows, D, V);
-    gecko_norm_backward(gpu, s, dx, dw.timenorm_w, dw.timenorm_b, dpast.norm, one_hop ? NULL : da.out, da.mega,
-                        da.timenorm, a.timenorm_mean, a.timenorm_rstd, past.norm, x, w.timenorm_w, config);
+    gecko_norm_backward(gpu, sliced, B, T, dx, dw.timenorm_w, dw.timenorm_b, dpast.norm, one_hop ? NULL : da.out,
+                        da.mega, da.timenorm, a.timenorm_mean, a.timenorm_rstd, past.norm, x, w.timenorm_w, config);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1192,15 +1265,15 @@ template <typename X> static void gecko_block_backward(Gpu& gpu, const ModelOf<X
 template <typename X> static void gecko_final_norm_forward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s,
         const StateOf<X>* start, const StateOf<X>* end) {
     OF_LAYER(m, s, 0);
-    gecko_norm_forward(gpu, s, a.final, a.final_mean, a.final_rstd, state_layer(end, config, L).norm,
-                       state_layer(start, config, L).norm, block_input<X>(s->places, s->acts, L), w.final_w, w.final_b,
-                       config);
+    gecko_norm_forward(gpu, (bool)s->before.h, B, T, a.final, a.final_mean, a.final_rstd,
+                       state_layer(end, config, L).norm, state_layer(start, config, L).norm,
+                       block_input<X>(s->places, s->acts, L), w.final_w, w.final_b, config);
 }
 template <typename X> static void gecko_final_norm_backward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s,
         const StateOf<X>* start, const StateOf<X>* dstart) {
     OF_LAYER(m, s, 0);
     Params dw = gradients_layer(m, 0); ActsOf<X> da = acts_layer<X>(s->dplaces, s->grads, 0);
-    gecko_norm_backward<X>(gpu, s, block_input<X>(s->dplaces, s->grads, L), dw.final_w, dw.final_b,
+    gecko_norm_backward<X>(gpu, s->before.h, B, T, block_input<X>(s->dplaces, s->grads, L), dw.final_w, dw.final_b,
                            state_layer(dstart, config, L).norm, NULL, NULL, da.final, a.final_mean, a.final_rstd,
                            state_layer(start, config, L).norm, block_input<X>(s->places, s->acts, L), w.final_w,
                            config);
@@ -1223,4 +1296,179 @@ template <typename X> static void gecko_model_step(Gpu& gpu, const ModelOf<X>* m
     matmul_forward<X>(gpu, a.logits, vocab, a.final, D, config->share_emb ? w.embed : w.output, NULL, NULL, 0, rows, D,
                       vocab);
     state->pos = (state->pos + 1) % c;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Several GPUs: what slices of a sequence exchange (--chunk-parallel), see the last section of gecko.c. All of it goes in
+// the stream of the kernels, which wait for it.
+
+// Norm. all (slices,lines): what each slice makes of nothing. Forward, state becomes what comes before this slice, from
+// what comes before the first one. Backward, it is assigned the gradients U, W that come from the slices after it.
+template <bool BACK> __global__ void decay_slices_kernel(NormState* state, const NormState* all, int slice, int slices,
+        int lines, double decay1, double decay2, int T) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= lines) { return; }
+    NormState s = BACK ? NormState{0, 0, 0} : state[i];
+    for (int r = BACK ? slices - 1 : 0; BACK ? r > slice : r < slice; r += BACK ? -1 : 1) {
+        const NormState& one = all[(size_t)r * lines + i];
+        s = {s.count + T, decay1 * s.mean + one.mean, decay2 * s.var + one.var};
+    }
+    state[i] = s;
+}
+template <bool BACK> static const NormState* slice_decay(Gpu& gpu, NormState* before, float* first, float* second,
+        const float* rstd, const NormState* start, int B, int T, const Config* config) {
+    int lines = B * config->norm_num_groups;
+    NormState* all = gpu_scratch<NormState>(gpu, SLICE_NORMS, (size_t)lines * (ranks.slices + 1));
+    NormState *mine = all + (size_t)lines * ranks.slices, *state = BACK ? mine : before;
+    CUDA(cudaMemsetAsync(mine, 0, lines * sizeof(NormState), gpu.stream));
+    decay_scan<BACK>(gpu, first, second, rstd, mine, BACK ? start : NULL, NULL, B, T, config, false);
+    slices_gather(gpu, all, mine, lines * sizeof(NormState));
+    LAUNCH(decay_slices_kernel<BACK>, ceil_div(lines, 128), 128, state, all, ranks.slice, ranks.slices, lines,
+           pow(config->timenorm_beta1, T), pow(config->timenorm_beta2, T), T);
+    return state;
+}
+
+// n floats to the slice after this one (forward) or before it, and from the other side. Where there is no slice, nothing.
+static void slice_pass_on(Gpu& gpu, float* received, const float* sent, size_t n, bool forward) {
+    int to = ranks.slice + (forward ? 1 : -1), from = ranks.slice - (forward ? 1 : -1);
+    NCCL(ncclGroupStart());
+    if (to >= 0 && to < ranks.slices) { NCCL(ncclSend(sent, n, ncclFloat, to, gpu.group, gpu.stream)); }
+    if (from >= 0 && from < ranks.slices) { NCCL(ncclRecv(received, n, ncclFloat, from, gpu.group, gpu.stream)); }
+    NCCL(ncclGroupEnd());
+}
+// The last chunk of the slice before becomes the chunk before this one, in past. n: chunks of a slice.
+template <typename X> static void slice_chunks_start(Gpu& gpu, const StateOf<X>& past, const StateOf<X>& next, int B,
+        int n, const Config* config) {
+    size_t chunk = (size_t)B * config->chunk_size;
+    if (config->sliding) {
+        slice_pass_on(gpu, past.k_before, next.k_before, chunk * config->z_dim, true);
+        slice_pass_on(gpu, past.v_before, next.v_before, chunk * config->value_dim, true);
+        if (config->memory) { slice_pass_on(gpu, past.ak_before, next.ak_before, chunk * config->z_dim, true); }
+    }
+    LAUNCH(chunks_kernel, ceil_div(B, 128), 128, past.chunks, past.chunks, ranks.slice * n, B);
+}
+// The gradient of the chunk before goes back to the slice that it came from, where it is added to that of the last chunk.
+template <typename X> static void slice_chunks_end(Gpu& gpu, const ActsOf<X>& da, const Border<X>* border,
+        const float* angles, int B, int T, const Config* config) {
+    int c = config->chunk_size, S = config->z_dim / config->num_heads, E = config->value_dim / config->num_heads;
+    if (!config->sliding) { return; }
+    size_t Z = (size_t)B * c * config->z_dim, V = (size_t)B * c * config->value_dim;
+    float* sent = gpu_scratch<float>(gpu, SLICE_CHUNKS, 2 * (2 * Z + V)), *received = sent + 2 * Z + V;
+    bool has_next = ranks.slice + 1 < ranks.slices;
+    carry_copy(gpu, sent, border->dk, 0, NULL, B, c, 2 * c, 0, S, config);
+    carry_copy(gpu, sent + Z, border->dv, 0, NULL, B, c, 2 * c, 0, E, config);
+    if (config->memory) { carry_copy(gpu, sent + Z + V, border->dak, 0, NULL, B, c, c, 0, S, config); }
+    slice_pass_on(gpu, received, sent, (config->memory ? 2 * Z : Z) + V, false);
+    if (!has_next) { return; }
+    carry_copy(gpu, received, da.k, TO_X | ADD, angles + (size_t)T * S, B, c, T, T - c, S, config);
+    carry_copy(gpu, received + Z, da.v, TO_X | ADD, NULL, B, c, T, T - c, E, config);
+    if (config->memory) { carry_copy(gpu, received + Z + V, da.ak, TO_X | ADD, NULL, B, c, T, T - c, S, config); }
+}
+
+// lam before this slice, from lam before the first one and what each slice makes of nothing: all (slices,2,B,H,S), two
+// floats each. own: chunks of a slice.
+__global__ void lam_slices_kernel(float* lam, float* rest, const float* all, const float* chunks, int slice, int own,
+        int lag, int Z, int size) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= size) { return; }
+    double sum = chunks[i / Z] - slice * own >= lag ? (double)lam[i] + rest[i] : -INFINITY;
+    for (int r = 0; r < slice; r++) {
+        const float* one = all + (size_t)r * 2 * size + i;
+        double other = (double)one[0] + one[size], top = fmax(sum, other);
+        if (top > -INFINITY) { sum = top + log(exp(sum - top) + exp(other - top)); }
+    }
+    lam[i] = sum;
+    rest[i] = sum > -INFINITY ? sum - lam[i] : 0;
+}
+// M (B,H,S,E) before the first slice: 0 where there is none.
+__global__ void memory_clear_kernel(float* M, const float* chunks, int slice, int own, int lag, int H, int size) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < size && chunks[blockIdx.y / H] - slice * own < lag) { M[(size_t)blockIdx.y * size + i] = 0; }
+}
+// A (B,H,S,S) of a slice, step by step: the identity, then A' = A + rho (W - A), W = G A; rounded too.
+template <typename X> __global__ void memory_factor_kernel(float* A, X* rounded, const float* W, const float* rho, int n,
+        int i, int S) {
+    int k = blockIdx.x * blockDim.x + threadIdx.x;
+    if (k >= S * S) { return; }
+    size_t p = blockIdx.y, at = p * S * S + k;
+    float v = W ? A[at] + rho[(p * n + i) * S + k / S] * (W[at] - A[at]) : k / S == k % S;
+    A[at] = v; rounded[at] = from_float<X>(v);
+}
+template <typename X> static void memory_factor(Gpu& gpu, float* A, X* rounded, float* W, const Merges<X>& m) {
+    int S = m.S;
+    dim3 grid(ceil_div(S * S, 256), m.BH);
+    LAUNCH(memory_factor_kernel<X>, grid, 256, A, rounded, (const float*)NULL, m.rho, m.n, 0, S);
+    for (int i = m.first; i < m.last; i++) {
+        gemm<X, float>(gpu, {W, S, S * S}, {m.G + (size_t)i * S * S, S, (int64_t)m.n * S * S}, {rounded, S, S * S}, S,
+                       S, S, m.BH);
+        LAUNCH(memory_factor_kernel<X>, grid, 256, A, rounded, W, m.rho, m.n, i, S);
+    }
+}
+// What each slice tells: C or dM (B,H,S,E), A (B,H,S,S), and two arrays (B,H,S).
+template <typename X> struct SliceMemory {
+    size_t M, A, lam, each; float *all, *mine; X* rounded; float* W;
+};
+template <typename X> static SliceMemory<X> slice_memory_place(Gpu& gpu, const Merges<X>& m) {
+    size_t M = (size_t)m.BH * m.S * m.E, A = (size_t)m.BH * m.S * m.S, lam = (size_t)m.BH * m.S, each = M + A + 2 * lam;
+    float* all = gpu_scratch<float>(gpu, SLICES, each * (ranks.slices + 1) + 2 * A);
+    float* mine = all + each * ranks.slices, *W = mine + each;
+    return {M, A, lam, each, all, mine, (X*)(W + A), W};
+}
+
+// M and lam before this slice, in past, from those before the first one.
+template <typename X> static void slice_memory_start(Gpu& gpu, const Merges<X>& m, const StateOf<X>& past) {
+    SliceMemory<X> t = slice_memory_place(gpu, m);
+    Past before = {past.chunks, past.memory, past.lam, past.lam_rest};
+    memory_shares(gpu, m, before, t.mine, t.mine + t.lam, true);
+    slices_gather(gpu, t.all, t.mine, 2 * t.lam * sizeof(float));
+    LAUNCH(lam_slices_kernel, ceil_div(t.lam, 128), 128, past.lam, past.lam_rest, t.all, past.chunks, ranks.slice, m.n,
+           m.lag, m.H * m.S, (int)t.lam);
+    memory_shares(gpu, m, before, (float*)NULL, (float*)NULL);
+    memory_chain(gpu, m, before, true);
+    CUDA(cudaMemcpyAsync(t.mine, m.now, t.M * sizeof(float), cudaMemcpyDefault, gpu.stream));
+    memory_factor(gpu, t.mine + t.M, t.rounded, t.W, m);
+    slices_gather(gpu, t.all, t.mine, t.each * sizeof(float));
+    LAUNCH(memory_clear_kernel, dim3(ceil_div(m.S * m.E, 256), m.BH), 256, past.memory, past.chunks, ranks.slice, m.n,
+           m.lag, m.H, m.S * m.E);
+    for (int r = 0; r < ranks.slice; r++) { // M = A M + C
+        const float* C = t.all + r * t.each;
+        gemm<float, float>(gpu, {m.now, m.E, m.S * m.E}, {C + t.M, m.S, m.S * m.S}, {past.memory, m.E, m.S * m.E}, m.S,
+                           m.E, m.S, m.BH, C, m.E);
+        CUDA(cudaMemcpyAsync(past.memory, m.now, t.M * sizeof(float), cudaMemcpyDefault, gpu.stream));
+    }
+}
+
+// dlam at the end of this slice, from those of the slices after it: all (slices,2,B,H,S) has the factor of each and its
+// own.
+__global__ void dlam_slices_kernel(float* dlam, const float* all, int slice, int slices, int size) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= size) { return; }
+    float d = 0;
+    for (int r = slices - 1; r > slice; r--) {
+        const float* one = all + (size_t)r * 2 * size + i;
+        d = one[0] * d + one[size];
+    }
+    dlam[i] = d;
+}
+// memory_chain_backward of slices. Returns dlam (B,H,S) at the end of this slice.
+template <typename X> static float* slice_memory_end(Gpu& gpu, const Merges<X>& m) {
+    SliceMemory<X> t = slice_memory_place(gpu, m);
+    float *share = t.mine + t.M + t.A, *dlam_end = m.dlam + t.lam;
+    memory_chain_backward(gpu, m); // from 0: what this slice tells
+    CUDA(cudaMemcpyAsync(t.mine, m.dnow, t.M * sizeof(float), cudaMemcpyDefault, gpu.stream));
+    memory_factor(gpu, t.mine + t.M, t.rounded, t.W, m);
+    slices_gather(gpu, t.all, t.mine, t.each * sizeof(float));
+    CUDA(cudaMemsetAsync(m.dnow, 0, t.M * sizeof(float), gpu.stream));
+    float *d = m.dnow, *other = t.mine;
+    for (int r = ranks.slices - 1; r > ranks.slice; r--) { // dM = A^T dM + its own
+        const float* own = t.all + r * t.each;
+        gemm<float, float>(gpu, {other, m.E, m.S * m.E}, {own + t.M, m.S, m.S * m.S, true}, {d, m.E, m.S * m.E}, m.S,
+                           m.E, m.S, m.BH, own, m.E);
+        CUDA(cudaMemcpyAsync(d, other, t.M * sizeof(float), cudaMemcpyDefault, gpu.stream));
+    }
+    memory_chain_backward(gpu, m); // now drho is right, and so is what this slice tells of lam
+    memory_shares_backward(gpu, m, share + t.lam, share, (const float*)NULL);
+    slices_gather(gpu, t.all, share, 2 * t.lam * sizeof(float));
+    LAUNCH(dlam_slices_kernel, ceil_div(t.lam, 128), 128, dlam_end, t.all, ranks.slice, ranks.slices, (int)t.lam);
+    return dlam_end;
 }
