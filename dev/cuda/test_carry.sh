@@ -1,8 +1,8 @@
 #!/bin/sh
 # The GPU program with documents and carried states: the CPU program's losses in fp32, resumed bit for bit, its samples.
-# From the project folder, after make and make cuda: sh dev/cuda/test_carry.sh [PROGRAM]
+# From the project folder, after make and make cuda: sh dev/cuda/test_carry.sh [PROGRAM [CPU_PROGRAM]]
 export LC_ALL=C
-cpu=$PWD/train_megalodon gpu=$(realpath "${1:-train_megalodon_cuda}")
+gpu=$(realpath "${1:-train_megalodon_cuda}") cpu=$(realpath "${2:-train_megalodon}")
 folder=$(mktemp -d) || exit 1
 trap 'rm -rf "$folder"' EXIT
 trap 'exit 1' INT TERM
