@@ -40,8 +40,9 @@ def read_results(path):
 
 
 def evals_of(model, steps, data, more=""):
-    """Commands that evaluate a trained model, "megalodon" or "transformer", on valid.bin and test.bin."""
+    """Commands that evaluate a trained model, "megalodon", "gecko" or "transformer", on valid.bin and test.bin."""
     command = {"megalodon": f"./train_megalodon_cuda --load {{out}}/step_{steps:08d}.safetensors",
+               "gecko": f"dev/gecko/train_gecko_cuda --load {{out}}/step_{steps:08d}.safetensors",
                "transformer": "dev/transformer.py --load {out}/model.safetensors"}[model]
     return {split: f"{command} --eval {data}/{split}.bin {more}".split() for split in ("valid", "test")}
 
