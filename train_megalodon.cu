@@ -80,15 +80,10 @@ CONVENTIONS, where they differ from the CPU's:
 #define TESTING
 #define GPU_MAIN
 #endif
-#ifdef OTHER_ARCHITECTURE_C // dev/gecko/gecko.cu; see data/megalodon.h
-#include OTHER_ARCHITECTURE_C
-#else
-#include "train_megalodon.c"
-#define MORE_GPU_DECLARATIONS
-#define MORE_SCRATCH
-#define MORE_MEMORY(T, of_element) 0 // bytes of that scratch memory, for T timesteps
-#define CHUNKS_CACHED 1              // of keys and values in streams
+#ifndef ARCHITECTURE_C // dev/gecko/gecko.cu has another; see data/megalodon.h
+#define ARCHITECTURE_C "train_megalodon.c"
 #endif
+#include ARCHITECTURE_C
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -1652,8 +1647,8 @@ __device__ inline uint64_t dropout_bits_of_query(const Dropout& d, size_t at, in
     unsigned head = (unsigned)at / d.T;
     return dropout_bits(d, head / H, (unsigned)at % d.T, head % H);
 }
-// Dropout of scores: E neighbours from key j on, of a query with these bits. The first `before` keys (none in Megalodon)
-// belong to the chunk before, which has masks of its own, those of heads H, H + 1, ...
+// Dropout of E scores from key j on, of a query with these bits. The first `before` keys (in Megalodon none) are of the
+// chunk before, which has masks of its own: those of heads H, H + 1, ...
 template <bool DROP, int E> __device__ inline void drop_keys(float (&v)[E], const Dropout& drop, uint64_t bits, int j,
         int before, int H) {
     if (j < before) { bits += (uint64_t)H << 32; } else { j -= before; }
@@ -1718,11 +1713,12 @@ template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(25
     if (lane == 0) { lse[blockIdx.y * stride + i] = all + logf(sum); }
 }
 
-// A warp has one query. Here i and `rows` count all queries of the pair, not those of a query tile, and query i sees keys
-// 0 .. before + i. The other arguments are as above; dP lies as S. In place S becomes P = exp(S - lse), and dP becomes
-// dS = P (dP - dot), up to the end of the query's tile. dot is the sum of P dP. In bf16 it comes as the sum of dout out, which is more exact than that of
-// the rounded P dP. But for a query with one key, P = 1, so dS = dP - dot must be exactly 0; a dot from other roundings
-// would leave noise. So for it, and in fp32 for all, the kernel makes the sum.
+// A warp has one query. Here i and `rows` count all queries of the pair, not those of a query tile, and query i sees
+// keys 0 .. before + i. The other arguments are as above; dP lies as S. In place S becomes P = exp(S - lse), and dP
+// becomes dS = P (dP - dot), up to the end of the query's tile. dot is the sum of P dP. In bf16 it comes as the sum of
+// dout out, which is more exact than that of the rounded P dP. But with one key, P = 1, so dS = dP - dot must be
+// exactly 0; a dot from other roundings would leave noise. So for such a query, and in fp32 for all, the kernel makes
+// the sum.
 template <typename X, bool WIDE, bool DROP> __global__ void __launch_bounds__(256) softmax_backward_kernel(X* S, X* dP,
         int ld, size_t step, const float* lse, const float* dot, size_t stride, int rows, int before, size_t at, int H,
         Dropout drop) {
@@ -2127,9 +2123,8 @@ template <typename X> static void model_step(Gpu& gpu, const ModelOf<X>* m, Pass
 // The norm after the last layer, forward and backward.
 template <typename X> static void final_norm_forward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s,
         const StateOf<X>* start, const StateOf<X>* end) {
-    OF_LAYER(m, s, 0);
+    OF_LAYER(m, s, 0); const X* inp = block_input<X>(s->places, s->acts, L);
     NormState *past = state_layer(start, config, L).norm, *next = state_layer(end, config, L).norm;
-    const X* inp = block_input<X>(s->places, s->acts, L);
     timestepnorm_statistics(gpu, inp, B, T, D, G);
     if (s->before.h) { slice_norm_start(gpu, past, B, T, G); }
     timestepnorm_forward(gpu, a.final, a.final_mean, a.final_rstd, next, past, inp, w.final_w, w.final_b, B, T, D, G,
@@ -2137,10 +2132,9 @@ template <typename X> static void final_norm_forward(Gpu& gpu, const ModelOf<X>*
 }
 template <typename X> static void final_norm_backward(Gpu& gpu, const ModelOf<X>* m, const PassOf<X>* s,
         const StateOf<X>* start, const StateOf<X>* dstart) {
-    OF_LAYER(m, s, 0);
+    OF_LAYER(m, s, 0); const X* inp = block_input<X>(s->places, s->acts, L);
     Params dw = gradients_layer(m, 0); ActsOf<X> da = acts_layer<X>(s->dplaces, s->grads, 0);
     NormState *past = state_layer(start, config, L).norm, *dpast = state_layer(dstart, config, L).norm;
-    const X* inp = block_input<X>(s->places, s->acts, L);
     timestepnorm_backward_sums(gpu, dw.final_w, dw.final_b, da.final, a.final_mean, a.final_rstd, past, inp, w.final_w,
                                B, T, D, G);
     if (s->before.h) { slice_norm_begin(gpu, B, T, G); }
@@ -2668,8 +2662,7 @@ template <typename X> static void model_copy_row(Gpu& gpu, ModelOf<X>* m, int ki
 }
 
 template <typename X> static void state_alloc(Gpu& gpu, StateOf<X>* s, const Config* c, int B, bool cache) {
-    Spec specs[NUM_ARRAYS];
-    int named = state_specs(specs, c, B);
+    Spec specs[NUM_ARRAYS]; int named = state_specs(specs, c, B);
     size_t layers = c->num_layers, norms = (layers + 1) * B * c->norm_num_groups;
     memset(s, 0, sizeof(*s));
     s->B = B; s->bytes = norms * sizeof(NormState) + specs_size(specs, named) * sizeof(float);
@@ -2751,8 +2744,7 @@ __global__ void norm_round_kernel(double* norm, size_t n) {
 }
 // See the CPU's. In each layer, norm and the other arrays have a piece for each sequence.
 template <typename X> static void state_carry(Gpu& gpu, StateOf<X>* s, const Config* c, const bool* fresh) {
-    Spec specs[NUM_ARRAYS];
-    int named = state_specs(specs, c, 1);
+    Spec specs[NUM_ARRAYS]; int named = state_specs(specs, c, 1);
     size_t norm = sizeof(NormState) * c->norm_num_groups;
     size_t L = c->num_layers, B = s->B, n = (L + 1) * B * c->norm_num_groups * 3;
     LAUNCH(norm_round_kernel, ceil_div(n, 256), 256, (double*)s->norm, n);
@@ -2768,8 +2760,7 @@ template <typename X> static void state_carry(Gpu& gpu, StateOf<X>* s, const Con
 template <typename X> static StateOf<X> state_layer(const StateOf<X>* s, const Config* c, int l) {
     StateOf<X> r = {};
     if (!s || !s->norm) { return r; }
-    Spec specs[NUM_ARRAYS];
-    int named = state_specs(specs, c, s->B);
+    Spec specs[NUM_ARRAYS]; int named = state_specs(specs, c, s->B);
     r = *s; r.norm += (size_t)l * s->B * c->norm_num_groups;
     for (int i = 0; i < named; i++) { (&r.h)[i] += l * specs[i].size; }
     if (s->k && l < c->num_layers) {
@@ -2867,8 +2858,7 @@ template <typename X> static void backend_copy(void* self, int kind, int row, in
     }
     const Config* c = &m->config;
     StateOf<X> s = state_layer(&of<X>(self)->carried[row], c, layer); // for these, row is the micro-step
-    Spec specs[NUM_ARRAYS];
-    state_specs(specs, c, s.B);
+    Spec specs[NUM_ARRAYS]; state_specs(specs, c, s.B);
     void* here = kind == CARRIED_NORM ? (void*)s.norm : (&s.h)[kind - CARRIED_H];
     size_t bytes = kind == CARRIED_NORM ? sizeof(NormState) * s.B * c->norm_num_groups
                                         : sizeof(float) * specs[kind - CARRIED_H].size;

@@ -16,6 +16,10 @@
 #define ONE 1                    // dimensions of one element, in the released shapes
 #define OF_MODEL(function) function
 #define MORE_DECLARATIONS
+#define MORE_GPU_DECLARATIONS        // these four are train_megalodon.cu's
+#define MORE_SCRATCH                 // uses of scratch memory
+#define MORE_MEMORY(T, of_element) 0 // its bytes, for T timesteps
+#define CHUNKS_CACHED 1              // chunks of keys and values that a stream keeps
 #define OTHER_WEIGHTS(o, architecture) false // whether weights of that architecture can be used
 
 // The released configurations. Their exact numbers of parameters are 220,627,968; 1,342,832,640; 1,327,628,288;

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Books, as in the paper's Figure 1 and Table 5, but small: Megalodon, Gecko and a Transformer of the same size read the
-same books once.
+"""Books, as in the paper's Figure 1 and Table 5, but small: Megalodon, Gecko and a Transformer of the same size read
+the same books once.
 
     data/text.py books --tokenizer bpe --vocab-size 16000 --out out/books
     dev/experiments/books.py out/books --out out/books-runs
@@ -10,7 +10,8 @@ Each model is tried with five learning rates on the first quarter of every row's
 the best. Books are read in order, in sequences of 4,096 tokens; no book is read twice. Further Megalodons and Geckos
 take this rate too: with carried states, with sequences of 32,768 tokens, and with chunks of 256. The Transformer is
 evaluated with windows of 4,096 tokens that start every 2,048, the others in one stream a book. Needs `make`, `make
-gecko` and a GPU, for 25 minutes. To compare another model, add a line to MODELS, RATES and WINDOWS, and its command to evals_of in runs.py."""
+gecko` and a GPU, for 25 minutes. To compare another model, add a line to MODELS, RATES and WINDOWS, and its command to
+evals_of in runs.py."""
 from runs import Run, best_of, evals_of, parse_options, read_results, run_all
 
 TOKENS = 65536 # of a step

@@ -25,8 +25,8 @@ STEPS = [  # name; what changes, and stays so for the next
     ("one hop: Gecko", dict(two_hop_residual=0))]
 RATES, CHUNKS, SEEDS = (2e-3, 3e-3, 4e-3), (128, 64, 32), (1337, 1)
 BOOKS = "dev/gecko/train_gecko_cuda --num-layers 4 --model-dim 384 --z-dim 192 --value-dim 768 --ffn-hidden-dim 960 " \
-        "--norm-num-groups 6 --vocab-size 16000 --seq 4096 --batch 16 --eod 1 --steps 747 --warmup 74 --val-every 747 " \
-        "--checkpoint-minutes 0"
+        "--norm-num-groups 6 --vocab-size 16000 --seq 4096 --batch 16 --eod 1 --steps 747 --warmup 74 " \
+        "--val-every 747 --checkpoint-minutes 0"
 BOOKS_RATE, BOOKS_CHUNK = 2e-3, 256
 
 
@@ -39,7 +39,8 @@ def runs_of(data, books):
             words = f"{BOOKS} --train {data}/train.bin --val {data}/valid.bin --chunk-size {BOOKS_CHUNK} " \
                     f"--lr {BOOKS_RATE:g}".split()
             words += [word for flag, value in flags.items() for word in ("--" + flag.replace("_", "-"), str(value))]
-            runs = [Run(f"{i}_{BOOKS_CHUNK}_{BOOKS_RATE:g}_{seed}", "gpu", words + ["--seed", str(seed)]) for seed in SEEDS]
+            runs = [Run(f"{i}_{BOOKS_CHUNK}_{BOOKS_RATE:g}_{seed}", "gpu", words + ["--seed", str(seed)])
+                    for seed in SEEDS]
             rows.append((name, BOOKS_CHUNK, BOOKS_RATE, runs))
             continue
         ends = i in (0, len(STEPS) - 1)

@@ -535,6 +535,17 @@ static Merge merge_place(float* memory, int c, int S, int E, int values, size_t 
     return m;
 }
 
+// For gradients of Fq and Fk, which are products with M: what the rows of M have in common makes no difference there,
+// because the softmax takes it out again. But it may be much larger than the rest, and then the rest would be lost in
+// rounding. So M is first reduced by the mean of its rows. M and centered: (S,E).
+static void memory_center(float* centered, const float* M, int S, int E) {
+    for (int e = 0; e < E; e++) {
+        double sum = 0;
+        for (int s = 0; s < S; s++) { sum += M[(size_t)s * E + e]; }
+        for (int s = 0; s < S; s++) { centered[(size_t)s * E + e] = M[(size_t)s * E + e] - sum / S; }
+    }
+}
+
 // Absorbs a chunk: M (S,E) and lam (S) become M' and lam'. lam is -infinity before the first chunk.
 static void memory_merge(Merge* m, float* M, double* lam, const float* ak, const float* v) {
     softmax_rows(m->Fk, ak, m->Z, m->c, m->S);
@@ -584,6 +595,7 @@ static void memory_merge_backward(Merge* m, float* dM, float* dlam, float* dak, 
     }
     gemm(m->dU, E, m->K, S, 1, m->W, E, 1, c, E, S, NULL, NULL);
     gemm(m->dK, S, m->U, E, 1, m->W, 1, E, c, S, E, NULL, NULL);
+    memory_center(before, before, S, E);
     gemm(m->dF, S, m->dU, E, 1, before, 1, E, c, S, E, NULL, NULL);
     for (int i = 0; i < c * S; i++) { m->dF[i] = -m->dF[i]; }
     gemm(m->dM_new, E, m->Fk, 1, S, m->dU, E, 1, S, E, c, NULL, NULL);
@@ -711,7 +723,8 @@ void memory_backward(float* daq, float* dak, float* dv, float* dak_before, float
                 }
                 const float* dO = dout + at * V + h * E;
                 softmax_rows(Fq, aq + at * Z + h * S, Z, rows, S);
-                gemm(dFq, S, dO, V, 1, M, 1, E, rows, S, E, NULL, NULL);
+                memory_center(m.dM_new, M, S, E);
+                gemm(dFq, S, dO, V, 1, m.dM_new, 1, E, rows, S, E, NULL, NULL);
                 if (memory_filled(p, b, i)) { gemm(dM_h, E, Fq, 1, S, dO, V, 1, S, E, rows, dM_h, NULL); }
                 for (int t = 0; daq && t < rows; t++) {
                     float dot = 0, *f = Fq + (size_t)t * S, *df = dFq + (size_t)t * S;

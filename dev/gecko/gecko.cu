@@ -13,10 +13,10 @@ train_megalodon.cu's, which this file includes. Its WORDS and CONVENTIONS hold h
     5. Memory                  products over all chunks at once; only M goes from chunk to chunk
     The block, the model
 
-SYMBOLS. Those of gecko.c. S = Z/H and E = V/H are the widths of a head, S and E in a memory M (S,E); in section 4, S are
-scores, as in train_megalodon.cu. n counts chunks of a call, the last of which may be short.
+SYMBOLS. Those of gecko.c: S = Z/H and E = V/H are the widths of a head; but in section 4, S are scores, as in
+train_megalodon.cu. n is the number of chunks of a call, of which the last may be short.
 */
-#define OTHER_ARCHITECTURE_C "dev/gecko/gecko.c"
+#define ARCHITECTURE_C "dev/gecko/gecko.c"
 #define CHUNKS_CACHED (c->sliding ? 2 : 1) // of keys and values in streams: the chunk before, then the own one
 #define MORE_SCRATCH \
     NORM_STEPS,       /* sums of each timestep of each group */ \
@@ -94,15 +94,16 @@ static int team_of(int width) {
 //     backward, descending: first, second are sum_f and sum_fx, and become (1 - b1) U_t/width and 2 (1 - b2) W_t/width
 //
 // start (B,G): the state before, for the backward pass its count. after (B,G): U and W of the timestep behind the last
-// one. end (B,G): forward, the state at the end; backward, the gradients of the state before, added to. Each may be NULL.
-// apply false: only end is made, in the backward pass as U and W of the first timestep.
+// one. end (B,G): forward, the state at the end; backward, the gradients of the state before, added to. Each may be
+// NULL. apply false: only end is made, in the backward pass as U and W of the first timestep.
 enum { SCAN_GROUPS = 8, SCAN_LANES = 128, AT_ONCE = 8 };
 struct Decays { double b1, b2, log1, log2; float eps; int T, G, width; };
 template <bool BACK> __global__ void __launch_bounds__(SCAN_GROUPS * SCAN_LANES) decay_scan_kernel(float* first,
         float* second, const float* rstd, NormState* end, const NormState* start, const NormState* after, Decays d,
         bool apply) {
     __shared__ double2 sums[SCAN_LANES][SCAN_GROUPS];
-    int own = threadIdx.x, lane = threadIdx.y, g = blockIdx.x * SCAN_GROUPS + own, n = (d.T + SCAN_LANES - 1) / SCAN_LANES;
+    int own = threadIdx.x, lane = threadIdx.y, g = blockIdx.x * SCAN_GROUPS + own;
+    int n = (d.T + SCAN_LANES - 1) / SCAN_LANES; // timesteps of a lane
     bool active = g < d.G;
     int from = min(lane * n, d.T), to = active ? min(from + n, d.T) : from;
     size_t line = (size_t)blockIdx.y * d.G + (active ? g : 0), at = (size_t)blockIdx.y * d.T * d.G + g;
@@ -279,9 +280,9 @@ template <typename X> static CemaParams cema_either(Gpu& gpu, const ParamsOf<X>*
 // 3. Positions
 
 // On the CPU, queries have a second form for the keys of the chunk before. Here one product makes the scores with both
-// chunks, so positions must go on from chunk to chunk. They are counted from the chunk before the call, whose keys stand
-// at 0 .. c-1, as they are kept between calls; the call's own begin at c. The table has them all. It is made in double
-// and so precise for any length, but for the frequencies, which are the CPU's.
+// chunks, so positions must go on from chunk to chunk. They are counted from the chunk before the call, whose keys
+// stand at 0 .. c-1, as they are kept between calls; the call's own begin at c. The table has them all. It is made in
+// double and so precise for any length, but for the frequencies, which are the CPU's.
 //
 // angles (rows,width): cosine and sine for each pair of features. Row 0, no angle, is also what aq and ak take.
 __global__ void angles_kernel(float* angles, size_t rows, int width, double base) {
@@ -306,8 +307,8 @@ static float* angles_of(Gpu& gpu, const Config* config, int T) {
     return angles;
 }
 
-// --num-rope-heads: takes the rotation back from the heads of x (B,H,K,width) that are to have none, of T timesteps from
-// at_k on, the first of which stands at `pos` of the table. `gradient`: see the CPU's. A thread has two features.
+// --num-rope-heads: takes the rotation back from the heads of x (B,H,K,width) that are to have none, of T timesteps
+// from at_k on, the first of which stands at `pos` of the table. `gradient`: see the CPU's. A thread has two features.
 template <typename X> __global__ void heads_unturn_kernel(X* x, const float* angles, int heads, int T, int K, int at_k,
         int pos, int width, int turned, bool gradient) {
     int h = blockIdx.y % heads, t = (blockIdx.x * blockDim.x + threadIdx.x) / (width / 2);
@@ -363,15 +364,17 @@ template <typename Visit> static void each_batch(int sequences, int T, int c, in
 }
 
 // What a batch of attention works on: `pairs` pairs of `length` queries each, which stand at pos in their chunk and see
-// all of `before` keys, then those of their own chunk up to themselves. q, out and their gradients are at the first query
-// of the first pair; k, v and theirs at its first key; rows_q, rows_k: timesteps from one pair to the next. at: number
-// of the first query in (B,H,T). chunks (B), if not NULL: sequences with no chunk so far do not see the keys before.
+// all of `before` keys, then those of their own chunk up to themselves. q, out and their gradients are at the first
+// query of the first pair; k, v and theirs at its first key; rows_q, rows_k: timesteps from one pair to the next. at:
+// number of the first query in (B,H,T). chunks (B), if not NULL: sequences with no chunk so far do not see the keys
+// before.
 template <typename X> struct Window {
     int pairs, length, pos, before; int64_t rows_q, rows_k; size_t at;
     const X *q, *k, *v; const float* chunks;
     int H, zd, vd; Dropout drop; bool cached;
 };
-// Scores of keys that do not exist become -infinity. The kernels of softmax ask for that only in their form for dropout.
+// Scores of keys that do not exist become -infinity. The kernels of softmax ask for that only in their form for
+// dropout.
 template <typename X> __global__ void no_keys_kernel(X* S, int ld, size_t step, int before, const float* chunks, int p,
         int H) {
     int j = blockIdx.x * blockDim.x + threadIdx.x;
@@ -404,7 +407,8 @@ template <typename X> static void window_forward(Gpu& gpu, X* out, float* lse, c
             gemm<X, X>(gpu, {S, ld, step}, {w.q + at_q * zd, zd, w.rows_q * zd},
                        {w.k + at_k * zd, zd, w.rows_k * zd, true}, m, keys, zd, batch);
             no_keys(gpu, S, ld, step, m, p, batch, w);
-            LAUNCH(FORM_DROP(softmax_forward_kernel, wide(keys, w.before), Masked{w.chunks || w.drop.drop}), dim3(ceil_div(m, 8), batch), 256, S,
+            Masked masked = {w.chunks || w.drop.drop};
+            LAUNCH(FORM_DROP(softmax_forward_kernel, wide(keys, w.before), masked), dim3(ceil_div(m, 8), batch), 256, S,
                    ld, (size_t)step, lse + at_q, (size_t)w.rows_q, m, keys, past, w.before, w.at + at_q, w.H, w.drop);
             gemm<X, X>(gpu, {out + at_q * vd, vd, w.rows_q * vd}, {S, ld, step},
                        {w.v + at_k * vd, vd, w.rows_k * vd}, m, vd, keys, batch);
@@ -460,8 +464,9 @@ template <typename X> static Border<X> border_place(Gpu& gpu, int B, const Confi
     return {at, at + 6 * Z, at + 4 * Z, at + 2 * Z, at + 6 * Z + 2 * V, at + 5 * Z};
 }
 // Between floats (B,c,H,width), as a state has them, and timesteps first .. first + c - 1 of x (B,H,K,width): to x, or
-// from it. With `add` it is added to what is there. With `turn`, angles of one position, pairs of features are turned on
-// their way to x, and turned back on their way from it, in the first `turned` heads (0: in all). A thread has two features.
+// from it. With `add` it is added to what is there. With `turn`, angles of one position, pairs of features are turned
+// on their way to x, and turned back on their way from it, in the first `turned` heads (0: in all). A thread has two
+// features.
 template <typename X> __global__ void carry_kernel(float* state, X* x, bool to_x, bool add, const float* turn,
         int turned, int H, int c, int K, int first, int width) {
     int i = (blockIdx.x * blockDim.x + threadIdx.x), pairs = (width + 1) / 2, t = i / pairs, j = i % pairs * 2;
@@ -493,7 +498,8 @@ template <typename X> static void rows_copy(Gpu& gpu, X* to, int K_to, const X* 
                            gpu.stream));
 }
 
-// out (B,H,T,V/H) and lse (B,H,T) of a whole call in training. border: NULL if nothing comes before; chunks: see Window.
+// out (B,H,T,V/H) and lse (B,H,T) of a whole call in training. border: NULL if nothing comes before; chunks: see
+// Window.
 template <typename X, typename Visit> static void each_window(Gpu& gpu, const X* q, const X* k, const X* v,
         const Border<X>* border, const float* chunks, int B, int T, const Config* config, Dropout drop, Visit visit) {
     int c = config->chunk_size, H = config->num_heads, zd = config->z_dim / H, vd = config->value_dim / H;
@@ -540,20 +546,23 @@ template <typename X> static void sliding_attention_backward(Gpu& gpu, X* dq, X*
 // ---------------------------------------------------------------------------------------------------------------------
 // 5. Adaptive working memory
 
-// A merge is affine in M. With N = -Fk, G = K^T N (S,S) and Y = K^T v (S,E), where K (c,S) is not transposed as it is in
-// the CPU's equations,
+// A merge is affine in M. With N = -Fk, G = K^T N (S,S) and Y = K^T v (S,E), where K (c,S) is not transposed as it is
+// in the CPU's equations,
 //     W = K^T (v - Fk M) = Y + G M            M' = M + rho (W - M)
-// G and Y need only keys and values, so they are products over all chunks at once. So are the reads Fq M, when all M are
-// known. What goes from chunk to chunk is one small product, G M, and one kernel, which adds rho (W - M) to M in fp32.
-// Backward, where D_i = Fq_i^T dO_i is the gradient of M through its reader, for all chunks at once; then from the last
-// chunk to the first
+// G and Y need only keys and values, so they are products over all chunks at once. So are the reads Fq M, when all M
+// are known. What goes from chunk to chunk is one small product, G M, and one kernel, which adds rho (W - M) to M in
+// fp32. Backward, where D_i = Fq_i^T dO_i is the gradient of M through its reader, for all chunks at once; then from
+// the last chunk to the first
 //     dW = rho dM'          dM = (1 - rho) dM' + G^T dW + D_i          drho rho = rho sum_e dM' (W - M)
 // and with all dW, again for all chunks at once,
 //     dv = K dW        dG = dW M^T        dK = v dW^T + N dG^T        dN = K dG        dFq = dO M^T
+// What the rows of M have in common makes no difference in dG and dFq: softmaxes take it out again. But it may be much
+// larger than the rest. So there M is first reduced by the mean of its rows, in fp32; rounded to bf16 as it is, it would
+// lose what matters.
 //
-// Merge i stands between chunks i and i+1. It makes M_{i+1} of M_i, and absorbs chunk i + 1 - lag (see memory_lag). In a
-// call of n chunks, merges first .. last-1 are made: without a past, merge 0 has nothing to absorb where lag is 2; and
-// the last one is only made where somebody reads it. Chunk i reads M_i, which is 0 for i < reads.
+// Merge i stands between chunks i and i+1. It makes M_{i+1} of M_i, and absorbs chunk i + 1 - lag (see memory_lag). In
+// a call of n chunks, merges first .. last-1 are made: without a past, merge 0 has nothing to absorb where lag is 2;
+// and the last one is only made where somebody reads it. Chunk i reads M_i, which is 0 for i < reads.
 template <typename X> struct Merges {
     int BH, H, n, S, E, c, lag, first, last, reads;
     X *Fq, *N, *K;       // (B,H,T,S): softmaxes of aq and ak over features, and of ak over the timesteps of a chunk
@@ -583,7 +592,8 @@ template <typename X> static size_t merges_place(Merges<X>* m, char* memory, con
     take(m->l, BH * n * S); take(m->rho, BH * n * S);
     if (!backward) { return at; }
     take(m->dG, BH * n * S * S); take(m->dW, BH * n * S * E); take(m->D, BH * n * S * E); take(m->dnow, BH * S * E);
-    take(m->dlam, 2 * BH * S); take(m->drho, BH * n * S); take(m->dl, BH * n * S); take(m->dK, BH * (T + c) * S); take(m->dF, BH * (T + c) * S);
+    take(m->dlam, 2 * BH * S); take(m->drho, BH * n * S); take(m->dl, BH * n * S);
+    take(m->dK, BH * (T + c) * S); take(m->dF, BH * (T + c) * S);
     return at;
 }
 static size_t gecko_memory(const Config* c, size_t B, size_t T, size_t of_element) {
@@ -644,8 +654,9 @@ template <typename X> static void softmax_rows_backward(Gpu& gpu, X* out, const 
            out, F, dF, sign, add, rows, S);
 }
 
-// Softmax over the c timesteps of a chunk. A CUDA block has 32 features of one chunk of one head (blockIdx.y); a warp has
-// every 32nd timestep. Chunk i of sequence p begins at row p * T + i * c of `count` chunks, and l has n for a sequence.
+// Softmax over the c timesteps of a chunk. A CUDA block has 32 features of one chunk of one head (blockIdx.y); a warp
+// has every 32nd timestep. Chunk i of sequence p begins at row p * T + i * c of `count` chunks, and l has n for a
+// sequence.
 struct Columns {
     int s, y, c, S; bool active; size_t at, at_l;
     __device__ Columns(int T, int count, int n, int c, int S) : c(c), S(S) {
@@ -710,12 +721,14 @@ struct Past { const float *chunks, *M, *lam, *lam_rest; };
 __device__ inline bool memory_filled(const Past& past, int b, int lag) { return past.chunks && past.chunks[b] >= lag; }
 
 // M before the merge `first`, and rounded. A thread has an element of one head (blockIdx.y).
-template <typename X> __global__ void memory_start_kernel(float* now, X* M, Past past, int H, int n, int first, int lag,
-        int size, bool from_nothing) {
+template <typename X> __global__ void memory_start_kernel(float* now, X* M, float* exact, Past past, int H, int n,
+        int first, int lag, int size, bool from_nothing) {
     int i = blockIdx.x * blockDim.x + threadIdx.x, p = blockIdx.y;
     if (i >= size) { return; }
+    size_t at = ((size_t)p * n + first) * size + i;
     float v = !from_nothing && memory_filled(past, p / H, lag) ? past.M[(size_t)p * size + i] : 0;
-    now[(size_t)p * size + i] = v; M[((size_t)p * n + first) * size + i] = from_float<X>(v);
+    now[(size_t)p * size + i] = v; M[at] = from_float<X>(v);
+    if (exact) { exact[at] = v; }
 }
 // rho of all merges from l. A thread has one feature of one head and walks through the merges. Where merge 0 finds no
 // chunk before, it changes nothing. lam_to, rest_to (B,H,S): lam after the last merge, or NULL.
@@ -737,7 +750,7 @@ __global__ void memory_shares_kernel(float* rho, float* lam_to, float* rest_to, 
     rest_to[i] = lam > -INFINITY ? lam - lam_to[i] : 0;
 }
 // Merge i: delta = W - M, where delta may be W; and M, `now`, moves on. Rounded it is M_{i+1}, if somebody reads that.
-template <typename X> __global__ void memory_merge_kernel(float* now, X* M, float* delta, const float* W,
+template <typename X> __global__ void memory_merge_kernel(float* now, X* M, float* exact, float* delta, const float* W,
         const float* rho, int n, int i, int S, int E) {
     int k = blockIdx.x * blockDim.x + threadIdx.x, size = S * E;
     if (k >= size) { return; }
@@ -745,6 +758,16 @@ template <typename X> __global__ void memory_merge_kernel(float* now, X* M, floa
     float d = W[merge * size + k] - now[at], v = now[at] + rho[merge * S + k / E] * d;
     delta[merge * size + k] = d; now[at] = v;
     if (i + 1 < n) { M[(merge + 1) * size + k] = from_float<X>(v); }
+    if (i + 1 < n && exact) { exact[(merge + 1) * size + k] = v; }
+}
+// For the backward pass, M becomes M minus the mean of its rows. A thread has one column of one M.
+template <typename X> __global__ void memory_center_kernel(X* M, const float* exact, int S, int E) {
+    int e = blockIdx.x * blockDim.x + threadIdx.x;
+    if (e >= E) { return; }
+    size_t at = (size_t)blockIdx.y * S * E + e;
+    float sum = 0;
+    for (int s = 0; s < S; s++) { sum += exact[at + (size_t)s * E]; }
+    for (int s = 0; s < S; s++) { M[at + (size_t)s * E] = from_float<X>(exact[at + (size_t)s * E] - sum / S); }
 }
 // Merge i backward, without its product: dW = rho dM', drho rho, and in dM (1 - rho) dM' + D. A CUDA block has a row.
 // merges: whether there is a merge i; reads: whether chunk i reads.
@@ -765,8 +788,8 @@ template <typename X> __global__ void memory_merge_backward_kernel(float* dnow, 
     sum = warp_sum(lane < blockDim.x / 32 ? sums[lane] : 0);
     if (merges && threadIdx.x == 0) { drho[merge * S + s] = r * sum; }
 }
-// From drho rho to dl, through the chain of lam. dlam (B,H,S): of lam at the end, NULL for 0. to (B,H,S): that of lam at
-// the start; share: by what factor it depends on that at the end. Both may be NULL.
+// From drho rho to dl, through the chain of lam. dlam (B,H,S): of lam at the end, NULL for 0. to (B,H,S): that of lam
+// at the start; share: by what factor it depends on that at the end. Both may be NULL.
 __global__ void memory_shares_backward_kernel(float* dl, float* to, float* share, const float* dlam, const float* drho,
         const float* rho, int BH, int n, int first, int last, int S) {
     int i = blockIdx.x * blockDim.x + threadIdx.x, p = i / S, s = i % S;
@@ -821,10 +844,11 @@ template <typename X> static void memory_shares(Gpu& gpu, const Merges<X>& m, Pa
     LAUNCH(memory_shares_kernel, ceil_div(m.BH * m.S, 128), 128, m.rho, lam_to, rest_to, m.l, past, m.BH, m.H, m.n,
            m.first, m.last, m.lag, m.S, from_nothing);
 }
-// All M_i. With a past M is that at the start; else it is 0.
-template <typename X> static void memory_chain(Gpu& gpu, const Merges<X>& m, Past past, bool from_nothing = false) {
+// All M_i. With a past M is that at the start; else it is 0. exact (B,H,n,S,E) receives them in fp32, or is NULL.
+template <typename X> static void memory_chain(Gpu& gpu, const Merges<X>& m, Past past, float* exact,
+        bool from_nothing = false) {
     int BH = m.BH, n = m.n, S = m.S, E = m.E, size = S * E;
-    LAUNCH(memory_start_kernel<X>, dim3(ceil_div(size, 256), BH), 256, m.now, m.M, past, m.H, n,
+    LAUNCH(memory_start_kernel<X>, dim3(ceil_div(size, 256), BH), 256, m.now, m.M, exact, past, m.H, n,
            min_int(m.first, n - 1), m.lag, size, from_nothing);
     for (int i = m.first; i < m.last; i++) {
         bool empty = i == m.first && (!past.chunks || from_nothing); // then M is 0, and W is Y
@@ -833,9 +857,10 @@ template <typename X> static void memory_chain(Gpu& gpu, const Merges<X>& m, Pas
                            {m.G + (size_t)i * S * S, S, (int64_t)n * S * S},
                            {m.M + (size_t)i * size, E, (int64_t)n * size}, S, E, S, BH, m.Y + (size_t)i * size, E);
         }
-        LAUNCH(memory_merge_kernel<X>, dim3(ceil_div(size, 256), BH), 256, m.now, m.M, m.delta,
+        LAUNCH(memory_merge_kernel<X>, dim3(ceil_div(size, 256), BH), 256, m.now, m.M, exact, m.delta,
                empty ? m.Y : m.delta, m.rho, n, i, S, E);
     }
+    if (exact) { LAUNCH(memory_center_kernel<X>, dim3(ceil_div(E, 256), BH * n), 256, m.M, exact, S, E); }
 }
 // Which merges a call makes. to_end: those after its last whole chunk, too.
 template <typename X> static Merges<X> merges_of(Gpu& gpu, const Config* config, int B, int T, bool whole, bool past,
@@ -904,8 +929,8 @@ template <typename X> static void memory_shares_backward(Gpu& gpu, const Merges<
     LAUNCH(memory_shares_backward_kernel, ceil_div(m.BH * m.S, 128), 128, m.dl, to, share, dlam, m.drho, m.rho, m.BH,
            m.n, m.first, m.last, m.S);
 }
-// Backward of memory_prepare, from dW and dl: dak (B,H,T,S) is assigned, dv (B,H,T,E) is added to. dak0 (B,H,c,S) and dv0
-// (from.rows_v timesteps for a sequence): of the chunk that merge 0 absorbs; dak0 is assigned, dv0 added to.
+// Backward of memory_prepare, from dW and dl: dak (B,H,T,S) is assigned, dv (B,H,T,E) is added to. dak0 (B,H,c,S) and
+// dv0 (from.rows_v timesteps for a sequence): of the chunk that merge 0 absorbs; dak0 is assigned, dv0 added to.
 template <typename X> static void memory_prepare_backward(Gpu& gpu, X* dak, X* dv, X* dak0, X* dv0, const Merges<X>& m,
         const Absorbed<X>& from, int T) {
     int BH = m.BH, n = m.n, S = m.S, E = m.E, c = m.c, size = S * E, shift = m.lag - 1, own = first_own(m, from);
@@ -967,7 +992,8 @@ template <typename X> static void slice_chunks_end(Gpu& gpu, const ActsOf<X>& da
 template <typename X> static void slice_memory_start(Gpu& gpu, const Merges<X>& m, const StateOf<X>& past);
 template <typename X> static float* slice_memory_end(Gpu& gpu, const Merges<X>& m);
 
-// The gate with the memory's answer, a row kernel like gate_forward_kernel: out = dropout(silu(inp) attention + memory).
+// The gate with the memory's answer, a row kernel like gate_forward_kernel: out = dropout(silu(inp) attention +
+// memory).
 template <typename X, bool WIDE, bool DROP> __global__ void answer_forward_kernel(X* out, int ldo, const X* attention,
         const X* memory, const X* inp, int ldi, unsigned rows, int T, int vd, Dropout drop) {
     RowPiece<X, WIDE> next_x, next_o, next_m;
@@ -1103,7 +1129,7 @@ template <typename X> static void gecko_block_forward(Gpu& gpu, const ModelOf<X>
         memory_prepare(gpu, merges, from, T);
         if (sliced) { slice_memory_start(gpu, merges, past); }
         memory_shares(gpu, merges, of_memory, next.lam, next.lam_rest);
-        memory_chain(gpu, merges, of_memory);
+        memory_chain(gpu, merges, of_memory, (float*)NULL);
         if (next.memory) {
             CUDA(cudaMemcpyAsync(next.memory, merges.now, (size_t)B * Z * E * sizeof(float), cudaMemcpyDefault,
                                  gpu.stream));
@@ -1196,7 +1222,7 @@ template <typename X> static void gecko_block_backward(Gpu& gpu, const ModelOf<X
         if (merges.reads < merges.n) {
             memory_prepare(gpu, merges, from, T);
             memory_shares(gpu, merges, of_memory, (float*)NULL, (float*)NULL);
-            memory_chain(gpu, merges, of_memory);
+            memory_chain(gpu, merges, of_memory, merges.D);
             memory_read_backward(gpu, da.aq, merges, a.aq, da.memory, T);
             CUDA(cudaMemsetAsync(merges.dnow, 0, (size_t)B * Z * E * sizeof(float), gpu.stream));
             if (sliced) { dlam_end = slice_memory_end(gpu, merges); } else { memory_chain_backward(gpu, merges); }
@@ -1299,8 +1325,8 @@ template <typename X> static void gecko_model_step(Gpu& gpu, const ModelOf<X>* m
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Several GPUs: what slices of a sequence exchange (--chunk-parallel), see the last section of gecko.c. All of it goes in
-// the stream of the kernels, which wait for it.
+// Several GPUs: what slices of a sequence exchange (--chunk-parallel), see the last section of gecko.c. All of it goes
+// in the stream of the kernels, which wait for it.
 
 // Norm. all (slices,lines): what each slice makes of nothing. Forward, state becomes what comes before this slice, from
 // what comes before the first one. Backward, it is assigned the gradients U, W that come from the slices after it.
@@ -1328,7 +1354,8 @@ template <bool BACK> static const NormState* slice_decay(Gpu& gpu, NormState* be
     return state;
 }
 
-// n floats to the slice after this one (forward) or before it, and from the other side. Where there is no slice, nothing.
+// n floats to the slice after this one (forward) or before it, and from the other side. Where there is no slice,
+// nothing.
 static void slice_pass_on(Gpu& gpu, float* received, const float* sent, size_t n, bool forward) {
     int to = ranks.slice + (forward ? 1 : -1), from = ranks.slice - (forward ? 1 : -1);
     NCCL(ncclGroupStart());
@@ -1347,7 +1374,8 @@ template <typename X> static void slice_chunks_start(Gpu& gpu, const StateOf<X>&
     }
     LAUNCH(chunks_kernel, ceil_div(B, 128), 128, past.chunks, past.chunks, ranks.slice * n, B);
 }
-// The gradient of the chunk before goes back to the slice that it came from, where it is added to that of the last chunk.
+// The gradient of the chunk before goes back to the slice that it came from, where it is added to that of the last
+// chunk.
 template <typename X> static void slice_chunks_end(Gpu& gpu, const ActsOf<X>& da, const Border<X>* border,
         const float* angles, int B, int T, const Config* config) {
     int c = config->chunk_size, S = config->z_dim / config->num_heads, E = config->value_dim / config->num_heads;
@@ -1386,8 +1414,8 @@ __global__ void memory_clear_kernel(float* M, const float* chunks, int slice, in
     if (i < size && chunks[blockIdx.y / H] - slice * own < lag) { M[(size_t)blockIdx.y * size + i] = 0; }
 }
 // A (B,H,S,S) of a slice, step by step: the identity, then A' = A + rho (W - A), W = G A; rounded too.
-template <typename X> __global__ void memory_factor_kernel(float* A, X* rounded, const float* W, const float* rho, int n,
-        int i, int S) {
+template <typename X> __global__ void memory_factor_kernel(float* A, X* rounded, const float* W, const float* rho,
+        int n, int i, int S) {
     int k = blockIdx.x * blockDim.x + threadIdx.x;
     if (k >= S * S) { return; }
     size_t p = blockIdx.y, at = p * S * S + k;
@@ -1424,7 +1452,7 @@ template <typename X> static void slice_memory_start(Gpu& gpu, const Merges<X>& 
     LAUNCH(lam_slices_kernel, ceil_div(t.lam, 128), 128, past.lam, past.lam_rest, t.all, past.chunks, ranks.slice, m.n,
            m.lag, m.H * m.S, (int)t.lam);
     memory_shares(gpu, m, before, (float*)NULL, (float*)NULL);
-    memory_chain(gpu, m, before, true);
+    memory_chain(gpu, m, before, (float*)NULL, true);
     CUDA(cudaMemcpyAsync(t.mine, m.now, t.M * sizeof(float), cudaMemcpyDefault, gpu.stream));
     memory_factor(gpu, t.mine + t.M, t.rounded, t.W, m);
     slices_gather(gpu, t.all, t.mine, t.each * sizeof(float));
