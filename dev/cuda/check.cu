@@ -607,12 +607,16 @@ template <typename X> static void model_noise(Gpu& gpu, ModelOf<X>* m) {
     model_round(gpu, m, m->params, 0, m->size);
 }
 
-template <typename X> static double bench_model(Gpu& gpu, const char* preset, int layers, int B, int T, int keep,
+static Config preset_of(const char* name) { // Megalodon's name
+    if (other) { name = text_of("gecko%s", name + strlen("mega")); }
+    for (int i = 0; i < NUM_PRESETS; i++) { if (!strcmp(presets[i].name, name)) { return presets[i].config; } }
+    die("no preset %s", name);
+    return {};
+}
+template <typename X> static double bench_model(Gpu& gpu, const char* name, const Config& c, int B, int T, int keep,
         double target) {
     Options o = default_options;
-    if (other) { preset = text_of("gecko%s", preset + strlen("mega")); }
-    for (int i = 0; i < NUM_PRESETS; i++) { if (!strcmp(presets[i].name, preset)) { o.model = presets[i].config; } }
-    if (layers) { o.model.num_layers = layers; }
+    o.model = c;
     o.batch = B;
     o.seq = T;
     o.recompute = keep == KEEP_BLOCKS;
@@ -652,7 +656,7 @@ template <typename X> static double bench_model(Gpu& gpu, const char* preset, in
     double t = median(times), pass = median(passes);
     cudaMemGetInfo(&free, &total);
     printf("%-14s %d x %-6d %8.1f ms  %9.0f tok/s (target %.0f: %.0f%%)  %.1f%% of 790T  forward + backward %.4f us/tok"
-           "  used %.1f GB (forecast %.1f)  norm %.3g\n", preset, B, T, 1e3 * t, rows / t, target,
+           "  used %.1f GB (forecast %.1f)  norm %.3g\n", name, B, T, 1e3 * t, rows / t, target,
            100 * rows / t / target, 100 * rows / t * flops_per_token(&o.model) / 790e12, 1e6 * pass / rows,
            (total - free) / 1e9, memory_needed<X>(gpu, &o, keep) / 1e9, norm);
     fflush(stdout);
@@ -668,7 +672,7 @@ template <typename X> static double bench_model(Gpu& gpu, const char* preset, in
 // others.
 static void bench_decode(Gpu& gpu, const char* preset, int B, int at) {
     Options o = default_options;
-    for (int i = 0; i < NUM_PRESETS; i++) { if (!strcmp(presets[i].name, preset)) { o.model = presets[i].config; } }
+    o.model = preset_of(preset);
     const Config* c = &o.model;
     ModelOf<bf16> m;
     PassOf<bf16> pass, past;
@@ -842,7 +846,9 @@ int main(int argc, char** argv) {
     }
     if (argc > 1 && !strcmp(argv[1], "--profile")) { // one step of two layers, for ncu --profile-from-start off
         profile = true;
-        bench_model<bf16>(gpu, "mega1.3B_pg19", 2, 4, 4096, KEEP_CHEAPLY, 0);
+        Config c = preset_of("mega1.3B_pg19");
+        c.num_layers = 2;
+        bench_model<bf16>(gpu, "mega1.3B_pg19", c, 4, 4096, KEEP_CHEAPLY, 0);
     }
     if (argc > 1 && !strcmp(argv[1], "--bench")) {
         int from = argc > 2 ? atoi(argv[2]) : 0, to = argc > 3 ? atoi(argv[3]) : 5;
@@ -852,7 +858,20 @@ int main(int argc, char** argv) {
             {"mega200M", 0, 1, 131072, 0}, {"mega7.3B", 32, 1, 4096, 0}};
         for (int i = from; i < to; i++) {
             int keep = i == 7 ? (int)KEEP_BLOCKS : (int)KEEP_CHEAPLY;
-            bench_model<bf16>(gpu, r[i].preset, r[i].layers, r[i].B, r[i].T, keep, r[i].target);
+            Config c = preset_of(r[i].preset);
+            if (r[i].layers) { c.num_layers = r[i].layers; }
+            bench_model<bf16>(gpu, other ? "Gecko" : r[i].preset, c, r[i].B, r[i].T, keep, r[i].target);
+#ifdef PROGRAM // the same with Gecko's changes one by one, from none on
+            c.norm_decay = c.sliding = c.memory = 0;
+            c.cema_omega = c.two_hop_residual = 1;
+            bench_model<bf16>(gpu, " none of it", c, r[i].B, r[i].T, keep, 0);
+            c.norm_decay = 1; c.cema_omega = 0;
+            bench_model<bf16>(gpu, " + norm, CEMA", c, r[i].B, r[i].T, keep, 0);
+            c.sliding = 1;
+            bench_model<bf16>(gpu, " + window", c, r[i].B, r[i].T, keep, 0);
+            c.memory = 1;
+            bench_model<bf16>(gpu, " + memory", c, r[i].B, r[i].T, keep, 0);
+#endif
         }
         return 0;
     }
