@@ -3,7 +3,8 @@
 # make test        what must hold; a minute, needs nothing but a compiler; VERBOSE=1 prints a line for each comparison
 # make test-long   what takes longer: streams of 10 million timesteps, kills at random moments, every tensor broken,
 #                  several processes, also of the GPU program on a CPU
-# make gecko       Gecko, the architecture after Megalodon: dev/gecko/train_gecko; see dev/gecko/README.md
+# make gecko       Gecko, the architecture after Megalodon: dev/gecko/train_gecko, and where nvcc is train_gecko_cuda;
+#                  see dev/gecko/README.md
 # make test-gecko  its tests; half a minute
 # make bench       speed, as ratios to OpenBLAS and PyTorch where they are there, and of the GPU program where one is
 # make cuda        the GPU programs, for the GPUs here (or CUDA_ARCH=90); dev/bin/check: GPU against CPU, kernel by kernel
@@ -140,7 +141,8 @@ test: train_megalodon test_megalodon dev/bin/test_tokens dev/bin/test_safetensor
 	@sh dev/test_break.sh data/reference/one_state.safetensors
 	@echo "make test: all passed"
 
-test-long: train_megalodon test_megalodon dev/bin/emulated/train_megalodon dev/bin/emulated/test_megalodon
+test-long: train_megalodon test_megalodon gecko $(addprefix dev/bin/emulated/,train_megalodon test_megalodon \
+           train_gecko test_gecko)
 	./test_megalodon --long
 	sh dev/test_break.sh
 	sh dev/test_kill.sh
@@ -148,11 +150,15 @@ test-long: train_megalodon test_megalodon dev/bin/emulated/train_megalodon dev/b
 	sh dev/test_mpi.sh
 	sh dev/test_mpi.sh dev/bin/emulated/train_megalodon dev/bin/emulated/test_megalodon "--precision fp32"
 	sh dev/cuda/test_carry.sh dev/bin/emulated/train_megalodon
+	dev/bin/emulated/test_gecko --precision bf16
+	sh dev/test_mpi.sh dev/bin/emulated/train_gecko dev/bin/emulated/test_gecko "--precision fp32"
+	sh dev/cuda/test_carry.sh dev/bin/emulated/train_gecko dev/gecko/train_gecko
 	$(PYTHON) dev/test_data.py
 
-test-emulated: dev/bin/emulated/test_megalodon dev/bin/emulated/check
+test-emulated: dev/bin/emulated/test_megalodon dev/bin/emulated/check dev/bin/emulated/test_gecko
 	dev/bin/emulated/test_megalodon --precision fp32
 	dev/bin/emulated/test_megalodon --precision bf16
+	dev/bin/emulated/test_gecko --precision fp32
 	OMP_NUM_THREADS=1 dev/bin/emulated/check --quick
 
 bench: dev/bin/bench

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The README's two pictures, from the logs of books.py and the tables of context.py: dev/experiments/pictures.py"""
+"""The pictures of the READMEs, from the logs of books.py and the tables of context.py: dev/experiments/pictures.py"""
 import csv, os
 
 import matplotlib
@@ -12,10 +12,13 @@ from runs import read_table
 HERE = os.path.dirname(os.path.abspath(__file__))
 LOGS, PICTURES = os.path.join(HERE, "logs"), os.path.join(HERE, "..", "pictures")
 CURVES = [("megalodon_plain", "Megalodon", "#1f5fa8"), ("megalodon_carry", "Megalodon, states carried", "#2a9d63"),
-          ("transformer_plain", "Transformer", "#d1495b")]
+          ("gecko_plain", "Gecko", "#b5651d"), ("transformer_plain", "Transformer", "#d1495b")]
 CONTEXTS = [("megalodon_plain", "Megalodon", "#1f5fa8"), ("megalodon_carry", "Megalodon, states carried", "#2a9d63"),
             ("megalodon_32k-carry", "Megalodon, sequences of 32K, carried", "#7a4fa3"),
+            ("gecko_plain", "Gecko", "#b5651d"), ("gecko_carry", "Gecko, states carried", "#e0a458"),
             ("transformer", "Transformer", "#d1495b")]
+BOUNDARIES = [("plain", "Megalodon, chunks of 1,024", "#1f5fa8", "-"), ("chunk256", "Megalodon, 256", "#1f5fa8", "--"),
+              ("gecko_plain", "Gecko, 1,024", "#b5651d", "-"), ("gecko_chunk256", "Gecko, 256", "#b5651d", "--")]
 
 
 def figure(name, draw):
@@ -50,10 +53,23 @@ def draw_contexts(axes):
                       [float(row["error"]) for row in rows], fmt="o-", color=color, markersize=4, label=label)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}K")
-    axes.set_ylim(4.0, 5.0)
+    axes.set_ylim(3.9, 5.0)
     axes.set_xlabel("tokens of the book before the 1,024 targets")
     axes.set_ylabel("nats per token")
 
 
+def draw_boundaries(axes):
+    for name, label, color, line in BOUNDARIES:
+        with open(os.path.join(LOGS, f"boundary_{name}.tsv"), newline="") as f:
+            rows = list(csv.DictReader(f, delimiter="\t"))
+        axes.errorbar([int(row["position"]) + 1 for row in rows], [float(row["loss"]) for row in rows],
+                      [float(row["error"]) for row in rows], fmt="o" + line, color=color, markersize=4, label=label)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes.set_xlabel("token of the chunk (each point: up to the next one)")
+    axes.set_ylabel("nats per token, test books")
+
+
 figure("books.png", draw_books)
 figure("context.png", draw_contexts)
+figure("boundary.png", draw_boundaries)
