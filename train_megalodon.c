@@ -1816,30 +1816,30 @@ int main(int argc, char** argv) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Matrix products
 
-// A tile of C (TILE_M x TILE_N) is summed in vector registers of WIDTH floats, and leaves some free for the operands:
+// A tile of C (TILE_M x TILE_N) is summed in vector registers of VECTOR_WIDTH floats, and leaves some free for the operands:
 // with AVX-512 and NEON the sums fill 24 of 32 registers, elsewhere 12 of 16. A panel of PANEL_K x TILE_N operands of B
 // stays in the first or second cache, with the STRIPS_M strips of A that pass over it.
 #if defined(__AVX512F__)
-enum { WIDTH = 16, TILE_M = 12, TILE_N = 2 * WIDTH };
+enum { VECTOR_WIDTH = 16, TILE_M = 12, TILE_N = 2 * VECTOR_WIDTH };
 #elif defined(__AVX__)
-enum { WIDTH = 8, TILE_M = 6, TILE_N = 2 * WIDTH };
+enum { VECTOR_WIDTH = 8, TILE_M = 6, TILE_N = 2 * VECTOR_WIDTH };
 #elif defined(__ARM_NEON)
-enum { WIDTH = 4, TILE_M = 6, TILE_N = 4 * WIDTH };
+enum { VECTOR_WIDTH = 4, TILE_M = 6, TILE_N = 4 * VECTOR_WIDTH };
 #else
-enum { WIDTH = 4, TILE_M = 6, TILE_N = 2 * WIDTH };
+enum { VECTOR_WIDTH = 4, TILE_M = 6, TILE_N = 2 * VECTOR_WIDTH };
 #endif
 enum { PANEL_K = 512, STRIPS_M = 192 / TILE_M };
-typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float)), aligned(sizeof(float)), may_alias));
+typedef float Vector __attribute__((vector_size(VECTOR_WIDTH * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 // sums = A B for one tile: A[i][k] is a[i*a_i + k*a_k], B is packed as b (K,TILE_N). Two things keep the sums in
 // registers with every compiler: they are declared as vectors, and this function is not inlined.
 __attribute__((noinline)) void gemm_tile(float sums[TILE_M][TILE_N], const float* __restrict a, size_t a_i, size_t a_k,
                                          const float* __restrict b, int K) {
-    Vector s[TILE_M][TILE_N / WIDTH] = {{{0}}};
+    Vector s[TILE_M][TILE_N / VECTOR_WIDTH] = {{{0}}};
     for (int k = 0; k < K; k++) {
         const Vector* row = (const Vector*)(b + k * TILE_N);
         for (int i = 0; i < TILE_M; i++) {
-            for (int j = 0; j < TILE_N / WIDTH; j++) { s[i][j] += a[i * a_i + k * a_k] * row[j]; }
+            for (int j = 0; j < TILE_N / VECTOR_WIDTH; j++) { s[i][j] += a[i * a_i + k * a_k] * row[j]; }
         }
     }
     memcpy(sums, s, sizeof(s));
