@@ -1816,7 +1816,7 @@ int main(int argc, char** argv) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Matrix products
 
-// A tile of C (TILE_M x TILE_N) is summed in vector registers of VECTOR_WIDTH floats, and leaves some free for operands:
+// A tile of C (TILE_M x TILE_N) is summed in registers of VECTOR_WIDTH floats, and leaves some free for the operands:
 // with AVX-512 and NEON the sums fill 24 of 32 registers, elsewhere 12 of 16. A panel of PANEL_K x TILE_N operands of B
 // stays in the first or second cache, with the STRIPS_M strips of A that pass over it.
 #if defined(__AVX512F__)
