@@ -1832,7 +1832,7 @@ enum { PANEL_K = 512, STRIPS_M = 192 / TILE_M };
 typedef float Vector __attribute__((vector_size(VECTOR_WIDTH * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 // sums = A B for one tile: A[i][k] is a[i*a_i + k*a_k], B is packed as b (K,TILE_N). Two things keep the sums in
-// registers with every compiler: they are declared as vectors, and this function is not inlined.
+// registers with gcc and clang: they are declared as vectors, and this function is not inlined.
 __attribute__((noinline)) void gemm_tile(float sums[TILE_M][TILE_N], const float* __restrict a, size_t a_i, size_t a_k,
                                          const float* __restrict b, int K) {
     Vector s[TILE_M][TILE_N / VECTOR_WIDTH] = {{{0}}};
